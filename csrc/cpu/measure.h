@@ -1,0 +1,81 @@
+// Measure: the sums over a segment that a rule decides from.
+#pragma once
+
+#include "../chunk.h"
+
+namespace robustft {
+
+struct Measures {
+  double grad_dot_delta = 0;  // <g, d>
+  double delta_sq = 0;        // |d|^2
+  double gain = 0;            // <u, 2d + u> = |c|^2 - |d|^2, u = c - d, without the cancellation
+};
+
+namespace {
+
+inline void add(Measures& to, const Measures& from) {
+  to.grad_dot_delta += from.grad_dot_delta;
+  to.delta_sq += from.delta_sq;
+  to.gain += from.gain;
+}
+
+// kLanes accumulators, spelled as vectors: as an array the compiler would keep them in memory, and every addition
+// would wait for the store before it.
+template <class T>
+struct Lanes {
+  typedef T Vec __attribute__((vector_size(32)));
+  static constexpr int kWidth = 32 / sizeof(T), kCount = kLanes / kWidth;
+
+  Vec value[kCount] = {};
+
+  static ROBUSTFT_INLINE Vec at(const T* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  double fold() const {
+    double sum = 0;
+    for (int k = 0; k < kCount; ++k)
+      for (int l = 0; l < kWidth; ++l) sum += double(value[k][l]);
+    return sum;
+  }
+};
+
+// The sums of one block in T, folded into double at its end.
+template <class T>
+class BlockMeasure {
+ public:
+  ROBUSTFT_INLINE void add(int n, const T* param, const T* next, const T* grad, const T* anchor) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) add_lanes(param + i, next + i, grad + i, anchor ? anchor + i : nullptr);
+    if (const int rest = n - i) {
+      T tail[4][kLanes] = {};  // zeros add nothing
+      std::memcpy(tail[0], param + i, rest * sizeof(T));
+      std::memcpy(tail[1], next + i, rest * sizeof(T));
+      std::memcpy(tail[2], grad + i, rest * sizeof(T));
+      if (anchor) std::memcpy(tail[3], anchor + i, rest * sizeof(T));
+      add_lanes(tail[0], tail[1], tail[2], tail[3]);
+    }
+  }
+
+  // `sign` is -1 where the step maximizes: the gradient of what it minimizes is then -g.
+  Measures fold(double sign) const { return {sign * grad_dot_delta_.fold(), delta_sq_.fold(), gain_.fold()}; }
+
+ private:
+  using L = Lanes<T>;
+  L grad_dot_delta_, delta_sq_, gain_;
+
+  ROBUSTFT_INLINE void add_lanes(const T* param, const T* next, const T* grad, const T* anchor) {
+    for (int k = 0; k < L::kCount; ++k) {
+      const int i = k * L::kWidth;
+      const typename L::Vec theta = L::at(param + i), d = anchor ? theta - L::at(anchor + i) : theta;
+      const typename L::Vec u = L::at(next + i) - theta;
+      grad_dot_delta_.value[k] += L::at(grad + i) * d;
+      delta_sq_.value[k] += d * d;
+      gain_.value[k] += u * (d + d + u);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace robustft

@@ -1,0 +1,19 @@
+// The sweeps compiled for AVX2; schedule.cpp chooses them where the processor has it.
+#if defined(__x86_64__)
+// Before the target is raised: what a standard header emits must run on every processor.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#define ROBUSTFT_SWEEPS kAvx2
+#define ROBUSTFT_ISA "AVX2"
+#include "sweeps.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,19 @@
+// The sweeps compiled for AVX512; schedule.cpp chooses them where the processor has it.
+#if defined(__x86_64__)
+// Before the target is raised: what a standard header emits must run on every processor.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define ROBUSTFT_SWEEPS kAvx512
+#define ROBUSTFT_ISA "AVX512"
+#include "sweeps.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,310 @@
+"""torch.optim optimizers that hold each parameter near its anchor θ₀. The only file that knows torch.optim."""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import anchors, ops, state
+from .anchors import Anchor
+from .bases import ADAMW, SGD, Base, Group
+from .methods import method_of
+from .plan import Plan, label_of
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Betas = tuple[float | Tensor, float | Tensor]
+
+# Keys of torch.optim's own groups that choose an implementation, not a formula.
+_TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+
+
+class AnchoredOptimizer(Optimizer):
+    """What the optimizers of this package share; not to be constructed itself."""
+
+    base: Base
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, anchor: Anchor, backend: str, save_anchors: bool
+    ) -> None:
+        ops.check_backend(backend)
+        self.backend = backend
+        self.save_anchors = save_anchors
+        self._plan: Plan | None = None
+        words = anchor is None or isinstance(anchor, str)
+        self._given: Anchor = None if words else anchor
+        super().__init__(params, {**defaults, "anchor": anchor if words else "initial"})
+        if isinstance(self._given, Mapping):
+            anchors.check_no_surplus(self._given, [n for g in self.param_groups for n in g.get("param_names", ())])
+        self._given = None
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; its keys are the constructor's, and `params`. `pre` is another name for `anchor`.
+
+        Raises ValueError, RuntimeError or TypeError naming the key or parameter, and adds nothing, where one is
+        unfit.
+        """
+        group = dict(param_group)
+        if "backend" in group:
+            raise ValueError("backend is chosen for the whole optimizer, not for a group")
+        if "anchor" in group and "pre" in group:
+            raise ValueError("a group has both 'anchor' and 'pre', which mean the same; give one")
+        own = "anchor" in group or "pre" in group
+        spec: Anchor = group.pop("pre", None) if "pre" in group else group.pop("anchor", None)
+        super().add_param_group(group)  # names, duplicates of other groups, defaults
+        try:
+            self._adopt(group, spec if own else self._given or group["anchor"], shared=not own)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    def _adopt(self, group: Group, spec: Anchor, *, shared: bool) -> None:
+        params, names = group["params"], group.get("param_names")
+        labels = [label_of(group, k) for k in range(len(params))]
+        if len({id(param) for param in params}) != len(params):
+            raise ValueError("a group has the same parameter twice")
+        for param, label in zip(params, labels, strict=True):
+            if not param.is_floating_point():
+                raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
+        _check_hyper(group)
+        anchored = method_of(group["method"]).anchored
+        if isinstance(spec, Mapping):
+            if shared and not anchored:
+                spec = "initial"
+            elif not shared:
+                anchors.check_no_surplus(spec, names or ())
+        group["anchor"], tensors = anchors.resolve(spec, params, names, labels, anchored=anchored)
+        for param, tensor in zip(params, tensors or (), strict=tensors is not None):
+            self.state[param]["anchor"] = tensor
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over all groups. `closure` re-evaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
+            self._plan = Plan(self.base, self.param_groups, self.state, self.backend)
+        self._plan.run()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the anchors among the state; without them where `save_anchors=False`."""
+        saved = super().state_dict()
+        if not self.save_anchors:
+            kept = {key: {k: v for k, v in of.items() if k != "anchor"} for key, of in saved["state"].items()}
+            saved["state"] = {key: of for key, of in kept.items() if of}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a copy of what `state_dict` returned, or of a torch.optim optimizer's of the same base.
+
+        Float32 state and anchors keep their dtypes. What the checkpoint lacks (anchors, method, strength ...) stays
+        as it is here. Raises ValueError, before anything is changed, where shapes or parameter names differ.
+        """
+        incoming: dict[str, Any] = {}
+
+        def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            saved = {**saved, "param_groups": self._complete(saved["param_groups"], saved["state"])}
+            for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
+                for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
+                    state.check_loadable(param, label_of(group, k), saved["state"].get(key, {}))
+            incoming.update(saved)
+            return saved
+
+        present = {param: of.get("anchor") for param, of in self.state.items()}
+
+        def restore(_: Optimizer) -> None:  # torch has cast every floating state to its parameter's dtype
+            for group, theirs in zip(self.param_groups, incoming["param_groups"], strict=True):
+                for param, key in zip(group["params"], theirs["params"], strict=True):
+                    loaded = state.load(param, incoming["state"].get(key, {}))
+                    if group["anchor"] != "zero" and "anchor" not in loaded and present.get(param) is not None:
+                        loaded["anchor"] = present[param]
+                    self.state[param] = loaded
+                    if not loaded:
+                        del self.state[param]
+
+        # The user's hooks run before the one and after the other.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._plan = None
+
+    def _complete(self, saved: list[Group], saved_state: Mapping[Any, Any]) -> list[Group]:
+        """The saved groups with what they lack taken from ours."""
+        complete = []
+        for group, theirs in zip(self.param_groups, saved, strict=False):
+            if theirs.get("decoupled_weight_decay") is False and theirs.get("weight_decay") and self.base is ADAMW:
+                raise ValueError(
+                    "the checkpoint is of torch.optim.Adam with a coupled weight_decay, here it is decoupled; "
+                    "set weight_decay to 0 in its groups, or start anew"
+                )
+            names, their_names = group.get("param_names"), theirs.get("param_names")
+            if names and their_names and names != their_names:
+                pairs = zip(names, their_names, strict=False)
+                other = next(((a, b) for a, b in pairs if a != b), (len(names), len(their_names)))
+                raise ValueError(f"the checkpoint's parameter names differ, first {other[1]!r} for {other[0]!r}")
+            merged = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            merged.update({k: v for k, v in theirs.items() if k not in _TORCH_SWITCHES})
+            if merged["anchor"] != "zero" and not any("anchor" in saved_state.get(k, {}) for k in theirs["params"]):
+                merged["anchor"] = group["anchor"]
+            complete.append(merged)
+        return complete + saved[len(complete) :]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend, "save_anchors": self.save_anchors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self._given = None
+
+
+class AnchoredAdamW(AnchoredOptimizer):
+    r"""AdamW with a pull toward the anchor.
+
+        m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²
+        θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
+        θ ← θ₀ + α(θ̃ − θ₀)
+
+    with α chosen by `method` (d = θ − θ₀ before the decay and the step, c = θ̃ − θ₀ after them):
+
+    - "none": α = 1. Equal to torch.optim.AdamW (and Adam, at weight_decay=0). Keeps no anchor.
+    - "spd": α = 1 − min(1, strength·r), r = max(0, ‖c‖−‖d‖)/‖c‖, for each tensor with ⟨g,d⟩ > 0; else 1.
+    - "l2sp": α = 1 − min(1, strength·lr).
+
+    Every argument up to `anchor` can be set per group, `method` included.
+
+    Args:
+        params: parameters of any floating dtype and dense layout, `model.named_parameters()`, or groups of either.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; a tensor lr is read at each step.
+        method: a name in `robustft_kernels.METHODS`.
+        strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp".
+        anchor: "initial" (a copy of the weights now), "zero" (for adapters: no memory, no reads), a list of tensors
+            parallel to `params`, or a mapping from parameter name to tensor.
+        backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
+        save_anchors: whether `state_dict` carries the anchors.
+
+    State: float32 (float64 for float64 parameters) exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, a float32
+    step, and the anchor. Arithmetic is float32 for every parameter dtype but float64.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, or an anchor that does not fit; the message names it.
+        RuntimeError: a backend that is not there, or a sparse gradient.
+
+    Sources: SPD: Tian et al., NeurIPS 2024, Algorithm 2, with λ·r capped at 1 as its text states. L2-SP: Li et al.,
+    ICML 2018, in the decoupled form of the SPD paper's Algorithms 1 and 3. AdamW: Loshchilov & Hutter, ICLR 2019.
+    """
+
+    base = ADAMW
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        method: str = "none",
+        strength: float = 1.0,
+        anchor: Anchor = "initial",
+        backend: str = "auto",
+        save_anchors: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "method": method, "strength": strength,
+        }  # fmt: skip
+        super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
+
+
+class AdamSPD(AnchoredAdamW):
+    """`AnchoredAdamW` with method="spd": selective projection decay. See there for the formula and arguments."""
+
+    def __init__(self, params: Params, *args: Any, method: str = "spd", **kwargs: Any) -> None:
+        super().__init__(params, *args, method=method, **kwargs)
+
+
+class AdamL2SP(AnchoredAdamW):
+    """`AnchoredAdamW` with method="l2sp", the decoupled form. See there for the formula and arguments."""
+
+    def __init__(self, params: Params, *args: Any, method: str = "l2sp", **kwargs: Any) -> None:
+        super().__init__(params, *args, method=method, **kwargs)
+
+
+class AnchoredSGD(AnchoredOptimizer):
+    r"""SGD with a pull toward the anchor.
+
+        g' = g + wd·θ;  b ← μb + (1−dampening)g' (g' at its first step);  θ̃ = θ − lr·b, or θ − lr(g' + μb) if nesterov
+        θ ← θ₀ + α(θ̃ − θ₀)
+
+    `method` chooses α as in `AnchoredAdamW`; SPD's condition uses the raw g, without wd·θ. Arguments, per-group
+    settings and errors are as there and in torch.optim.SGD, to which method="none" is equal.
+
+    State: with momentum, a float32 (float64) momentum_buffer and a float32 step that counts its updates; the anchor.
+
+    Sources: as `AnchoredAdamW`; momentum: Sutskever et al., ICML 2013, in torch.optim.SGD's form.
+    """
+
+    base = SGD
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        method: str = "none",
+        strength: float = 1.0,
+        anchor: Anchor = "initial",
+        backend: str = "auto",
+        save_anchors: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "maximize": maximize, "method": method, "strength": strength,
+        }  # fmt: skip
+        super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
+
+
+class SGDSPD(AnchoredSGD):
+    """`AnchoredSGD` with method="spd": selective projection decay. See there for the formula and arguments."""
+
+    def __init__(self, params: Params, *args: Any, method: str = "spd", **kwargs: Any) -> None:
+        super().__init__(params, *args, method=method, **kwargs)
+
+
+def _check_hyper(group: Group) -> None:
+    """Raises ValueError naming the first hyper-parameter of a group that is out of its range."""
+    for key in ("lr", "eps", "weight_decay", "strength", "momentum", "dampening"):
+        if key not in group:
+            continue
+        if isinstance(group[key], Tensor) and group[key].numel() != 1:
+            raise ValueError(f"{key} must be one number, got a tensor of shape {tuple(group[key].shape)}")
+        value = float(group[key])
+        if not isfinite(value) or (value < 0 and key != "dampening"):
+            raise ValueError(f"{key} must be finite and at least 0, got {value}")
+    for i, beta in enumerate(group.get("betas", ())):
+        if not 0 <= float(beta) < 1:
+            raise ValueError(f"betas[{i}] must be in [0, 1), got {float(beta)}")
+    if len(group.get("betas", (0, 0))) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']}")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs a momentum above 0 and dampening=0")
