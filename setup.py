@@ -14,7 +14,15 @@ SOURCES = [
 ]
 # No FMA contraction: every instruction set gives the same bits. OpenMP is compiled but never linked, so that
 # at::parallel_for finds torch's own runtime: a second one would make both spin.
-FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 
@@ -23,8 +31,10 @@ def native_extension():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        say_missing(f"torch cannot be imported in the build environment ({error}); "
-                    "install torch first and build with --no-build-isolation")
+        say_missing(
+            f"torch cannot be imported in the build environment ({error}); "
+            "install torch first and build with --no-build-isolation"
+        )
         return {}
 
     class OptionalBuild(BuildExtension):
@@ -32,8 +42,10 @@ def native_extension():
             try:
                 super().run()
             except Exception as error:  # whatever a tool chain can do wrong
-                say_missing(f"the C++ extension did not build ({type(error).__name__}: {error}); "
-                            "a C++20 compiler (g++ or clang++) is needed")
+                say_missing(
+                    f"the C++ extension did not build ({type(error).__name__}: {error}); "
+                    "a C++20 compiler (g++ or clang++) is needed"
+                )
                 self.extensions = []  # or an editable install looks for what was not built
 
     extension = CppExtension("robustft_kernels._native", SOURCES, extra_compile_args={"cxx": FLAGS + OPENMP})

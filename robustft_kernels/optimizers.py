@@ -55,7 +55,8 @@ class AnchoredOptimizer(Optimizer):
         spec: Anchor = group.pop("pre", None) if "pre" in group else group.pop("anchor", None)
         super().add_param_group(group)  # names, duplicates of other groups, defaults
         try:
-            self._adopt(group, spec if own else self._given or group["anchor"], shared=not own)
+            shared = group["anchor"] if self._given is None else self._given
+            self._adopt(group, spec if own else shared, shared=not own)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -71,12 +72,11 @@ class AnchoredOptimizer(Optimizer):
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
         _check_hyper(group)
         anchored = method_of(group["method"]).anchored
-        if isinstance(spec, Mapping):
-            if shared and not anchored:
-                spec = "initial"
-            elif not shared:
-                anchors.check_no_surplus(spec, names or ())
+        if shared and not anchored and isinstance(spec, Mapping):
+            spec = "initial"  # the mapping is for the other groups
         group["anchor"], tensors = anchors.resolve(spec, params, names, labels, anchored=anchored)
+        if not shared and isinstance(spec, Mapping):
+            anchors.check_no_surplus(spec, names or ())
         for param, tensor in zip(params, tensors or (), strict=tensors is not None):
             self.state[param]["anchor"] = tensor
 

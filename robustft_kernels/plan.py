@@ -32,7 +32,6 @@ class Plan:
                     continue
                 _check(param, label_of(group, k))
                 by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
-                state.prepare(param, kept[param], base, group)
         self.launches = [
             Launch(base, [(groups[row], ks) for row, ks in rows.items()], kept, backend, device)
             for device, rows in by_device.items()
@@ -44,9 +43,7 @@ class Plan:
         """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
         tensors = list(_tensors(kept))
         return (
-            len(tensors) == len(self._kept)
-            and all(map(is_, tensors, self._kept))
-            and self._key == self._key_of(groups)
+            len(tensors) == len(self._kept) and all(map(is_, tensors, self._kept)) and self._key == self._key_of(groups)
         )
 
     def run(self) -> None:
@@ -77,7 +74,6 @@ class Launch:
         self.base = base
         self.groups = [group for group, _ in entries]
         self.params = [group["params"][k] for group, ks in entries for k in ks]
-        self.labels = [label_of(group, k) for group, ks in entries for k in ks]
         dtypes = {t.dtype for p in self.params for t in (p, p.grad)}
         self.backend = ops.choose_backend(backend, device, dtypes)
 
@@ -87,6 +83,7 @@ class Launch:
         for group, ks in entries:
             for k in ks:
                 of_param = kept[group["params"][k]]
+                state.prepare(group["params"][k], of_param, base, group)
                 if _anchored(group):
                     if "anchor" not in of_param:
                         raise ValueError(

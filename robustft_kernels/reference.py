@@ -76,8 +76,15 @@ def measure(g: Tensor, d: Tensor, c: Tensor) -> Tensor:
 
 
 def _finish(
-    param: Tensor, g: Tensor, anchor: Tensor | None, theta: Tensor, moved: Tensor, rule: str, h: Row,
-    measures: Tensor, alpha_out: Tensor,
+    param: Tensor,
+    g: Tensor,
+    anchor: Tensor | None,
+    theta: Tensor,
+    moved: Tensor,
+    rule: str,
+    h: Row,
+    measures: Tensor,
+    alpha_out: Tensor,
 ) -> None:
     """Measure, decide, pull, store."""
     theta_0 = torch.zeros_like(theta) if anchor is None else anchor.to(theta.dtype)
@@ -91,7 +98,9 @@ def _finish(
     param.copy_(torch.where(alpha == 1, moved, pulled))
 
 
-def _groups(hyper: Tensor, columns: tuple[str, ...], group_sizes: list[int], rules: list[str]) -> Iterator[tuple[Row, str]]:
+def _groups(
+    hyper: Tensor, columns: tuple[str, ...], group_sizes: list[int], rules: list[str]
+) -> Iterator[tuple[Row, str]]:
     for row, size, rule in zip(hyper.tolist(), group_sizes, rules, strict=True):
         for _ in range(size):
             yield dict(zip(columns, row, strict=True)), rule
@@ -104,9 +113,20 @@ def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def adamw_(
-    params: list[Tensor], grads: list[Tensor], anchors: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], measures: Tensor, alphas: Tensor, hyper: Tensor,
-    group_sizes: list[int], rules: list[str], *, arithmetic: torch.dtype | None = None,
+    params: list[Tensor],
+    grads: list[Tensor],
+    anchors: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    measures: Tensor,
+    alphas: Tensor,
+    hyper: Tensor,
+    group_sizes: list[int],
+    rules: list[str],
+    *,
+    arithmetic: torch.dtype | None = None,
 ) -> None:
     """One AdamW step with its pull, for every tensor of the lists; see ops.py for what they are."""
     anchor_feed, max_feed = iter(anchors), iter(max_exp_avg_sqs)
@@ -125,9 +145,18 @@ def adamw_(
 
 @torch.no_grad()
 def sgd_(
-    params: list[Tensor], grads: list[Tensor], anchors: list[Tensor], momentum_buffers: list[Tensor],
-    steps: list[Tensor], measures: Tensor, alphas: Tensor, hyper: Tensor, group_sizes: list[int], rules: list[str],
-    *, arithmetic: torch.dtype | None = None,
+    params: list[Tensor],
+    grads: list[Tensor],
+    anchors: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[Tensor],
+    measures: Tensor,
+    alphas: Tensor,
+    hyper: Tensor,
+    group_sizes: list[int],
+    rules: list[str],
+    *,
+    arithmetic: torch.dtype | None = None,
 ) -> None:
     """One SGD step with its pull, for every tensor of the lists; see ops.py for what they are."""
     anchor_feed, buffer_feed, step_feed = iter(anchors), iter(momentum_buffers), iter(steps)

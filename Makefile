@@ -1,0 +1,35 @@
+# `make demo` and `make test` need python3 >= 3.10, a C++ compiler and make; they set up the rest in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+
+.PHONY: install demo test lint bench clean
+
+install: .venv/.installed
+
+.venv/.installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"python >= 3.10 is needed, not {v[0]}.{v[1]}: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
+	$(BIN)/python -c 'import robustft_kernels as r; [print(f"backend {n}: {m or \"ready\"}") for n, m in r.backends().items()]'
+	touch $@
+
+demo: install
+	$(BIN)/python examples/digits.py
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks.steps
+
+clean:
+	rm -rf .venv build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so

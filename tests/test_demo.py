@@ -1,0 +1,51 @@
+"""The demo at a small size, and every example of the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_demo_small(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "examples" / "digits.py",
+        "--seeds",
+        "2",
+        "--steps",
+        "12",
+        "--pretrain-steps",
+        "16",
+    ]
+    command += ["--lr", "1e-3", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1:-1] for line in first.stdout.splitlines() if line.startswith("| 0.001")]
+    assert [row[1].strip() for row in rows] == ["AdamW", "L2-SP, λ=10", "AdamSPD, λ=1", "AdamSPD, λ=2"]
+    deviation = [float(row[-2]) for row in rows]
+    assert 0 < deviation[3] <= deviation[2] <= deviation[0]
+    assert deviation[1] < deviation[0]
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert [p.name for p in pictures] == ["digits-id-ood.png", "digits-layers.png"]
+    assert all(p.stat().st_size > 10_000 for p in pictures)
+    assert "pre-train" in first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pre-train" not in second.stderr  # cached
+    scores = [row[:-1] for row in rows]
+    assert scores == [line.split("|")[1:-2] for line in second.stdout.splitlines() if line.startswith("| 0.001")]
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+
+
+def test_readme_has_examples():
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.splitlines()[0])
+def test_readme_example_runs(code, tmp_path):
+    """Each block stands alone, so that it can be pasted."""
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], cwd=tmp_path, check=True)

@@ -1,0 +1,215 @@
+"""Every backend, method, base and dtype against the oracle in float64, over one table of cases."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robustft_kernels import METHODS, ops
+from robustft_kernels.testing import CASES, CHUNK, DTYPES, SETTINGS, Case, Stepper, assert_same_step
+
+ANCHORS = {"anchor of its dtype": True, "bf16 anchor": torch.bfloat16, "f32 anchor": torch.float32, "zero": False}
+COMBINATIONS = [(m, a) for m, row in METHODS.items() for a in ANCHORS if row.anchored or a == "zero"]
+native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+
+
+def prepare_of(backend, settings):
+    return ops.PREPARE[backend][settings.base.name]
+
+
+def settled(cases, settings, method, dtype, backend="reference", steps=2, **kwargs):
+    """A stepper some steps into its trajectory."""
+    stepper = Stepper(cases, settings, method, dtype, **kwargs)
+    for _ in range(steps):
+        stepper.run(prepare_of(backend, settings), stepper.grads())
+    return stepper
+
+
+def assert_bits(got, want):
+    for a, b in zip(got.tensors(), want.tensors(), strict=True):
+        assert torch.equal(a.nan_to_num(nan=0.125), b.nan_to_num(nan=0.125))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize(("method", "anchor"), COMBINATIONS)
+def test_step_equals_oracle(backend, method, anchor, settings, dtype):
+    got = Stepper(CASES, settings, method, dtype, ANCHORS[anchor])
+    fired = []
+    for _ in range(4):
+        grads, before = got.grads(), got.clone()
+        untouched = [t.clone() for t in (*grads, *got.anchors)]
+        want = before.clone()
+        want.run_oracle(grads)
+        got.run(prepare_of(backend, settings), grads)
+        assert_same_step(got, want, before, grads)
+        assert all(map(torch.equal, (*grads, *got.anchors), untouched)), "a gradient or an anchor was written"
+        fired += [float(a) != 1 for a, p in zip(got.alphas, got.params, strict=True) if p.numel()]
+    if method == "spd" and settings.hyper.get("momentum") != 0:  # without momentum a step goes where g says: back
+        assert 0.1 < sum(fired) / len(fired) < 0.6, "the stream should make a good part of the segments fire"
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=lambda s: s.name)
+def test_mixed_dtypes_in_one_call(backend, settings):
+    """A gradient dtype other than the parameter's, and all parameter dtypes side by side."""
+    steppers = [settled(CASES, settings, "spd", dtype) for dtype in DTYPES]
+    grads = [s.grads(torch.float32) for s in steppers]
+    want = [s.clone() for s in steppers]
+    for s, g in zip(want, grads, strict=True):
+        s.run(prepare_of(backend, settings), g)
+    joined = [
+        sum(lists, [])
+        for lists in zip(*([s.params, s.anchors, *s.states.values(), s.steps] for s in steppers), strict=True)
+    ]
+    n = len(joined[0])
+    measures, alphas = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    hyper, rules = steppers[0].args()[-3].repeat(len(DTYPES), 1), ["spd"] * len(DTYPES)
+    prepare_of(backend, settings)(*joined, measures, alphas, hyper, [len(CASES)] * len(DTYPES), rules)(sum(grads, []))
+    assert torch.equal(measures, torch.cat([s.measures for s in want]))
+    assert torch.equal(alphas, torch.cat([s.alphas for s in want]))
+    for got, one in zip(steppers, want, strict=True):
+        assert all(map(torch.equal, got.params, one.params))
+
+
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if s.hyper.get("momentum") != 0], ids=lambda s: s.name)
+def test_300_at_once_equal_300_single_calls(backend, settings):
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.randint(1, 3000, (297,), generator=generator).tolist() + [3 * CHUNK, 2 * CHUNK + 1, CHUNK]
+    cases = tuple(Case(str(n), (n,)) for n in sizes)
+    together = settled(cases, settings, "spd", torch.float32)
+    grads, alone = together.grads(), together.clone()
+    together.run(prepare_of(backend, settings), grads)
+    assert (together.alphas < 1).any()
+    assert (together.alphas == 1).any()
+    anchors, *states, steps, measures, alphas, hyper, _, rules = alone.args()
+    for i in range(len(cases)):
+        lists = ([x[i]] if x else [] for x in (anchors, *states, steps))
+        prepare_of(backend, settings)(
+            [alone.params[i]], *lists, measures[i : i + 1], alphas[i : i + 1], hyper, [1], rules
+        )([grads[i]])
+    assert_bits(alone, together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(backend, dtype):
+    cases = (*CASES, Case("large", (40 * CHUNK + 7,)))
+    start = settled(cases, SETTINGS[1], "spd", dtype)
+    grads, results = start.grads(), []
+    for threads in (1, 2, 3, 8, 2):
+        torch.set_num_threads(threads)
+        got = start.clone()
+        got.run(prepare_of(backend, SETTINGS[1]), grads)
+        results.append(got)
+    if backend == "reference":  # torch's own sums split by thread; it only has to repeat itself
+        results = [results[1], results[4]]
+    for other in results[1:]:
+        assert_bits(other, results[0])
+
+
+@native
+def test_bits_do_not_depend_on_the_instruction_set():
+    """Runs what this processor has; each instruction set in a process of its own."""
+    program = """
+import hashlib
+import torch
+from robustft_kernels import _native, ops
+from robustft_kernels.testing import CASES, DTYPES, SETTINGS, Stepper
+digest = hashlib.sha256()
+for settings in SETTINGS:
+    for dtype in DTYPES:
+        s = Stepper(CASES, settings, "spd", dtype)
+        for _ in range(3):
+            s.run(ops.PREPARE["native"][settings.base.name], s.grads())
+        for t in s.tensors():
+            digest.update(t.double().flatten().numpy().tobytes())
+print(_native.ISA, digest.hexdigest())
+"""
+    seen = {}
+    for capability in ("default", "avx2", "avx512"):
+        env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        isa, digest = out.stdout.split()
+        seen[isa] = digest
+    assert "DEFAULT" in seen
+    assert len(set(seen.values())) == 1, seen
+
+
+def test_oracle_tells_methods_apart(backend):
+    """Negative controls: another method's step, and SPD without its cap, are not taken for SPD's."""
+    settings = SETTINGS[0]
+    before = settled(CASES, settings, "spd", torch.float32)
+    grads = before.grads()
+    want = before.clone()
+    want.run_oracle(grads)
+    for wrong in ("keep", "l2sp"):
+        got = before.clone()
+        got.rule = wrong
+        got.run(prepare_of(backend, settings), grads)
+        with pytest.raises(AssertionError):
+            assert_same_step(got, want, before, grads)
+    stronger = before.clone()
+    stronger.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1.31})
+    stronger.run(prepare_of(backend, settings), grads)
+    with pytest.raises(AssertionError):
+        assert_same_step(stronger, want, before, grads)
+
+
+@pytest.mark.parametrize("method", ["spd", "l2sp"])
+def test_alpha_is_capped_at_the_anchor(backend, method):
+    """Where strength·r, or strength·lr, exceeds 1 the weights land on θ₀ and not beyond it."""
+    settings = SETTINGS[0]
+    got = settled(CASES, settings, method, torch.float32)
+    got.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})
+    got.run(prepare_of(backend, settings), got.grads())
+    assert ((got.alphas == 0) | (got.alphas == 1)).all()
+    assert (got.alphas == 0).sum() > 3
+    for alpha, param, anchor in zip(got.alphas, got.params, got.anchors, strict=True):
+        if alpha == 0:
+            assert torch.equal(param, anchor)
+
+
+def test_first_step_never_fires(backend):
+    settings = SETTINGS[0]
+    got = Stepper(CASES, settings, "spd", torch.float32)
+    got.anchors = [case.lay(p) for case, p in zip(CASES, got.params, strict=True)]
+    got.run(prepare_of(backend, settings), got.grads())
+    assert (got.alphas == 1).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[4:5], ids=lambda s: s.name)
+def test_non_finite_gradient(backend, settings, bad):
+    """The base step takes it as torch.optim does; no pull, no trace in the anchor or in other tensors."""
+    got = settled(CASES, settings, "spd", torch.float32)
+    grads = got.grads()
+    k = next(i for i, case in enumerate(CASES) if case.name == "several chunks")
+    grads[k].view(-1)[CHUNK + 1] = bad
+    before, want = got.clone(), got.clone()
+    got.run(prepare_of(backend, settings), grads)
+    want.run_oracle(grads)
+    assert got.alphas[k] == 1
+    assert torch.equal(got.params[k].isfinite(), want.params[k].isfinite())
+    assert int((~got.params[k].isfinite()).sum()) == 1
+    finite = got.params[k].isfinite()
+    assert torch.allclose(got.params[k][finite], want.params[k][finite])
+    assert all(map(torch.equal, got.anchors, before.anchors))
+    assert all(p.isfinite().all() for i, p in enumerate(got.params) if i != k)
+
+
+def test_neighbours_are_not_touched(backend):
+    """Sentinels around each tensor survive a step."""
+    settings = SETTINGS[0]
+    sizes = (1, 3, 17, 1024 + 5, CHUNK + 3, 3 * CHUNK + 1)
+    guard = 32
+    arenas = []
+
+    def lay(t):
+        arena = torch.full((t.numel() + 2 * guard,), 7.5, dtype=t.dtype)
+        arenas.append(arena)
+        return arena[guard:-guard].view(t.shape).copy_(t)
+
+    got = settled(tuple(Case(str(n), (n,), lay) for n in sizes), settings, "spd", torch.float32, backend=backend)
+    assert (got.alphas < 1).any()
+    assert all((a[:guard] == 7.5).all() and (a[-guard:] == 7.5).all() for a in arenas)

@@ -1,0 +1,137 @@
+"""The house itself: imports flow one way, the wheel holds what it should, the native code is what it claims."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from robustft_kernels import ops
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "robustft_kernels"
+# From what users import down to what imports nothing of ours.
+STACK = ("__init__", "optimizers", "plan", "ops", "anchors", "state", "testing", "reference", "bases", "methods")
+needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("robustft_kernels")):
+            module = (node.module or "").removeprefix("robustft_kernels").strip(".")
+            yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("robustft_kernels."))
+
+
+def test_imports_point_down_the_stack():
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(files) == set(STACK)
+    for name, path in files.items():
+        below = {*STACK[STACK.index(name) + 1 :], "_native"}
+        upward = set(imports_of(path)) - below
+        assert not upward, f"{name}.py imports {upward}, which is not below it"
+
+
+def test_only_optimizers_know_torch_optim_and_only_ops_the_backends():
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        assert ("from torch.optim" in text) == (path.stem == "optimizers")
+        assert ("import _native" in text) == (path.stem == "ops")
+    assert "robustft_kernels" not in (ROOT / "csrc" / "bindings.cpp").read_text()
+
+
+def test_files_stay_readable():
+    for pattern in ("robustft_kernels/*.py", "csrc/**/*.*", "tests/*.py", "examples/*.py", "benchmarks/*.py"):
+        for path in ROOT.glob(pattern):
+            assert len(path.read_text().splitlines()) <= 420, path
+
+
+def test_wheel_without_a_compiler_installs_and_says_so(tmp_path):
+    """Neither a top-level triton_kernels nor csrc; no compiler means no native backend, not no package."""
+    env = {**os.environ, "CXX": "no-such-compiler", "CC": "no-such-compiler", "PIP_NO_CACHE_DIR": "1"}
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    built = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    assert "installing WITHOUT the native backend" in built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"robustft_kernels"}
+    assert "robustft_kernels/triton_kernels/__init__.py" in names
+    assert "robustft_kernels/py.typed" in names
+    assert not [name for name in names if "csrc" in name or name.endswith((".so", ".cpp", ".h"))]
+
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
+    program = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in repr(f)]  # or the checkout's extension is found
+import warnings, torch, robustft_kernels as rft, robustft_kernels.triton_kernels
+assert rft.__file__.startswith("SITE"), rft.__file__
+print(rft.backends()["native"])
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    optimizer = rft.AdamSPD([p])
+    optimizer.step(), optimizer.step()
+print([str(w.message) for w in caught])
+""".replace("SITE", str(tmp_path / "site"))
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "reinstall with a C++ compiler" in out[0]
+    assert out[1].count("slow reference backend serves the cpu parameters") == 1
+
+
+@needs_native
+def test_one_openmp_runtime():
+    """A second one would make the threads of both spin."""
+    program = "import torch, robustft_kernels; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    runtimes = {line.split()[-1] for line in maps.splitlines() if re.search(r"lib(gomp|omp|iomp5)[-.\w]*\.so", line)}
+    assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or os.uname().machine != "x86_64", reason="needs g++ on x86-64")
+@pytest.mark.parametrize(("unit", "width"), [("baseline", 16), ("avx2", 32), ("avx512", 64)])
+def test_every_loop_vectorises(unit, width, tmp_path):
+    """Holds the compiler to it: each `omp simd` loop at the full width of its instruction set, for float and double."""
+    flags = re.search(r"FLAGS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1)
+    command = ["g++", "-std=c++20", "-fPIC", "-fopenmp", *ast.literal_eval(flags), "-fopt-info-vec-optimized", "-c"]
+    source = ROOT / "csrc" / "cpu" / f"sweeps_{unit}.cpp"
+    report = subprocess.run(
+        [*command, source, "-o", tmp_path / "out.o"], capture_output=True, text=True, check=True
+    ).stderr
+    found = {
+        (Path(p).name, int(line))
+        for p, line, w in re.findall(r"(\S+):(\d+):\d+: optimized: loop vectorized using (\d+)", report)
+        if int(w) == width
+    }
+    loops = [
+        (path.name, number + 1)
+        for path in (ROOT / "csrc" / "chunk.h", *(ROOT / "csrc" / "cpu").glob("*.h"))
+        for number, text in enumerate(path.read_text().splitlines(), 1)
+        if "#pragma omp simd" in text
+    ]
+    assert len(loops) >= 6
+    # The report names a loop by its head or by the first statement of its body.
+    missed = [(name, line) for name, line in loops if not {(name, line), (name, line + 1)} & found]
+    assert not missed, report
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", tmp_path / "out.o"], capture_output=True, text=True, check=True
+    ).stdout
+    external = [s for s in symbols.splitlines() if re.search(r" [A-SU-Z] ", s) and " r " not in s.lower()]
+    assert len(external) == 1, external  # the table: code for one instruction set must not be linked for another
