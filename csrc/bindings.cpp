@@ -120,7 +120,10 @@ class PreparedStep {
   void run(const Tensors& grads) {
     TORCH_CHECK(grads.size() == jobs_.size(), "robustft: ", jobs_.size(), " params but ", grads.size(), " grads");
     Tensors relaid;  // alive until the sweeps are done
-    for (size_t i = 0; i < jobs_.size(); ++i) bind(jobs_[i], held_[i], grads[i], relaid);
+    for (size_t i = 0; i < jobs_.size(); ++i) {
+      if (i + 4 < jobs_.size()) prefetch(held_[i + 4]);
+      bind(jobs_[i], held_[i], grads[i], relaid);
+    }
 
     for (Held& held : held_) {
       bump_version(held.param);
@@ -136,6 +139,14 @@ class PreparedStep {
   struct Held {
     Tensor param, anchor, state[3], step;
   };
+
+  // Thousands of small tensors: their headers are scattered, and waiting for them would cost as much as the step.
+  static void prefetch(const Held& held) {
+    for (const Tensor* tensor : {&held.param, &held.anchor, &held.state[0], &held.state[1], &held.step}) {
+      const char* header = reinterpret_cast<const char*>(tensor->unsafeGetTensorImpl());
+      for (int line = 0; line < 3; ++line) __builtin_prefetch(header + 64 * line);
+    }
+  }
 
   const Hyper* rows() const { return static_cast<const Hyper*>(hyper_.const_data_ptr()); }
 
@@ -187,7 +198,7 @@ SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momen
           steps, momentum, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules};
 }
 
-// Everything about parameters and gradients that a plan depends on, but the gradients' addresses.
+// Everything that a plan depends on: parameters, gradients but for their addresses, and which objects the state is.
 class Fingerprint {
  public:
   void add(const Tensor& param) {
@@ -197,6 +208,10 @@ class Fingerprint {
     const Tensor& grad = param.grad();
     put(grad.defined());
     if (grad.defined()) add_metadata(grad);
+  }
+  void add(PyObject* kept) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(kept, &at, &key, &value);) put(int64_t(key)), put(int64_t(value));
   }
   py::bytes bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t)}; }
 
@@ -213,9 +228,10 @@ class Fingerprint {
   std::vector<int64_t> words_;
 };
 
-py::bytes fingerprint(const Tensors& params) {
+py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept) {
   Fingerprint all;
   for (const Tensor& param : params) all.add(param);
+  for (const py::dict& of_param : kept) all.add(of_param.ptr());
   return all.bytes();
 }
 

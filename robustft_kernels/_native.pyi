@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -31,4 +32,4 @@ def prepare_sgd(
     group_sizes: list[int],
     rules: list[str],
 ) -> Callable[[list[Tensor]], None]: ...
-def fingerprint(params: list[Tensor]) -> bytes: ...
+def fingerprint(params: list[Tensor], kept: list[dict[str, Any]]) -> bytes: ...

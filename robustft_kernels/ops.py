@@ -101,15 +101,16 @@ def prepare(backend: str, base: Base, params: list[Tensor], *args: Any) -> Run:
     return PREPARE[backend][base.name](params, *args)
 
 
-def fingerprint(params: list[Tensor]) -> object:
-    """Equal for two calls iff parameters and gradients are the same but for the gradients' addresses and values.
+def fingerprint(params: list[Tensor], kept: list[dict[str, Any]]) -> object:
+    """Equal for two calls iff a plan made at the first still holds at the second.
 
-    Covers identity, address, shape, strides, dtype and device of each parameter, and all but the address of its
-    gradient, or that it has none.
+    Covers identity, address, shape, strides, dtype and device of each parameter; all but the address of its gradient,
+    or that it has none; and which objects the state in `kept` is. The caller keeps those objects alive.
     """
     if _native is not None:
-        return _native.fingerprint(params)
-    return [(id(p), p.data_ptr(), _metadata(p), None if p.grad is None else _metadata(p.grad)) for p in params]
+        return _native.fingerprint(params, kept)
+    of_params = [(id(p), p.data_ptr(), _metadata(p), None if p.grad is None else _metadata(p.grad)) for p in params]
+    return of_params, [(key, id(value)) for of_param in kept for key, value in of_param.items()]
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:

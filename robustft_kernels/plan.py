@@ -1,9 +1,7 @@
 """The one gate from Python objects to flat lists. A plan is built once and holds until what it was built from
 changes; a step of a valid plan hands the backends new gradients and hyper-parameters, nothing else."""
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from operator import is_
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,25 +34,22 @@ class Plan:
             Launch(base, [(groups[row], ks) for row, ks in rows.items()], kept, backend, device)
             for device, rows in by_device.items()
         ]
-        self._key = self._key_of(groups)
-        self._kept = list(_tensors(kept))
+        self._key = self._key_of(groups, kept)
+        self._alive = [tuple(of_param.values()) for of_param in kept.values()]  # or their ids could be used again
 
     def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> bool:
         """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
-        tensors = list(_tensors(kept))
-        return (
-            len(tensors) == len(self._kept) and all(map(is_, tensors, self._kept)) and self._key == self._key_of(groups)
-        )
+        return self._key == self._key_of(groups, kept)
 
     def run(self) -> None:
         for launch in self.launches:
             launch()
 
-    def _key_of(self, groups: list[Group]) -> object:
+    def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = [
             (g["method"], g["anchor"], len(g["params"]), *(drawn(g) for _, drawn in self.base.state)) for g in groups
         ]
-        return structure, ops.fingerprint([param for group in groups for param in group["params"]])
+        return structure, ops.fingerprint([p for group in groups for p in group["params"]], list(kept.values()))
 
 
 class Launch:
@@ -129,10 +124,6 @@ def _row(group: Group, base: Base) -> list[float]:
     if "betas" in group:
         values["beta1"], values["beta2"] = group["betas"]
     return [float(values[column]) for column in base.hyper]
-
-
-def _tensors(kept: Mapping[Tensor, state.ParamState]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, kept.values()))
 
 
 def _check(param: Tensor, label: str) -> None:

@@ -108,10 +108,11 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(native, monkeypatc
     if not native:
         monkeypatch.setattr(ops, "_native", None)
     params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    kept = [{"anchor": torch.zeros(4, 6)}, {}, {}]
     params[0].grad = torch.randn(4, 6)
-    first = ops.fingerprint(params)
+    first = ops.fingerprint(params, kept)
     params[0].grad = torch.randn(4, 6)
-    assert ops.fingerprint(params) == first
+    assert ops.fingerprint(params, kept) == first
     changes = [
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
@@ -120,10 +121,15 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(native, monkeypatc
         lambda: setattr(params[2], "data", torch.randn(6, 4).t()),
         lambda: setattr(params[2], "data", torch.randn(24)),
         lambda: setattr(params[2], "data", torch.randn(24).double()),
+        lambda: kept[0].update(anchor=torch.zeros(4, 6)),
+        lambda: kept[1].update(exp_avg=torch.zeros(4, 6)),
+        lambda: kept[0].clear(),
         lambda: params.reverse(),
         lambda: params.pop(),
     ]
+    alive = list(kept[0].values())
     for change in changes:
-        before = ops.fingerprint(params)
+        before = ops.fingerprint(params, kept)
         change()
-        assert ops.fingerprint(params) != before
+        alive += kept[0].values()
+        assert ops.fingerprint(params, kept) != before
