@@ -14,7 +14,7 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
-	$(BIN)/python -c 'import robustft_kernels as r; [print(f"backend {n}: {m or \"ready\"}") for n, m in r.backends().items()]'
+	$(BIN)/python -c 'import robustft_kernels as r; print("backends:", {n: m or "ready" for n, m in r.backends().items()})'
 	touch $@
 
 demo: install
