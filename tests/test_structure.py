@@ -109,7 +109,7 @@ def test_one_openmp_runtime():
 @pytest.mark.parametrize(("unit", "width"), [("baseline", 16), ("avx2", 32), ("avx512", 64)])
 def test_every_loop_vectorises(unit, width, tmp_path):
     """Holds the compiler to it: each `omp simd` loop at the full width of its instruction set, for float and double."""
-    flags = re.search(r"FLAGS = (\[.*\])", (ROOT / "setup.py").read_text()).group(1)
+    flags = re.search(r"FLAGS = (\[.*?\])", (ROOT / "setup.py").read_text(), flags=re.S).group(1)
     command = ["g++", "-std=c++20", "-fPIC", "-fopenmp", *ast.literal_eval(flags), "-fopt-info-vec-optimized", "-c"]
     source = ROOT / "csrc" / "cpu" / f"sweeps_{unit}.cpp"
     report = subprocess.run(
