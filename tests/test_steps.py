@@ -170,6 +170,33 @@ def test_alpha_is_capped_at_the_anchor(backend, method):
             assert torch.equal(param, anchor)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_storage_rounds_as_torch_does(backend, dtype):
+    """Every 16-bit value survives being widened and narrowed; floats of every exponent, the midpoints between two
+    neighbours and their neighbours round to nearest, ties to even."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    middles = (every.float() + torch.nextafter(every, torch.full_like(every, torch.inf)).float()) / 2
+    floats = torch.cat(
+        [middles, middles.nextafter(torch.tensor(torch.inf)), middles.nextafter(torch.tensor(-torch.inf))]
+    )
+    floats = torch.cat([floats, torch.arange(0, 2**31, 9973, dtype=torch.int32).view(torch.float32)])
+    floats = floats[floats.isfinite() & (floats.abs() < 1e38)]
+
+    settings = SETTINGS[3]
+    kept = Stepper((Case("every", tuple(every.shape)),), settings, "none", dtype, anchored=False)
+    kept.params = [every.clone()]
+    kept.settings = type(settings)("", settings.base, {**settings.hyper, "lr": 0.0})
+    kept.run(prepare_of(backend, settings), [torch.zeros_like(every)])
+    assert torch.equal(kept.params[0], every)
+
+    pulled = Stepper((Case("floats", tuple(floats.shape)),), settings, "l2sp", dtype, torch.float32)
+    pulled.params, pulled.anchors = [torch.zeros_like(floats, dtype=dtype)], [floats]
+    pulled.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})  # onto the anchor
+    pulled.run(prepare_of(backend, settings), [torch.zeros_like(floats, dtype=dtype)])
+    assert torch.equal(pulled.params[0], floats.to(dtype))
+
+
 def test_first_step_never_fires(backend):
     settings = SETTINGS[0]
     got = Stepper(CASES, settings, "spd", torch.float32)

@@ -1,4 +1,4 @@
-// Sweeps: the crossings of memory. Each instruction set offers the same four.
+// Sweeps: the crossings of memory. Each instruction set offers the same three.
 #pragma once
 
 #include "base.h"
