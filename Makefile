@@ -32,4 +32,4 @@ bench: install
 	$(BIN)/python -m benchmarks.steps
 
 clean:
-	rm -rf .venv build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so
+	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so
