@@ -28,12 +28,11 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or all(p == q for p, q, size in strides if size != 1)
 
 
-def beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def beside(param: Tensor, value: Tensor) -> Tensor:
     """`value` on `param`'s device in its memory layout: itself where it is so already, else a copy."""
-    dtype = dtype or value.dtype
-    if value.device == param.device and value.dtype == dtype and same_layout(value, param):
+    if value.device == param.device and same_layout(value, param):
         return value
-    return copy_beside(param, value, dtype)
+    return copy_beside(param, value)
 
 
 def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:

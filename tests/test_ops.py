@@ -7,7 +7,7 @@ import torch
 
 from robustft_kernels import ops
 from robustft_kernels.bases import ADAMW, SGD
-from robustft_kernels.testing import CASES, SETTINGS, Stepper
+from robustft_kernels.testing import CASES, CHUNK, SETTINGS, Stepper
 
 BASES = (ADAMW, SGD)
 
@@ -47,6 +47,7 @@ def test_mutation_bumps_versions(backend):
 def test_native_table_has_the_contract_columns():
     assert tuple(ops._native.ADAMW_HYPER) == ADAMW.hyper
     assert tuple(ops._native.SGD_HYPER) == SGD.hyper
+    assert ops._native.CHUNK == CHUNK, "or the cases do not reach several chunks"
 
 
 @pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
