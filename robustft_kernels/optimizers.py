@@ -124,9 +124,10 @@ class AnchoredOptimizer(Optimizer):
                     loaded = state.load(param, incoming["state"].get(key, {}))
                     if group["anchor"] != "zero" and "anchor" not in loaded and present.get(param) is not None:
                         loaded["anchor"] = present[param]
-                    self.state[param] = loaded
-                    if not loaded:
-                        del self.state[param]
+                    if loaded:
+                        self.state[param] = loaded
+                    else:
+                        self.state.pop(param, None)
 
         # The user's hooks run before the one and after the other.
         hooks = (

@@ -101,7 +101,7 @@ class Run {
         if (job.rule.measured)
           measure(job, *progress_[task.first], task.begin, task.end);
         else
-          base_sweep_(job, known_alpha(job), task.begin, task.end, nullptr);
+          base_sweep_(job, *job.alpha, task.begin, task.end, nullptr);
         break;
       case Kind::pull:
         for (int spins = 0; !progress_[task.first]->decided.load(std::memory_order_acquire);)
@@ -113,7 +113,7 @@ class Run {
 
   void whole(const Job& job) {
     const int64_t numel = job.segment.numel;
-    if (!job.rule.measured) return base_sweep_(job, known_alpha(job), 0, numel, nullptr);
+    if (!job.rule.measured) return base_sweep_(job, *job.alpha, 0, numel, nullptr);
     Measures total;
     for (int64_t at = 0; at < numel; at += kChunk) {
       Measures partial;
@@ -132,8 +132,6 @@ class Run {
     decide(job, total);
     progress.decided.store(true, std::memory_order_release);
   }
-
-  static double known_alpha(const Job& job) { return job.rule.alpha({}, job.strength, job.lr); }
 
   const std::vector<Job>& jobs_;
   const BaseSweep& base_sweep_;
