@@ -34,21 +34,22 @@ Buffer buffer_of(const Tensor& tensor, const Tensor& param, const char* name) {
   return {tensor.data_ptr(), dtype_of(tensor)};
 }
 
-// A tensor list whose entries are taken one by one, because not every parameter has one.
+// A list whose entries are taken one by one, because not every parameter has one.
+template <class T>
 class Feed {
  public:
-  Feed(const Tensors& list, const char* name) : list_(list), name_(name) {}
+  Feed(const std::vector<T>& list, const char* name) : list_(list), name_(name) {}
 
-  const Tensor& next() {
-    TORCH_CHECK(at_ < list_.size(), "robustft: ", name_, " has ", list_.size(), " tensors, too few for the groups");
+  const T& next() {
+    TORCH_CHECK(at_ < list_.size(), "robustft: ", name_, " has ", list_.size(), " entries, too few for the groups");
     return list_[at_++];
   }
   void check_all_taken() const {
-    TORCH_CHECK(at_ == list_.size(), "robustft: ", name_, " has ", list_.size(), " tensors; the groups take ", at_);
+    TORCH_CHECK(at_ == list_.size(), "robustft: ", name_, " has ", list_.size(), " entries; the groups take ", at_);
   }
 
  private:
-  const Tensors& list_;
+  const std::vector<T>& list_;
   const char* name_;
   size_t at_ = 0;
 };
@@ -78,7 +79,8 @@ class PreparedStep {
 
   PreparedStep(Sweep sweep, Tensors params, const Tensors& anchors, const std::vector<StateList>& states,
                const Tensors& steps, bool (*counted)(const Hyper&), Tensor measures, Tensor alphas, Tensor hyper,
-               const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules)
+               const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules,
+               const std::vector<int64_t>& seeds)
       : sweep_(sweep), measures_(std::move(measures)), alphas_(std::move(alphas)), hyper_(std::move(hyper)) {
     const int64_t n = params.size(), groups = group_sizes.size();
     check_table(measures_, {n, 3}, "measures");
@@ -86,8 +88,9 @@ class PreparedStep {
     check_table(hyper_, {groups, int64_t(sizeof(Hyper) / sizeof(double))}, "hyper");
     TORCH_CHECK(int64_t(rules.size()) == groups, "robustft: ", groups, " groups but ", rules.size(), " rules");
 
-    Feed param_feed(params, "params"), anchor_feed(anchors, "anchors"), step_feed(steps, "steps");
-    std::vector<Feed> state_feeds;
+    Feed<Tensor> param_feed(params, "params"), anchor_feed(anchors, "anchors"), step_feed(steps, "steps");
+    std::vector<Feed<Tensor>> state_feeds;
+    Feed<int64_t> seed_feed(seeds, "seeds");
     for (const StateList& state : states) state_feeds.emplace_back(state.tensors, state.name);
     for (int row = 0; row < groups; ++row) {
       const Rule rule = rule_of(rules[row]);
@@ -106,6 +109,10 @@ class PreparedStep {
                       "robustft: the step count of params[", i, "] must be one float32 on the CPU");
         }
         Job job{};
+        if (h.stochastic_rounding) {
+          const int64_t seed = seed_feed.next();
+          if (held.param.scalar_type() == at::kBFloat16) job.segment.seed = seed;
+        }
         job.rule = rule;
         job.row = row;
         job.measures = measures_.data_ptr<double>() + 3 * i;
@@ -114,15 +121,19 @@ class PreparedStep {
       }
     }
     param_feed.check_all_taken(), anchor_feed.check_all_taken(), step_feed.check_all_taken();
-    for (const Feed& feed : state_feeds) feed.check_all_taken();
+    seed_feed.check_all_taken();
+    for (const auto& feed : state_feeds) feed.check_all_taken();
   }
 
-  void run(const Tensors& grads) {
+  void run(const Tensors& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+    if (found_inf && found_inf->item<double>() != 0) return;
+    const double scale = grad_scale ? grad_scale->item<double>() : 1;
     TORCH_CHECK(grads.size() == jobs_.size(), "robustft: ", jobs_.size(), " params but ", grads.size(), " grads");
     Tensors relaid;  // alive until the sweeps are done
     for (size_t i = 0; i < jobs_.size(); ++i) {
       if (i + 4 < jobs_.size()) prefetch(held_[i + 4]);
       bind(jobs_[i], held_[i], grads[i], relaid);
+      jobs_[i].segment.grad_scale = scale;
     }
 
     for (Held& held : held_) {
@@ -180,22 +191,24 @@ using SGDStep = PreparedStep<SGDHyper>;
 
 AdamWStep prepare_adamw(Tensors params, const Tensors& anchors, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                         const Tensors& max_exp_avg_sqs, const Tensors& steps, Tensor measures, Tensor alphas,
-                        Tensor hyper, const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules) {
+                        Tensor hyper, const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules,
+                        const std::vector<int64_t>& seeds) {
   const auto always = [](const AdamWHyper&) { return true; };
   const auto amsgrad = [](const AdamWHyper& h) { return h.amsgrad != 0; };
   return {sweeps().adamw, std::move(params), anchors,
           {{"exp_avgs", exp_avgs, always},
            {"exp_avg_sqs", exp_avg_sqs, always},
            {"max_exp_avg_sqs", max_exp_avg_sqs, amsgrad}},
-          steps, always, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules};
+          steps, always, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 
 SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momentum_buffers, const Tensors& steps,
                     Tensor measures, Tensor alphas, Tensor hyper, const std::vector<int64_t>& group_sizes,
-                    const std::vector<std::string>& rules) {
+                    const std::vector<std::string>& rules, const std::vector<int64_t>& seeds) {
   const auto momentum = [](const SGDHyper& h) { return h.momentum != 0; };
+  const auto counted = [](const SGDHyper& h) { return h.momentum != 0 || h.stochastic_rounding != 0; };
   return {sweeps().sgd, std::move(params), anchors, {{"momentum_buffers", momentum_buffers, momentum}},
-          steps, momentum, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules};
+          steps, counted, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 
 // Everything that a plan depends on: parameters, gradients but for their addresses, and which objects the state is.
@@ -228,6 +241,14 @@ class Fingerprint {
   std::vector<int64_t> words_;
 };
 
+void addresses(const Tensors& tensors, const Tensor& out) {
+  TORCH_CHECK(out.device().is_cpu() && out.scalar_type() == at::kLong && out.is_contiguous() &&
+                  out.numel() == int64_t(tensors.size()),
+              "robustft: addresses go to a contiguous int64 CPU tensor of ", tensors.size());
+  int64_t* to = out.data_ptr<int64_t>();
+  for (const Tensor& tensor : tensors) *to++ = int64_t(tensor.const_data_ptr());
+}
+
 py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept) {
   Fingerprint all;
   for (const Tensor& param : params) all.add(param);
@@ -240,11 +261,14 @@ py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept) 
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace robustft;
-  py::class_<AdamWStep>(m, "AdamWStep").def("__call__", &AdamWStep::run);
-  py::class_<SGDStep>(m, "SGDStep").def("__call__", &SGDStep::run);
+  const py::arg grads("grads");
+  const py::arg_v grad_scale = py::arg("grad_scale") = py::none(), found_inf = py::arg("found_inf") = py::none();
+  py::class_<AdamWStep>(m, "AdamWStep").def("__call__", &AdamWStep::run, grads, grad_scale, found_inf);
+  py::class_<SGDStep>(m, "SGDStep").def("__call__", &SGDStep::run, grads, grad_scale, found_inf);
   m.def("prepare_adamw", &prepare_adamw);
   m.def("prepare_sgd", &prepare_sgd);
   m.def("fingerprint", &fingerprint);
+  m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,
   m.attr("ADAMW_HYPER") = std::vector<std::string>{ROBUSTFT_ADAMW_HYPER(ROBUSTFT_NAME)};
   m.attr("SGD_HYPER") = std::vector<std::string>{ROBUSTFT_SGD_HYPER(ROBUSTFT_NAME)};

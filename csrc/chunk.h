@@ -27,6 +27,8 @@ struct Segment {
   Buffer param, grad;
   Buffer anchor;    // absent: the anchor is zero
   Buffer state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGD: momentum_buffer
+  double grad_scale = 1;  // what the gradient is to be divided by
+  int64_t seed = -1;      // of a bf16 param's stochastic rounding; negative: round to nearest
 };
 
 // A length that the compiler knows: loops of a full tile have no remainder.
@@ -130,6 +132,31 @@ void round_to(DType dtype, int n, T* values) {
   store(values, n, buffer, 0);
   load(buffer, 0, n, values);
 }
+
+// MurmurHash3's finalizer: every bit sways every bit of the result.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// The key of one stochastic rounding of a tensor: of its seed, the step and, within the step, the sweep.
+inline uint32_t rounding_key(int64_t seed, double t, uint32_t phase) {
+  return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 2 + phase)) ^ uint32_t(seed));
+}
+
+// Values become a bf16 neighbour, the upper one with the probability of their distance from the lower; the counter is
+// the element's place in memory. `offset` is a multiple of kTile, so that 32 bits of it are the same for all.
+ROBUSTFT_INLINE void dither(int n, uint32_t key, int64_t offset, float* values) {
+  const uint32_t low = uint32_t(offset), high = mix(key + uint32_t(offset >> 32));
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = bit_cast<uint32_t>(values[i]);
+    const uint32_t moved = (bits + (mix(mix((low + uint32_t(i)) ^ key) + high) >> 16)) & 0xffff0000u;
+    values[i] = bit_cast<float>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
+  }
+}
+inline void dither(int, uint32_t, int64_t, double*) {}  // a float64 param is never bf16
 
 // A block of a buffer as numbers of the arithmetic type: the memory itself where it already holds that type
 // (no copy), otherwise a staged conversion.

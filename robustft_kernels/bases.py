@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Group = dict[str, Any]
 
 MEASURES = ("grad_dot_delta", "delta_sq", "gain")
@@ -19,6 +21,15 @@ def _amsgrad(group: Group) -> bool:
 
 def _momentum(group: Group) -> bool:
     return bool(group["momentum"] != 0)
+
+
+def _momentum_or_stochastic(group: Group) -> bool:
+    return _momentum(group) or bool(group["stochastic_rounding"])
+
+
+def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of `dtype` is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -42,19 +53,21 @@ class Base:
         return (
             f"{self.name}_.{overload}({alias['params']}[] params, Tensor[] grads, Tensor[] anchors, {lists}, "
             f"{alias['steps']}[] steps, {alias['measures']} measures, {alias['alphas']} alphas, "
-            "Tensor hyper, int[] group_sizes, str[] rules) -> ()"
+            "Tensor hyper, int[] group_sizes, str[] rules, int[] seeds, "
+            "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
         )
 
 
+_COMMON = ("maximize", "anchored", "stochastic_rounding")
 ADAMW = Base(
     "adamw",
-    hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "strength", "amsgrad", "maximize", "anchored"),
+    hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "strength", "amsgrad", *_COMMON),
     state=(("exp_avg", _always), ("exp_avg_sq", _always), ("max_exp_avg_sq", _amsgrad)),
     counted=_always,
 )
 SGD = Base(
     "sgd",
-    hyper=("lr", "momentum", "dampening", "weight_decay", "strength", "nesterov", "maximize", "anchored"),
+    hyper=("lr", "momentum", "dampening", "weight_decay", "strength", "nesterov", *_COMMON),
     state=(("momentum_buffer", _momentum),),
-    counted=_momentum,
+    counted=_momentum_or_stochastic,
 )

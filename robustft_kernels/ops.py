@@ -6,15 +6,19 @@ One op a base, one overload a backend:
 
 Each does a whole step for all its tensors: base step, measure, decide, pull. `group_sizes` says how many consecutive
 params share a row of `hyper` (float64, on the CPU, columns `Base.hyper`) and a rule. A list that only some groups need
-(anchors, max_exp_avg_sqs, ...) has entries for the params of those groups alone, in their order. What the step found
-goes to `measures` (float64, one row ⟨g,d⟩, ‖d‖², ‖c‖²−‖d‖² a tensor; nan where the rule needs none) and `alphas`.
+(anchors, max_exp_avg_sqs, seeds, ...) has entries for the params of those groups alone, in their order. What the step
+found goes to `measures` (float64, one row ⟨g,d⟩, ‖d‖², ‖c‖²−‖d‖² a tensor; nan where the rule needs none) and `alphas`.
+Gradients are divided by `grad_scale`; where `found_inf` is not 0, nothing is written.
 
 The op is for tracing; a step runs `prepare(...)`, the same implementation with its lists already taken in. The
 dispatcher costs a third of a microsecond for each tensor of each list: 4 ms a step for 2,000 tensors.
 """
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,32 +35,64 @@ except ImportError as error:
 else:
     NATIVE_MISSING = ""
 
-Run = Callable[[list[Tensor]], None]
+Run = Callable[..., None]  # of grads, grad_scale, found_inf
 
-# From the op's arguments without `grads` to a function of them.
+
+def _prepare_triton(
+    base: Base, tickets: bool, params: list[Tensor], *args: Any, live: dict[int, Tensor] | None = None
+) -> Run:
+    from .triton_kernels.launch import PreparedStep
+
+    run: Run = PreparedStep(base, params, *args, live=live or {}, addresses=addresses, tickets=tickets)
+    return run
+
+
+# From the op's arguments without `grads`, `grad_scale` and `found_inf` to a function of those.
 PREPARE: dict[str, dict[str, Callable[..., Run]]] = {
+    "triton": {base.name: partial(_prepare_triton, base, False) for base in (ADAMW, SGD)},
+    "triton_tickets": {base.name: partial(_prepare_triton, base, True) for base in (ADAMW, SGD)},
     "reference": {"adamw": reference.prepare_adamw, "sgd": reference.prepare_sgd},
 }
 if _native is not None:
     PREPARE["native"] = {"adamw": _native.prepare_adamw, "sgd": _native.prepare_sgd}
 
-NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FASTEST_FIRST = ("triton", "native", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FASTEST_FIRST = ("triton", "triton_tickets", "native", "reference")
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name, fastest first, with "" if it is ready here, else why it is not."""
-    missing = {"triton": "the Triton kernels are not part of this version", "native": NATIVE_MISSING, "reference": ""}
+    """Each backend's name, fastest first, with "" if it is ready here, else why it is not.
+
+    "triton_tickets" is the form of "triton" that makes both sweeps in one launch.
+    """
+    triton = _triton_missing()
+    missing = {"triton": triton, "triton_tickets": triton, "native": NATIVE_MISSING, "reference": ""}
     return {name: missing[name] for name in FASTEST_FIRST}
 
 
-def _objection(backend: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors, which is slow and for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    return ""
+
+
+def objection_to(backend: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
     """Why `backend` cannot serve such tensors, or ""."""
     if missing := backends()[backend]:
         return missing
-    if backend == "native" and device.type != "cpu":
-        return f"it serves CPU tensors, not {device.type}"
-    if backend == "native" and (others := dtypes.difference(NATIVE_DTYPES)):
+    if backend == "reference":
+        return ""
+    serves = "cpu" if backend == "native" or interpreted() else "cuda"
+    if device.type != serves:
+        return f"it serves {serves.upper()} tensors, not {device.type}"
+    if others := dtypes.difference(KERNEL_DTYPES):
         return f"it does not serve {', '.join(sorted(map(str, others)))}"
     return ""
 
@@ -80,10 +116,12 @@ def choose_backend(backend: str, device: torch.device, dtypes: set[torch.dtype])
     Raises RuntimeError where a backend was asked for by name and cannot.
     """
     if backend != "auto":
-        if objection := _objection(backend, device, dtypes):
+        if objection := objection_to(backend, device, dtypes):
             raise RuntimeError(f"backend={backend!r} cannot serve these parameters: {objection}; use backend='auto'")
         return backend
-    objections = {name: _objection(name, device, dtypes) for name in FASTEST_FIRST}
+    objections = {name: objection_to(name, device, dtypes) for name in FASTEST_FIRST if name != "triton_tickets"}
+    if interpreted():
+        objections["triton"] = "its interpreter is for tests"
     chosen = next(name for name, objection in objections.items() if not objection)
     if chosen == "reference" and device.type not in _warned:
         _warned.add(device.type)
@@ -96,9 +134,23 @@ def choose_backend(backend: str, device: torch.device, dtypes: set[torch.dtype])
     return chosen
 
 
-def prepare(backend: str, base: Base, params: list[Tensor], *args: Any) -> Run:
-    """A step over `params` that takes their gradients. `args`: the op's, from `anchors` on."""
-    return PREPARE[backend][base.name](params, *args)
+def takes_live(backend: str) -> bool:
+    """Whether `prepare` takes hyper-parameters as tensors of the device, and keeps step counts there."""
+    return backend.startswith("triton")
+
+
+def prepare(backend: str, base: Base, params: list[Tensor], *args: Any, **live: dict[int, Tensor]) -> Run:
+    """A step over `params` that takes their gradients. `args`: the op's, from `anchors` on. `live`, where the backend
+    takes it: tensors on the params' device that hold hyper-parameters, by their flat place in `hyper`."""
+    return PREPARE[backend][base.name](params, *args, **live)
+
+
+def addresses(tensors: list[Tensor], out: Tensor) -> None:
+    """Writes where each tensor's memory begins to `out`, int64 on the CPU."""
+    if _native is not None:
+        _native.addresses(tensors, out)
+    else:
+        out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64))
 
 
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]]) -> object:
@@ -120,7 +172,8 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 
 def _define(library: torch.library.Library, base: Base, backend: str) -> None:
     def run(params: list[Tensor], grads: list[Tensor], *args: Any) -> None:
-        prepare(backend, base, params, *args)(grads)
+        lists = len(base.state) + 8  # anchors to seeds; the dispatcher leaves out what has its default after them
+        prepare(backend, base, params, *args[:lists])(grads, *args[lists:])
 
     def fake(*_: Any) -> None:
         return None

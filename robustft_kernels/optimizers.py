@@ -25,6 +25,7 @@ class AnchoredOptimizer(Optimizer):
     """What the optimizers of this package share; not to be constructed itself."""
 
     base: Base
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf around a step
 
     def __init__(
         self, params: Params, defaults: dict[str, Any], *, anchor: Anchor, backend: str, save_anchors: bool
@@ -70,6 +71,8 @@ class AnchoredOptimizer(Optimizer):
         for param, label in zip(params, labels, strict=True):
             if not param.is_floating_point():
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
+            if group["stochastic_rounding"] and param.dtype == torch.float16:
+                raise ValueError(f"{label} is float16; stochastic_rounding is for bfloat16 (float32 needs none)")
         _check_hyper(group)
         anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
@@ -89,7 +92,7 @@ class AnchoredOptimizer(Optimizer):
                 loss = closure()
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
             self._plan = Plan(self.base, self.param_groups, self.state, self.backend)
-        self._plan.run()
+        self._plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,11 +196,18 @@ class AnchoredAdamW(AnchoredOptimizer):
         strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp".
         anchor: "initial" (a copy of the weights now), "zero" (for adapters: no memory, no reads), a list of tensors
             parallel to `params`, or a mapping from parameter name to tensor.
+        stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value, so that
+            updates below half a unit in the last place are not lost. Other dtypes are rounded to nearest.
+        seed: 0 ≤ seed < 2³¹, of that rounding, which is a function of seed, parameter, step and place: a run repeats
+            itself, and replicas agree. Saved with the group.
+        capturable: permit the capture of `step` in a CUDA graph (Triton backend, after a step outside it). What is to
+            change between replays (lr, strength ...) must then be a tensor on the device; numbers are frozen.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
         save_anchors: whether `state_dict` carries the anchors.
 
     State: float32 (float64 for float64 parameters) exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, a float32
-    step, and the anchor. Arithmetic is float32 for every parameter dtype but float64.
+    step (on the device with the Triton backend), and the anchor. Arithmetic is float32 for every parameter dtype but
+    float64. With torch.amp.GradScaler, gradients are unscaled in the kernel, which writes nothing if one is infinite.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an anchor that does not fit; the message names it.
@@ -222,12 +232,16 @@ class AnchoredAdamW(AnchoredOptimizer):
         method: str = "none",
         strength: float = 1.0,
         anchor: Anchor = "initial",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        capturable: bool = False,
         backend: str = "auto",
         save_anchors: bool = True,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "method": method, "strength": strength,
+            "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
 
@@ -255,7 +269,8 @@ class AnchoredSGD(AnchoredOptimizer):
     `method` chooses α as in `AnchoredAdamW`; SPD's condition uses the raw g, without wd·θ. Arguments, per-group
     settings and errors are as there and in torch.optim.SGD, to which method="none" is equal.
 
-    State: with momentum, a float32 (float64) momentum_buffer and a float32 step that counts its updates; the anchor.
+    State: with momentum, a float32 (float64) momentum_buffer and a float32 step that counts its updates (without
+    momentum, with stochastic_rounding, the steps); the anchor.
 
     Sources: as `AnchoredAdamW`; momentum: Sutskever et al., ICML 2013, in torch.optim.SGD's form.
     """
@@ -275,12 +290,16 @@ class AnchoredSGD(AnchoredOptimizer):
         method: str = "none",
         strength: float = 1.0,
         anchor: Anchor = "initial",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        capturable: bool = False,
         backend: str = "auto",
         save_anchors: bool = True,
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize, "method": method, "strength": strength,
+            "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
 
@@ -302,6 +321,8 @@ def _check_hyper(group: Group) -> None:
         value = float(group[key])
         if not isfinite(value) or (value < 0 and key != "dampening"):
             raise ValueError(f"{key} must be finite and at least 0, got {value}")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
     for i, beta in enumerate(group.get("betas", ())):
         if not 0 <= float(beta) < 1:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {float(beta)}")

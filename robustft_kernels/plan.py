@@ -2,6 +2,7 @@
 changes; a step of a valid plan hands the backends new gradients and hyper-parameters, nothing else."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from . import ops, state
 from .bases import MEASURES, Base, Group
 from .methods import method_of
+
+CPU = torch.device("cpu")
 
 
 def label_of(group: Group, k: int) -> str:
@@ -23,6 +26,11 @@ class Plan:
 
     def __init__(self, base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], backend: str) -> None:
         self.base = base
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this step needs a new plan, which cannot be made while a CUDA graph is captured; take a "
+                "step with the same parameters, and gradients for the same of them, before the capture"
+            )
         by_device: dict[torch.device, dict[int, list[int]]] = {}
         for row, group in enumerate(groups):
             for k, param in enumerate(group["params"]):
@@ -30,30 +38,40 @@ class Plan:
                     continue
                 _check(param, label_of(group, k))
                 by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
+        starts = [0, *accumulate(len(group["params"]) for group in groups)]
         self.launches = [
-            Launch(base, [(groups[row], ks) for row, ks in rows.items()], kept, backend, device)
+            Launch(base, [(groups[row], ks, starts[row]) for row, ks in rows.items()], kept, backend, device)
             for device, rows in by_device.items()
         ]
         self._key = self._key_of(groups, kept)
-        self._alive = [tuple(of_param.values()) for of_param in kept.values()]  # or their ids could be used again
+        # Or their ids could be used again.
+        self._alive = [*(tuple(of.values()) for of in kept.values()), *(_tensors(group, base) for group in groups)]
 
     def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> bool:
         """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
         return self._key == self._key_of(groups, kept)
 
-    def run(self) -> None:
+    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0."""
         for launch in self.launches:
-            launch()
+            launch(grad_scale, found_inf)
 
     def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = [
-            (g["method"], g["anchor"], len(g["params"]), *(drawn(g) for _, drawn in self.base.state)) for g in groups
+            (
+                *(group[key] for key in ("method", "anchor", "stochastic_rounding", "seed", "capturable")),
+                len(group["params"]),
+                *(drawn(group) for _, drawn in self.base.state),
+                *((name, id(t), t.data_ptr()) for name, t in _tensors(group, self.base).items()),
+            )
+            for group in groups
         ]
         return structure, ops.fingerprint([p for group in groups for p in group["params"]], list(kept.values()))
 
 
 class Launch:
-    """All parameters of one device, prepared for one backend.
+    """All parameters of one device, prepared for one backend. entries: groups, which of their parameters, and the place
+    of their first among all the optimizer's.
 
     measures, alphas: what the last step found, one row a parameter; see ops.py.
     """
@@ -61,24 +79,26 @@ class Launch:
     def __init__(
         self,
         base: Base,
-        entries: list[tuple[Group, list[int]]],
+        entries: list[tuple[Group, list[int], int]],
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
         device: torch.device,
     ) -> None:
         self.base = base
-        self.groups = [group for group, _ in entries]
-        self.params = [group["params"][k] for group, ks in entries for k in ks]
+        self.groups = [group for group, _, _ in entries]
+        self.params = [group["params"][k] for group, ks, _ in entries for k in ks]
         dtypes = {t.dtype for p in self.params for t in (p, p.grad)}
         self.backend = ops.choose_backend(backend, device, dtypes)
 
         anchors: list[Tensor] = []
         lists: dict[str, list[Tensor]] = {key: [] for key, _ in base.state}
         steps: list[Tensor] = []
-        for group, ks in entries:
+        seeds: list[int] = []
+        on_device = ops.takes_live(self.backend)
+        for group, ks, start in entries:
             for k in ks:
                 of_param = kept[group["params"][k]]
-                state.prepare(group["params"][k], of_param, base, group)
+                state.prepare(group["params"][k], of_param, base, group, steps_on=device if on_device else CPU)
                 if _anchored(group):
                     if "anchor" not in of_param:
                         raise ValueError(
@@ -91,25 +111,52 @@ class Launch:
                         lists[key].append(of_param[key])
                 if base.counted(group):
                     steps.append(of_param["step"])
+                if group["stochastic_rounding"]:
+                    seeds.append(group["seed"] << 32 | start + k)
 
         n = len(self.params)
-        table_device = device if self.backend == "reference" else torch.device("cpu")
-        self.measures = torch.zeros(n, len(MEASURES), dtype=torch.float64, device=table_device)
-        self.alphas = torch.ones(n, dtype=torch.float64, device=table_device)
+        self.measures = torch.zeros(n, len(MEASURES), dtype=torch.float64, device=device)
+        self.alphas = torch.ones(n, dtype=torch.float64, device=device)
         self.hyper = torch.zeros(len(entries), len(base.hyper), dtype=torch.float64)
         self._rows: list[list[float]] = []
+        # Hyper-parameters that the kernels read from the user's tensors, without a word to the host.
+        self._live = {
+            (row, column): tensor
+            for row, group in enumerate(self.groups if on_device else ())
+            for column, tensor in _tensors(group, base).items()
+            if tensor.device == device and tensor.dtype in (torch.float32, torch.float64)
+        }
         self._refresh()
+        width = len(base.hyper)
+        live = {row * width + base.hyper.index(column): tensor for (row, column), tensor in self._live.items()}
         self._run = ops.prepare(
             self.backend, base, self.params, anchors, *lists.values(), steps, self.measures, self.alphas, self.hyper,
-            [len(ks) for _, ks in entries], [method_of(group["method"]).rule for group in self.groups],
+            [len(ks) for _, ks, _ in entries], [method_of(group["method"]).rule for group in self.groups], seeds,
+            **({"live": live} if on_device else {}),
         )  # fmt: skip
+        self._device = device
 
-    def __call__(self) -> None:
+    def __call__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._check_capturable()
         self._refresh()
-        self._run([param.grad for param in self.params])
+        scaler = (None if t is None else t.to(self._device, non_blocking=True) for t in (grad_scale, found_inf))
+        self._run([param.grad for param in self.params], *scaler)
+
+    def _check_capturable(self) -> None:
+        if not all(group["capturable"] for group in self.groups):
+            raise RuntimeError("a CUDA graph is being captured, but the optimizer was made with capturable=False")
+        if not ops.takes_live(self.backend):
+            raise RuntimeError(f"a CUDA graph is being captured, which the {self.backend} backend does not permit")
 
     def _refresh(self) -> None:
-        rows = [_row(group, self.base) for group in self.groups]
+        rows = [
+            [
+                0.0 if (row, column) in self._live else float(value)
+                for column, value in _columns(group, self.base).items()
+            ]
+            for row, group in enumerate(self.groups)
+        ]
         if rows != self._rows:
             self._rows = rows
             self.hyper.copy_(torch.tensor(rows, dtype=torch.float64))
@@ -119,11 +166,17 @@ def _anchored(group: Group) -> bool:
     return method_of(group["method"]).anchored and group["anchor"] != "zero"
 
 
-def _row(group: Group, base: Base) -> list[float]:
+def _columns(group: Group, base: Base) -> dict[str, Any]:
+    """A group's row of the table of hyper-parameters, before it becomes numbers."""
     values: dict[str, Any] = {**group, "anchored": _anchored(group)}
     if "betas" in group:
         values["beta1"], values["beta2"] = group["betas"]
-    return [float(values[column]) for column in base.hyper]
+    return {column: values[column] for column in base.hyper}
+
+
+def _tensors(group: Group, base: Base) -> dict[str, Tensor]:
+    """The hyper-parameters of a group that are tensors."""
+    return {column: value for column, value in _columns(group, base).items() if isinstance(value, Tensor)}
 
 
 def _check(param: Tensor, label: str) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .bases import ADAMW, SGD
+from .bases import ADAMW, SGD, arithmetic_of
 
-Run = Callable[[list[Tensor]], None]
+Run = Callable[..., None]  # of grads, grad_scale, found_inf
 Row = dict[str, float]
 
 
@@ -75,6 +75,56 @@ def measure(g: Tensor, d: Tensor, c: Tensor) -> Tensor:
     return torch.stack([(g * d).sum(), (d * d).sum(), (u * (2 * d + u)).sum()])
 
 
+def mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on the uint32 that an int64 holds."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | None, phase: int) -> Tensor:
+    """A bfloat16 neighbour of each value, the upper with the probability of the distance from the lower.
+
+    Adds 16 random bits below the last bit that stays; they are a hash of seed, step, phase (0: θ̃, 1: the pull) and the
+    element's place in `param`'s memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep
+    Learning with Limited Numerical Precision", ICML 2015, Section 3.
+    """
+    count = torch.zeros((), dtype=torch.int64) if t is None else t.to(torch.int64)
+    key = mix(mix(seed >> 32 ^ mix(count * 2 + phase)) ^ (seed & 0xFFFFFFFF)).to(param.device)
+    places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
+    places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
+    chance = mix(mix(places & 0xFFFFFFFF ^ key) + mix(key + (places >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF) >> 16
+    single = values.to(torch.float32)
+    bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    moved = (bits + chance & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return torch.where(single.isfinite(), moved, single).to(values.dtype)
+
+
+class _Rounding:
+    """How a step's values become what `param` can store: rounded to nearest, or with a seed, stochastically."""
+
+    def __init__(self, param: Tensor, seed: int | None, t: Tensor | None) -> None:
+        self.param, self.t = param, t
+        self.seed = seed if param.dtype == torch.bfloat16 else None
+
+    def __call__(self, values: Tensor, phase: int) -> Tensor:
+        if self.seed is not None:
+            values = round_stochastically(values, self.param, self.seed, self.t, phase)
+        return values.to(self.param.dtype).to(values.dtype)
+
+
+class _Writer:
+    """Writes what a step found, or nothing where found_inf is set; never waits for the device to know."""
+
+    def __init__(self, found_inf: Tensor | None) -> None:
+        self.found_inf = found_inf
+
+    def __call__(self, target: Tensor, value: Tensor) -> None:
+        if self.found_inf is not None:
+            value = torch.where(self.found_inf.to(target.device) != 0, target, value.to(target.dtype))
+        target.copy_(value)
+
+
 def _finish(
     param: Tensor,
     g: Tensor,
@@ -83,19 +133,32 @@ def _finish(
     moved: Tensor,
     rule: str,
     h: Row,
-    measures: Tensor,
+    rounded: _Rounding,
+    write: _Writer,
+    measures_out: Tensor,
     alpha_out: Tensor,
 ) -> None:
     """Measure, decide, pull, store."""
     theta_0 = torch.zeros_like(theta) if anchor is None else anchor.to(theta.dtype)
-    measures.fill_(torch.nan)
+    measures = torch.full_like(measures_out, torch.nan)
     if rule in MEASURED:
-        moved = moved.to(param.dtype).to(theta.dtype)
+        moved = rounded(moved, phase=0)
         measures.copy_(measure(g, theta - theta_0, moved - theta_0))
     alpha = torch.as_tensor(RULES[rule](measures, h), dtype=measures.dtype, device=measures.device)
-    alpha_out.copy_(alpha)
     pulled = theta_0 + alpha.to(theta.dtype) * (moved - theta_0)
-    param.copy_(torch.where(alpha == 1, moved, pulled))
+    if rule in MEASURED:
+        new = torch.where(alpha == 1, moved, rounded(pulled, phase=1))
+    else:
+        new = rounded(torch.where(alpha == 1, moved, pulled), phase=0)
+    write(param, new)
+    write(measures_out, measures)
+    write(alpha_out, alpha)
+
+
+def _gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, h: Row) -> Tensor:
+    """The gradient of what the step minimizes."""
+    g = grad.to(dtype) * (-1 if h["maximize"] else 1)
+    return g if grad_scale is None else g / grad_scale.to(g.device, dtype)
 
 
 def _groups(
@@ -104,11 +167,6 @@ def _groups(
     for row, size, rule in zip(hyper.tolist(), group_sizes, rules, strict=True):
         for _ in range(size):
             yield dict(zip(columns, row, strict=True)), rule
-
-
-def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
-    """What a parameter of `dtype` is computed in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
@@ -125,22 +183,26 @@ def adamw_(
     hyper: Tensor,
     group_sizes: list[int],
     rules: list[str],
+    seeds: list[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     *,
     arithmetic: torch.dtype | None = None,
 ) -> None:
     """One AdamW step with its pull, for every tensor of the lists; see ops.py for what they are."""
-    anchor_feed, max_feed = iter(anchors), iter(max_exp_avg_sqs)
+    anchor_feed, max_feed, seed_feed, write = iter(anchors), iter(max_exp_avg_sqs), iter(seeds), _Writer(found_inf)
     for i, (h, rule) in enumerate(_groups(hyper, ADAMW.hyper, group_sizes, rules)):
         param, dtype = params[i], arithmetic or arithmetic_of(params[i].dtype)
         anchor = next(anchor_feed) if h["anchored"] else None
         state = [exp_avgs[i], exp_avg_sqs[i], *([next(max_feed)] if h["amsgrad"] else [])]
-        work = [s.to(dtype) for s in state]
-        steps[i].add_(1)
-        theta, g = param.to(dtype), grads[i].to(dtype) * (-1 if h["maximize"] else 1)
-        moved = adamw_base(theta, g, work[0], work[1], work[2] if h["amsgrad"] else None, steps[i], h)
-        for kept, new in zip(state, work, strict=True):
-            kept.copy_(new)
-        _finish(param, g, anchor, theta, moved, rule, h, measures[i], alphas[i])
+        work = [s.to(dtype, copy=True) for s in state]
+        t = steps[i] + 1
+        theta, g = param.to(dtype), _gradient(grads[i], dtype, grad_scale, h)
+        moved = adamw_base(theta, g, work[0], work[1], work[2] if h["amsgrad"] else None, t, h)
+        for kept, new in zip((*state, steps[i]), (*work, t), strict=True):
+            write(kept, new)
+        rounded = _Rounding(param, next(seed_feed) if h["stochastic_rounding"] else None, t)
+        _finish(param, g, anchor, theta, moved, rule, h, rounded, write, measures[i], alphas[i])
 
 
 @torch.no_grad()
@@ -155,30 +217,36 @@ def sgd_(
     hyper: Tensor,
     group_sizes: list[int],
     rules: list[str],
+    seeds: list[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     *,
     arithmetic: torch.dtype | None = None,
 ) -> None:
     """One SGD step with its pull, for every tensor of the lists; see ops.py for what they are."""
     anchor_feed, buffer_feed, step_feed = iter(anchors), iter(momentum_buffers), iter(steps)
+    seed_feed, write = iter(seeds), _Writer(found_inf)
     for i, (h, rule) in enumerate(_groups(hyper, SGD.hyper, group_sizes, rules)):
         param, dtype = params[i], arithmetic or arithmetic_of(params[i].dtype)
         anchor = next(anchor_feed) if h["anchored"] else None
-        theta, g = param.to(dtype), grads[i].to(dtype) * (-1 if h["maximize"] else 1)
-        if h["momentum"]:
-            buffer, t = next(buffer_feed), next(step_feed).add_(1)
-            work = buffer.to(dtype)
-            moved = sgd_base(theta, g, work, t, h)
-            buffer.copy_(work)
-        else:
-            moved = sgd_base(theta, g, None, None, h)
-        _finish(param, g, anchor, theta, moved, rule, h, measures[i], alphas[i])
+        theta, g = param.to(dtype), _gradient(grads[i], dtype, grad_scale, h)
+        step = next(step_feed) if SGD.counted(h) else None
+        t = None if step is None else step + 1
+        buffer = next(buffer_feed) if h["momentum"] else None
+        work = None if buffer is None else buffer.to(dtype, copy=True)
+        moved = sgd_base(theta, g, work, t, h)
+        for kept, new in ((buffer, work), (step, t)):
+            if kept is not None and new is not None:
+                write(kept, new)
+        rounded = _Rounding(param, next(seed_feed) if h["stochastic_rounding"] else None, t)
+        _finish(param, g, anchor, theta, moved, rule, h, rounded, write, measures[i], alphas[i])
 
 
 def prepare_adamw(params: list[Tensor], *args: object) -> Run:
-    """`adamw_` with everything but the gradients taken in."""
-    return lambda grads: adamw_(params, grads, *args)  # type: ignore[arg-type]
+    """`adamw_` with everything taken in but the gradients and what the gradient scaler says of them."""
+    return lambda grads, *scaler: adamw_(params, grads, *args, *scaler)  # type: ignore[arg-type]
 
 
 def prepare_sgd(params: list[Tensor], *args: object) -> Run:
-    """`sgd_` with everything but the gradients taken in."""
-    return lambda grads: sgd_(params, grads, *args)  # type: ignore[arg-type]
+    """`sgd_` with everything taken in but the gradients and what the gradient scaler says of them."""
+    return lambda grads, *scaler: sgd_(params, grads, *args, *scaler)  # type: ignore[arg-type]

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import Base, Group
-from .reference import arithmetic_of
+from .bases import Base, Group, arithmetic_of
 
 ParamState = dict[str, Any]
 
@@ -40,10 +39,10 @@ def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty_like(param, dtype=dtype or value.dtype, requires_grad=False).copy_(value.detach())
 
 
-def prepare(param: Tensor, kept: ParamState, base: Base, group: Group) -> None:
+def prepare(param: Tensor, kept: ParamState, base: Base, group: Group, steps_on: torch.device) -> None:
     """Gives `kept` what `base` keeps for a parameter of `group`: zeros at first, later brought to its layout.
 
-    Moments are float32, or float64 for a float64 parameter; the step count is a float32 on the CPU, as in torch.
+    Moments are float32, or float64 for a float64 parameter; the step count is a float32 on `steps_on`.
     """
     for key, drawn in base.state:
         if not drawn(group):
@@ -54,8 +53,8 @@ def prepare(param: Tensor, kept: ParamState, base: Base, group: Group) -> None:
             kept[key] = torch.zeros_like(param, dtype=arithmetic_of(param.dtype), requires_grad=False)
             if key == "momentum_buffer":
                 kept.pop("step", None)  # it counts the updates of the buffer
-    if base.counted(group) and "step" not in kept:
-        kept["step"] = torch.zeros((), dtype=torch.float32)
+    if base.counted(group):
+        kept["step"] = kept["step"].to(steps_on) if "step" in kept else torch.zeros((), device=steps_on)
     if "anchor" in kept:
         kept["anchor"] = beside(param, kept["anchor"])
 

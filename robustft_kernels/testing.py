@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .bases import ADAMW, MEASURES, SGD, Base
+from .bases import ADAMW, MEASURES, SGD, Base, arithmetic_of
 from .methods import METHODS
 
 CHUNK = 16384
+SEED = 123456789
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +36,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 def _misaligned(t: Tensor) -> Tensor:
     """One element off the allocator's alignment."""
-    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+    return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,24 @@ class Settings:
 
 
 def _adamw(name: str, **other: float) -> Settings:
-    defaults = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0, strength=1.3, amsgrad=0, maximize=0)
+    defaults = dict(
+        lr=1e-2,
+        beta1=0.9,
+        beta2=0.99,
+        eps=1e-8,
+        weight_decay=0,
+        strength=1.3,
+        amsgrad=0,
+        maximize=0,
+        stochastic_rounding=0,
+    )
     return Settings(name, ADAMW, {**defaults, **other})
 
 
 def _sgd(name: str, **other: float) -> Settings:
-    defaults = dict(lr=1e-2, momentum=0, dampening=0, weight_decay=0, strength=1.3, nesterov=0, maximize=0)
+    defaults = dict(
+        lr=1e-2, momentum=0, dampening=0, weight_decay=0, strength=1.3, nesterov=0, maximize=0, stochastic_rounding=0
+    )
     return Settings(name, SGD, {**defaults, **other})
 
 
@@ -96,13 +109,16 @@ SETTINGS = (
     _sgd("sgd, decay", weight_decay=0.01),
     _sgd("sgd, momentum, dampening", momentum=0.9, dampening=0.2, weight_decay=0.01),
     _sgd("sgd, nesterov, maximize", momentum=0.9, nesterov=1, maximize=1),
+    _adamw("adamw, stochastic", stochastic_rounding=1),
+    _sgd("sgd, stochastic", stochastic_rounding=1),
 )
 
 
 class Stepper:
     """The tensors of one op call for a table of cases, and the call itself on any backend.
 
-    anchored: True for anchors of the parameters' dtype, False for zero, or a dtype.
+    anchored: True for anchors of the parameters' dtype, False for zero, or a dtype. The numbers are those of `seed`,
+    whatever the device.
     """
 
     def __init__(
@@ -113,27 +129,33 @@ class Stepper:
         dtype: torch.dtype,
         anchored: bool | torch.dtype = True,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = device
         self.settings, self.rule = settings, METHODS[method].rule
         self.random = np.random.default_rng(seed)  # torch's normals depend on the instruction set
         self.cases = cases
         self.anchored = bool(anchored)
         anchor_dtype = anchored if isinstance(anchored, torch.dtype) else dtype
-        self.params = [case.lay(self._randn(case).to(dtype)) for case in cases]
+        self.params = [case.lay(self._randn(case).to(device, dtype)) for case in cases]
         self.anchors = [
-            case.lay((p.float() + 0.05 * self._randn(case)).to(anchor_dtype)) if self.anchored else torch.zeros(())
+            case.lay((p.float() + 0.05 * self._randn(case).to(device)).to(anchor_dtype))
+            if self.anchored
+            else torch.zeros(())
             for case, p in zip(cases, self.params, strict=True)
         ]
-        wide = reference.arithmetic_of(dtype)
+        wide = arithmetic_of(dtype)
         hyper, base = settings.hyper, settings.base
         drawn = {**hyper, "momentum": hyper.get("momentum", 0)}
         self.states = {
-            key: [case.lay(torch.zeros(case.shape, dtype=wide)) for case in cases] if wanted(drawn) else []
+            key: [case.lay(torch.zeros(case.shape, dtype=wide, device=device)) for case in cases]
+            if wanted(drawn)
+            else []
             for key, wanted in base.state
         }
-        self.steps = [torch.zeros(()) for _ in cases] if base.counted(drawn) else []
-        self.measures = torch.full((len(cases), len(MEASURES)), -7.0, dtype=torch.float64)
-        self.alphas = torch.full((len(cases),), -7.0, dtype=torch.float64)
+        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(drawn) else []
+        self.measures = torch.full((len(cases), len(MEASURES)), -7.0, dtype=torch.float64, device=device)
+        self.alphas = torch.full((len(cases),), -7.0, dtype=torch.float64, device=device)
 
     def _randn(self, case: Case) -> Tensor:
         return torch.from_numpy(np.asarray(self.random.standard_normal(case.shape, np.float32)))
@@ -146,7 +168,7 @@ class Stepper:
             anchor = self.anchors[i].float() if self.anchored else 0
             turn = 0.5 if self.random.integers(2) else -3.0
             turn *= -1 if self.settings.hyper["maximize"] else 1
-            noise = 0.05 * self._randn(case)
+            noise = 0.05 * self._randn(case).to(self.device)
             out.append(case.lay((noise + turn * (p.float() - anchor)).to(dtype or p.dtype)))
         return out
 
@@ -168,6 +190,7 @@ class Stepper:
         return [
             self.anchors if self.anchored else [], *self.states.values(), self.steps, self.measures, self.alphas,
             torch.tensor(row, dtype=torch.float64), [len(self.params)], [self.rule],
+            [SEED << 32 | i for i in range(len(self.params))] if hyper["stochastic_rounding"] else [],
         ]  # fmt: skip
 
     def run(self, prepare: Callable[..., Callable[[list[Tensor]], None]], grads: list[Tensor]) -> None:
@@ -205,7 +228,7 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
     unpulled.run_oracle(grads)
     for i, case in enumerate(want.cases):
         storage = want.params[i].dtype
-        eps = torch.finfo(reference.arithmetic_of(storage)).eps
+        eps = torch.finfo(arithmetic_of(storage)).eps
         theta, theta_0, g, tilde, new = (
             t.double() for t in (before.params[i], want.anchors[i], grads[i] * sign, unpulled.params[i], want.params[i])
         )

@@ -1,1 +1,1 @@
-"""The Triton sweeps, installed as `robustft_kernels.triton_kernels`. This version has none yet."""
+"""The Triton sweeps, installed as `robustft_kernels.triton_kernels`."""

@@ -9,9 +9,10 @@ namespace robustft {
 
 // One row of the table that a step receives for each parameter group; the fields are the table's columns.
 #define ROBUSTFT_ADAMW_HYPER(X) \
-  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(strength) X(amsgrad) X(maximize) X(anchored)
+  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(strength) X(amsgrad) X(maximize) X(anchored) \
+  X(stochastic_rounding)
 #define ROBUSTFT_SGD_HYPER(X) \
-  X(lr) X(momentum) X(dampening) X(weight_decay) X(strength) X(nesterov) X(maximize) X(anchored)
+  X(lr) X(momentum) X(dampening) X(weight_decay) X(strength) X(nesterov) X(maximize) X(anchored) X(stochastic_rounding)
 #define ROBUSTFT_FIELD(name) double name;
 
 struct AdamWHyper {
@@ -30,8 +31,8 @@ template <class T>
 struct AdamW {
   T sign, decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps;
 
-  AdamW(const AdamWHyper& h, double t)
-      : sign(h.maximize ? -1 : 1),
+  AdamW(const AdamWHyper& h, double t, double grad_scale)
+      : sign(T((h.maximize ? -1 : 1) / grad_scale)),
         decay(T(1 - h.lr * h.weight_decay)),
         beta1_rest(T(1 - h.beta1)),
         beta2(T(h.beta2)),
@@ -74,12 +75,12 @@ template <class T>
 struct SGD {
   T sign, lr, weight_decay, keep, take, buffer_weight, grad_weight;
 
-  SGD(const SGDHyper& h, double t)
-      : sign(h.maximize ? -1 : 1),
+  SGD(const SGDHyper& h, double t, double grad_scale)
+      : sign(T((h.maximize ? -1 : 1) / grad_scale)),
         lr(T(h.lr)),
         weight_decay(T(h.weight_decay)),
         keep(T(t > 1 ? h.momentum : 0)),
-        take(T(t > 1 ? 1 - h.dampening : 1)),
+        take(T(t > 1 && h.momentum ? 1 - h.dampening : 1)),
         buffer_weight(T(h.nesterov ? h.momentum : 1)),
         grad_weight(T(h.nesterov ? 1 : 0)) {}
 

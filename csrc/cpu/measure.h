@@ -58,7 +58,7 @@ class BlockMeasure {
     }
   }
 
-  // `sign` is -1 where the step maximizes: the gradient of what it minimizes is then -g.
+  // `sign` turns g into the gradient of what the step minimizes.
   Measures fold(double sign) const { return {sign * grad_dot_delta_.fold(), delta_sq_.fold(), gain_.fold()}; }
 
  private:

@@ -106,7 +106,7 @@ class Run {
       case Kind::pull:
         for (int spins = 0; !progress_[task.first]->decided.load(std::memory_order_acquire);)
           if (++spins > 64) std::this_thread::yield();
-        if (*job.alpha != 1) sweeps().pull(job.segment, *job.alpha, task.begin, task.end);
+        if (*job.alpha != 1) sweeps().pull(job.segment, job.t, *job.alpha, task.begin, task.end);
         break;
     }
   }
@@ -121,7 +121,7 @@ class Run {
       add(total, partial);
     }
     decide(job, total);
-    if (*job.alpha != 1) sweeps().pull(job.segment, *job.alpha, 0, numel);
+    if (*job.alpha != 1) sweeps().pull(job.segment, job.t, *job.alpha, 0, numel);
   }
 
   void measure(const Job& job, Progress& progress, int64_t begin, int64_t end) {

@@ -12,7 +12,7 @@ struct Sweeps {
   // pulls by the alpha that is known already, in the same pass.
   void (*adamw)(const Segment&, const AdamWHyper&, double t, double alpha, int64_t begin, int64_t end, Measures* partial);
   void (*sgd)(const Segment&, const SGDHyper&, double t, double alpha, int64_t begin, int64_t end, Measures* partial);
-  void (*pull)(const Segment&, double alpha, int64_t begin, int64_t end);
+  void (*pull)(const Segment&, double t, double alpha, int64_t begin, int64_t end);
 };
 
 extern const Sweeps kBaseline;

@@ -1,0 +1,210 @@
+"""What the compilers make of the Triton kernels, without a GPU: registers, memory, the width of every access.
+
+    python -m benchmarks.codegen            a table, for the docs (make codegen)
+    python -m benchmarks.codegen --json     everything, for tests/test_codegen.py
+
+Each is compiled for sm_80, sm_90, sm_100 and gfx942. `VARIANTS` are the corners of what `variant_of` can ask for: both
+bases with and without their optional state, every storage dtype, anchors present, of another dtype, zero, and mixed,
+and the options that take registers.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from robustft_kernels.triton_kernels import sweeps
+from robustft_kernels.triton_kernels.launch import options_of
+from robustft_kernels.triton_kernels.table import variant_of
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from robustft_kernels.bases import ADAMW, SGD, Base
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = ("step_sweep", "pull_sweep", "ticket_sweep")
+RULES = ("spd", "keep", "l2sp")  # one kernel for all, as groups may mix them
+ARGUMENTS = {
+    "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
+    "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "measures": "*fp64", "alphas": "*fp64",
+    "grad_scale": "*fp32", "found_inf": "*fp32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
+    an anchor and the last of the states, some not."""
+
+    base: Base
+    states: int
+    param: torch.dtype
+    anchor: torch.dtype | None
+    stochastic: bool = False
+    options: bool = False
+    mixed: bool = False
+
+    @property
+    def name(self) -> str:
+        state = {("adamw", 3): " amsgrad", ("sgd", 1): " momentum"}.get((self.base.name, self.states), "")
+        anchor = "zero" if self.anchor is None else NAMES[self.anchor]
+        extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options + ", mixed" * self.mixed
+        return f"{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """What the two sweeps move for a parameter: read θ, g, θ₀ and the state, write θ and the state; pull."""
+        size, anchor = self.param.itemsize, 0 if self.anchor is None else self.anchor.itemsize
+        moment = 8 if self.param == F64 else 4
+        return 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
+
+
+VARIANTS = [
+    Shipped(base, states, param, anchor)
+    for base, states in ((ADAMW, 2), (ADAMW, 3), (SGD, 0), (SGD, 1))
+    for param in (F32, BF16, F64)
+    for anchor in (param, None)
+] + [
+    Shipped(ADAMW, 2, F16, F16),
+    Shipped(SGD, 1, F16, F16),
+    Shipped(ADAMW, 2, F32, BF16),
+    Shipped(ADAMW, 2, BF16, F32),
+    Shipped(ADAMW, 2, BF16, BF16, stochastic=True),
+    Shipped(SGD, 1, BF16, BF16, stochastic=True),
+    Shipped(ADAMW, 3, F32, F32, options=True),
+    Shipped(ADAMW, 3, BF16, BF16, stochastic=True, options=True),
+    Shipped(ADAMW, 2, BF16, BF16, options=True),
+    Shipped(ADAMW, 3, F32, F32, mixed=True),
+    Shipped(ADAMW, 3, BF16, BF16, mixed=True),
+    Shipped(SGD, 1, F32, F32, mixed=True),
+]
+
+
+def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
+    """The kernel as Triton compiles it ahead of time."""
+    variant = variant_of(
+        shipped.base,
+        (shipped.param, shipped.param, shipped.anchor or shipped.param),
+        states=(shipped.states - shipped.mixed, shipped.states),
+        rules=RULES,
+        stochastic=shipped.stochastic,
+        anchored=(shipped.anchor is not None and not shipped.mixed, shipped.anchor is not None),
+    )
+    function = getattr(sweeps, kernel)
+    absent = () if shipped.options else ("live", "grad_scale", "found_inf")
+    names = function.arg_names
+    signature = {name: "constexpr" if name == "V" or name in absent else ARGUMENTS[name] for name in names}
+    constants = {
+        (i,): variant if name == "V" else None for i, name in enumerate(names) if signature[name] == "constexpr"
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    options = options_of(variant, (target.backend, target.arch if target.backend == "cuda" else 0))
+    return triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=options)
+
+
+def facts(job: tuple[int, str, str]) -> dict[str, Any]:
+    """What one kernel of one variant came to on one target."""
+    which, kernel, target = job
+    shipped = VARIANTS[which]
+    binary = compiled(shipped, kernel, TARGETS[target])
+    found: dict[str, Any] = {
+        "variant": shipped.name, "kernel": kernel, "target": target, "dtype": NAMES[shipped.param],
+        "amsgrad": shipped.states == 3, "stochastic": shipped.stochastic, "bytes": shipped.bytes,
+        "dynamic_shared": binary.metadata.shared, "threads": 32 * binary.metadata.num_warps,
+    }  # fmt: skip
+    if target.startswith("gfx"):
+        text = binary.asm["amdgcn"]
+        found |= {
+            "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+            "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),
+            "float_atomics": len(re.findall(r"(?:global|buffer|flat)_atomic_\w*f(?:16|32|64)", text)),
+            "accesses": dict(Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text))),
+        }
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, sass = _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("-sass", file.name)
+    return found | {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "static_shared": int(re.search(r"SHARED:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "float_atomics": len(re.findall(r"\b(?:atom|red)\.[\w.:]*\.(?:f|bf)(?:16|32|64)", binary.asm["ptx"])),
+        "accesses": dict(Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", binary.asm["ptx"]))),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+\S", sass, flags=re.M)),
+    }
+
+
+def _cuobjdump(*args: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def occupancy(registers: int, threads: int) -> float:
+    """The part of an sm_90 SM's 2,048 threads that its 65,536 registers, given out 256 at a time to a warp, hold."""
+    of_warp = -(-registers * 32 // 256) * 256
+    programs = 65536 // (of_warp * (threads // 32))
+    return min(1.0, programs * threads / 2048)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one row a variant, sm_90."""
+    lines = [
+        "| variant | bytes a parameter: sweep 1 + 2 | registers: sweep 1, 2, one launch | occupancy | shared memory |",
+        "|---|---|---|---|---|",
+    ]
+    by_variant: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["target"] == "sm_90":
+            by_variant.setdefault(row["variant"], {})[row["kernel"]] = row
+    for name, kernels in by_variant.items():
+        step, pull, both = (kernels[kernel] for kernel in KERNELS)
+        lines.append(
+            f"| {name} | {step['bytes'][0]} + {step['bytes'][1]} | "
+            f"{step['registers']} / {pull['registers']} / {both['registers']} | "
+            f"{occupancy(step['registers'], step['threads']):.0%} | "
+            f"{(step['static_shared'] + step['dynamic_shared']) / 1024:.1f} KiB |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="a Markdown file, whose table is replaced")
+    args = parser.parse_args()
+    targets = TARGETS if args.json else ["sm_90"]
+    jobs = [(which, kernel, target) for which in range(len(VARIANTS)) for kernel in KERNELS for target in targets]
+    with ProcessPoolExecutor() as pool:
+        rows = list(
+            tqdm(pool.map(facts, jobs, chunksize=4), total=len(jobs), desc="kernels", leave=False, disable=None)
+        )
+    if args.json:
+        print(json.dumps(rows))
+        return
+    text = f"Triton {triton.__version__}, sm_90:\n\n{table(rows)}"
+    if args.out is None:
+        print(text)
+        return
+    head, _, rest = args.out.read_text().partition("<!-- table -->\n")
+    args.out.write_text(f"{head}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The Triton backend's own: its two forms, its host side, what it costs in launches and uploads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import robustft_kernels as rft
+from robustft_kernels import ops
+from robustft_kernels.testing import CASES, SETTINGS, Stepper
+
+from .test_steps import assert_bits, prepare_of, settled
+
+pytestmark = pytest.mark.skipif(bool(ops.backends()["triton"]), reason=ops.backends()["triton"] or "ready")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5] + SETTINGS[-2:-1], ids=lambda s: s.name
+)
+def test_one_launch_gives_the_bits_of_two(device, settings, dtype):
+    two = settled(CASES, settings, "spd", dtype, device=device)
+    for _ in range(2):  # the second finds counters, flags and cursor as the first left them
+        one, grads = two.clone(), two.grads()
+        two.run(prepare_of("triton", settings), grads)
+        one.run(prepare_of("triton_tickets", settings), grads)
+        assert_bits(one, two)
+    assert (two.alphas < 1).any()
+
+
+def test_a_prepared_step_repeats(device):
+    """Scratch, counters and the ring of uploads are left fit for the next step, in both forms."""
+    for backend in ("triton", "triton_tickets"):
+        got = settled(CASES[8:13], SETTINGS[0], "spd", torch.float32, device=device)
+        want = got.clone()
+        run = prepare_of(backend, SETTINGS[0])(got.params, *got.args(), live={})
+        for _ in range(3):
+            grads = got.grads()
+            run(grads)
+            want.run(prepare_of("triton", SETTINGS[0]), grads)
+            assert_bits(got, want)
+
+
+def test_schedule_never_waits_for_what_comes_later():
+    from robustft_kernels.triton_kernels.launch import schedule
+
+    for lag in (0, 3, 1000):
+        tasks = schedule([4, 5, 11], 11, 17, lag)
+        assert sorted(tasks) == sorted([2 * c for c in range(17)] + [2 * c + 1 for c in range(11)])
+        for begin, end in ((0, 4), (4, 5), (5, 11)):
+            last_step = max(tasks.index(2 * c) for c in range(begin, end))
+            pulls = [tasks.index(2 * c + 1) for c in range(begin, end)]
+            assert min(pulls) > last_step
+            assert pulls == sorted(pulls, reverse=True)
+    assert schedule([], 0, 3, 8) == [0, 2, 4]
+
+
+def test_groups_of_one_class_share_their_launches(device, monkeypatch):
+    """Groups with other rules, options and anchors; other dtypes are another class."""
+    from robustft_kernels.triton_kernels import launch
+
+    kernels = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, *args, **kwargs: kernels.append(kernel.__name__))
+    params = [nn.Parameter(torch.randn(40000, device=device)) for _ in range(5)]
+    groups = [
+        {"params": params[:1], "method": "none", "amsgrad": True},
+        {"params": params[1:2], "method": "spd"},
+        {"params": params[2:3], "method": "l2sp", "anchor": "zero", "maximize": True},
+        {"params": params[3:4], "method": "spd", "anchor": [torch.zeros(40000, device=device)], "weight_decay": 0.1},
+    ]
+    optimizer = rft.AnchoredAdamW(groups, backend="triton")
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert kernels == ["step_sweep", "pull_sweep"]
+    params[4].data = params[4].data.bfloat16()
+    params[4].grad = torch.randn_like(params[4])
+    optimizer.add_param_group({"params": params[4:], "method": "none"})
+    kernels.clear()
+    optimizer.step()
+    assert kernels == ["step_sweep", "pull_sweep", "step_sweep"]
+
+
+@pytest.mark.parametrize("form", ["triton", "triton_tickets"])
+@pytest.mark.parametrize("tensors", [1, 150, 2000])
+def test_launches_and_uploads_do_not_grow_with_tensors(device, monkeypatch, form, tensors):
+    """A mock launcher: so many launches whatever the number of tensors; a steady step builds no table, and uploads one
+    row if a gradient moved or a hyper-parameter changed, else none."""
+    from robustft_kernels.triton_kernels import launch, table
+
+    launches, built = [], []
+    monkeypatch.setattr(
+        launch, "launch", lambda kernel, programs, *_, **__: launches.append((kernel.__name__, programs))
+    )
+    init = table.Table.__init__
+    monkeypatch.setattr(table.Table, "__init__", lambda self, *args: (built.append(self), init(self, *args))[1])
+    params = [nn.Parameter(torch.zeros(16384 + 1, device=device)) for _ in range(tensors)]
+    optimizer = rft.AdamSPD(params, backend=form)
+    expected = ["step_sweep", "pull_sweep"] if form == "triton" else ["ticket_sweep"]
+    sends = 0
+    for moved, lr, uploads in ((True, 1e-3, 1), (True, 1e-3, 1), (False, 1e-3, 0), (False, 5e-4, 1), (True, 2e-4, 1)):
+        if moved:
+            kept = [p.grad for p in params]  # or the allocator gives their addresses again
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = lr
+        launches.clear()
+        optimizer.step()
+        assert [name for name, _ in launches] == expected
+        assert len(built) == 1
+        sends += uploads
+        assert built[0]._row.sends == sends
+    assert launches[0][1] == (2 * tensors if form == "triton" else min(4, 4 * tensors))
+    del kept
+
+
+def test_hyper_parameters_in_tensors_are_read_where_they_are(device):
+    """float32 or float64, changed in place between steps, with no word to the host: as the same numbers would do."""
+    start = [torch.randn(700, device=device), torch.randn(20000, device=device)]
+    lr, strength = torch.tensor(1e-2, device=device), torch.tensor(1.5, dtype=torch.float64, device=device)
+    results = []
+    for tensors in (True, False):
+        params = [nn.Parameter(p.clone()) for p in start]
+        optimizer = rft.AdamSPD(params, lr=lr.fill_(1e-2) if tensors else 1e-2, strength=strength if tensors else 1.5,
+                                backend="triton")  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        for t in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            if tensors:
+                lr.fill_(1e-2 / (t + 1))
+            else:
+                optimizer.param_groups[0]["lr"] = torch.tensor(1e-2 / (t + 1)).item()
+            optimizer.step()
+        if tensors:
+            (launch,) = optimizer._plan.launches
+            assert launch.hyper[0, 0] == 0, "the host has read the tensor"
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
+def test_anchored_state_moves_between_backends(device):
+    """Step counts go to the device for the Triton backend, and back."""
+    param = nn.Parameter(torch.randn(100, device=device))
+    first = rft.AdamSPD([param], backend="triton")
+    param.grad = torch.randn_like(param)
+    first.step()
+    assert first.state[param]["step"].device.type == device.type
+    second = rft.AdamSPD([param], backend="reference")
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert second.state[param]["step"] == 2
+    first.load_state_dict(second.state_dict())
+    first.step()
+    assert first.state[param]["step"] == 3
+
+
+def test_first_arguments_that_fit_nothing(device):
+    stepper = Stepper(CASES[7:9], SETTINGS[0], "spd", torch.float32, device=device)
+    run = prepare_of("triton", SETTINGS[0])(stepper.params, *stepper.args())
+    with pytest.raises(ValueError, match="2 params but 1 grads"):
+        run(stepper.grads()[:1])
+    with pytest.raises(ValueError, match="a gradient has not the device and shape of its param"):
+        run([g[1:] for g in stepper.grads()])
+
+
+def test_the_whole_host_side_up_to_the_driver():
+    """Triton's own binding, specialisation and compilation for sm_90 with a driver that launches nothing: the two
+    kernels of a class are compiled once, for changed lr, other shapes and more tensors too."""
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.fake_driver"], capture_output=True, text=True, check=False, env=_uninterpreted()
+    )
+    assert out.returncode == 0, out.stderr[-4000:]
+    assert out.stdout.splitlines() == [
+        "step_sweep 3, pull_sweep 2",
+        "step_sweep 3, pull_sweep 2",
+        "step_sweep 9, pull_sweep 8",
+        "compiled: 2",
+    ]
+
+
+def _uninterpreted():
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,0 +1,89 @@
+"""Movement: what a tensor is in the table, and how a block of it becomes numbers and goes back. No method is known
+here."""
+
+import triton
+import triton.language as tl
+
+CHUNK = 16384  # elements that share one partial, and one program
+LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
+INTERPRETED = triton.knobs.runtime.interpret
+
+# The columns of a tensor's row in the table, int64: addresses first (0: absent), then where its parts lie.
+COLUMNS = ("param", "anchor", "state0", "state1", "state2", "step", "numel", "first", "group", "rule", "seed", "index")
+WIDTH = tl.constexpr(16)
+PARAM = tl.constexpr(COLUMNS.index("param"))
+ANCHOR = tl.constexpr(COLUMNS.index("anchor"))
+STATE = tl.constexpr(COLUMNS.index("state0"))
+STEP = tl.constexpr(COLUMNS.index("step"))
+NUMEL = tl.constexpr(COLUMNS.index("numel"))
+FIRST = tl.constexpr(COLUMNS.index("first"))  # chunk of the class
+GROUP = tl.constexpr(COLUMNS.index("group"))  # row of hyper
+RULE = tl.constexpr(COLUMNS.index("rule"))  # of the kernel's RULES
+SEED = tl.constexpr(COLUMNS.index("seed"))  # of stochastic rounding; negative: round to nearest
+INDEX = tl.constexpr(COLUMNS.index("index"))  # row of measures and alphas
+
+_BY_BITS = tl.constexpr(INTERPRETED)  # the interpreter casts bfloat16 wrongly: it truncates, and flushes subnormals
+
+
+@triton.jit
+def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
+    """Elements as numbers of the arithmetic type; zero where masked. VECTOR: the address is a multiple of 16.
+
+    The hint must stand on the pointer: on the integer it is lost.
+    """
+    if _BY_BITS and DTYPE == tl.bfloat16:
+        bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + offsets, mask=mask, other=0)
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(T)
+
+
+@triton.jit
+def store(address, offsets, mask, values, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Numbers that DTYPE holds, as `as_stored` makes them, to memory."""
+    if _BY_BITS and DTYPE == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True) >> 16
+        tl.store(address.to(tl.pointer_type(tl.uint16)) + offsets, bits.to(tl.uint16), mask=mask)
+        return
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    tl.store(pointer + offsets, values.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def as_stored(values, DTYPE: tl.constexpr, T: tl.constexpr):
+    """What values become once they are stored: rounded to nearest, ties to even."""
+    if _BY_BITS and DTYPE == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(values == values, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True)
+    return values.to(DTYPE).to(T)
+
+
+@triton.jit
+def mix(x):
+    """The finalizer of MurmurHash3: every bit of a uint32 sways every bit of the result."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounding_key(seed, t, PHASE: tl.constexpr):
+    """The key of one rounding of a tensor: of its seed, the step and, within the step, the sweep."""
+    turn = mix(t.to(tl.uint32) * 2 + PHASE)
+    return mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ mix((seed >> 32).to(tl.uint32) ^ turn))
+
+
+@triton.jit
+def dither(values, offsets, key):
+    """float32 values rounded to a bfloat16 neighbour, up with the probability of their distance from the lower one;
+    the counter is the element's place in memory. Inf and nan stay."""
+    low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
+    chance = mix(mix(low ^ key) + mix(key + high)) >> 16
+    bits = values.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, (bits + chance) & 0xFFFF0000, bits).to(tl.uint32).to(tl.float32, bitcast=True)

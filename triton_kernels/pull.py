@@ -1,0 +1,10 @@
+"""Pull: θ ← θ₀ + α(θ − θ₀)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pull(theta: tl.tensor, anchor: tl.tensor, alpha: tl.tensor):
+    """θ₀ + α(θ − θ₀): exactly θ₀ at α = 0."""
+    return anchor + alpha * (theta - anchor)

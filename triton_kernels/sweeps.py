@@ -1,0 +1,322 @@
+"""Sweeps: the crossings of memory, the only kernels that are launched.
+
+A program works on one chunk of one tensor. In the two-launch form `step_sweep` makes the base step and measures, and
+`pull_sweep` pulls the segments with α ≠ 1; in the one-launch form `ticket_sweep` does both, in an order in which the
+pull finds its memory still in the cache. Sums are deterministic: accumulators of a chunk in a fixed order, one partial
+a chunk, folded by whichever chunk of the segment is the last to finish, in the order of the chunks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars
+from .chunk import (
+    ANCHOR,
+    FIRST,
+    GROUP,
+    INDEX,
+    NUMEL,
+    PARAM,
+    RULE,
+    SEED,
+    STATE,
+    STEP,
+    WIDTH,
+    as_stored,
+    dither,
+    load,
+    rounding_key,
+    store,
+)
+from .decide import decide
+from .measure import fold, measure, total
+from .pull import pull
+
+NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # tensors of a launch
+BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd)}
+
+
+@dataclass(frozen=True, eq=False)  # table.variant_of makes each once, so that a launch need not compare fields
+class Variant:
+    """What a kernel is compiled for. Every field is a tl.constexpr, a device function or a tuple of such.
+
+    READ, BASE: the base's two functions. HYPERS: columns of a group's row; LR, STRENGTH: two of them. STATES: the
+    tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor (NONE, SOME or
+    ALL). RULES: those in use, first the MEASURED ones that wait for measures. STOCHASTIC: whether any tensor is so.
+    P, G, A, T: dtypes of param, grad, anchor, and the arithmetic. CHUNK: elements of a program. LANES: accumulators.
+    VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is taken for it.
+    """
+
+    READ: Any
+    BASE: Any
+    HYPERS: Any
+    LR: Any
+    STRENGTH: Any
+    STATES: Any
+    KEPT: Any
+    RULES: Any
+    MEASURED: Any
+    STOCHASTIC: Any
+    ANCHORED: Any
+    P: Any
+    G: Any
+    A: Any
+    T: Any
+    CHUNK: Any
+    LANES: Any
+    VECTOR: Any
+    CODE: Any
+
+
+@triton.jit
+def extent(chunk, tensor, V: tl.constexpr):
+    """Where a chunk begins in its tensor, and its length."""
+    begin = (chunk - tl.load(tensor + FIRST)) * V.CHUNK
+    return begin, tl.minimum(tl.load(tensor + NUMEL) - begin, V.CHUNK).to(tl.int32)
+
+
+@triton.jit
+def step_count(tensor):
+    """The steps that a tensor's state has seen, 0 where nobody counts them."""
+    step = tl.load(tensor + STEP)
+    t = tl.full((), 0.0, tl.float32)
+    if step != 0:
+        t = tl.load(step.to(tl.pointer_type(tl.float32)))
+    return t
+
+
+@triton.jit
+def present(address, n, WHERE: tl.constexpr):
+    """How many of n elements there are to read at an address that may be absent, 0, for SOME tensors."""
+    limit = n
+    if WHERE == SOME:
+        limit = tl.where(address != 0, n, 0)
+    return limit
+
+
+@triton.jit
+def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
+    """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of what it measured.
+
+    With VECTOR above 1 every address is a multiple of 16 and n of VECTOR: all accesses are 16 bytes wide under their
+    mask, and the last block needs no code of its own.
+    """
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
+        n = n // VECTOR * VECTOR  # tells the compiler
+    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
+    anchored = present(anchor, n, V.ANCHORED)
+    kept0 = present(state0, n, V.KEPT if V.STATES == 1 else ALL)
+    kept2 = present(state2, n, V.KEPT)
+    grad_dot_delta, delta_sq, gain = tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T)
+    for at in range(0, n, V.LANES * VECTOR):
+        lane = at + tl.arange(0, V.LANES * VECTOR)
+        inside = lane < n
+        offsets = begin + lane
+        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
+        theta_0 = theta * 0
+        if V.ANCHORED > NONE:
+            theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
+        s0, s1, s2 = theta_0, theta_0, theta_0
+        if V.STATES > 0:
+            s0 = load(state0, offsets, lane < kept0, V.T, V.T, WIDE)
+        if V.STATES > 1:
+            s1 = load(state1, offsets, inside, V.T, V.T, WIDE)
+        if V.STATES > 2:
+            s2 = load(state2, offsets, lane < kept2, V.T, V.T, WIDE)
+        new, s0, s1, s2 = V.BASE(theta, g, s0, s1, s2, scalars, V.STATES)
+        if V.STATES > 0:
+            store(state0, offsets, lane < kept0, s0, V.T, WIDE)
+        if V.STATES > 1:
+            store(state1, offsets, inside, s1, V.T, WIDE)
+        if V.STATES > 2:
+            store(state2, offsets, lane < kept2, s2, V.T, WIDE)
+        new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
+        if V.STOCHASTIC:
+            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+        new = as_stored(new, V.P, V.T)
+        store(param, offsets, inside, new, V.P, WIDE)
+        if V.MEASURED > 0:
+            new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
+            grad_dot_delta, delta_sq, gain = measure(theta, new, g, theta_0, grad_dot_delta, delta_sq, gain, V.LANES)
+    return grad_dot_delta, delta_sq, gain
+
+
+@triton.jit
+def pull_span(tensor, begin, n, alpha, key, VECTOR: tl.constexpr, V: tl.constexpr):
+    """The pull on n elements from `begin`; VECTOR as in `step_span`."""
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
+        n = n // VECTOR * VECTOR
+    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    anchored = present(anchor, n, V.ANCHORED)
+    for at in range(0, n, V.LANES * VECTOR):
+        lane = at + tl.arange(0, V.LANES * VECTOR)
+        inside = lane < n
+        offsets = begin + lane
+        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta_0 = theta * 0
+        if V.ANCHORED > NONE:
+            theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
+        new = pull(theta, theta_0, alpha)
+        if V.STOCHASTIC:
+            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+        store(param, offsets, inside, as_stored(new, V.P, V.T), V.P, WIDE)
+
+
+@triton.jit
+def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas, grad_scale,
+               V: tl.constexpr):  # fmt: skip
+    """Sweep 1 on one chunk."""
+    i = tl.load(owners + chunk)
+    tensor = tensors + i.to(tl.int64) * WIDTH
+    begin, n = extent(chunk, tensor, V)
+    t = step_count(tensor) + 1
+    factor, scalars = V.READ(hyper, live, tl.load(tensor + GROUP) * V.HYPERS, t, V.T)
+    if grad_scale is not None:
+        factor = factor / tl.load(grad_scale).to(V.T)
+    nan = tl.full((), float("nan"), tl.float64)
+    known = decide_segment(tensor, hyper, live, nan, nan, nan, V).to(V.T)
+    key = rounding_key(tl.load(tensor + SEED), t, 0)
+    grad = tl.load(grads + i)
+    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
+    addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
+    if (addresses % 16 == 0) & (n % V.VECTOR == 0):
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, key, scalars, V.VECTOR, V)
+    else:
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, key, scalars, 1, V)
+    grad_dot_delta, delta_sq, gain = nan, nan, nan
+    if V.MEASURED > 0:
+        grad_dot_delta, delta_sq, gain = total(a), total(b), total(c)
+    settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partials, counters, ready, measures, alphas,
+           V)  # fmt: skip
+
+
+@triton.jit
+def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partials, counters, ready, measures, alphas,
+           V: tl.constexpr):  # fmt: skip
+    """The last chunk of a segment to finish decides for it and counts the step; a segment of one chunk is pulled at
+    once. Reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
+    chunks = tl.maximum((tl.load(tensor + NUMEL) + V.CHUNK - 1) // V.CHUNK, 1)
+    last = chunks == 1
+    if chunks > 1:
+        tl.store(partials + chunk * 3, grad_dot_delta)
+        tl.store(partials + chunk * 3 + 1, delta_sq)
+        tl.store(partials + chunk * 3 + 2, gain)
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1
+        if last:
+            first = partials + tl.load(tensor + FIRST) * 3
+            grad_dot_delta, delta_sq, gain = fold(first, chunks, V.LANES)
+            tl.store(counters + i, 0)
+    if last:
+        measured = tl.load(tensor + RULE) < V.MEASURED
+        nan = tl.full((), float("nan"), tl.float64)
+        grad_dot_delta = tl.where(measured, grad_dot_delta, nan)
+        delta_sq = tl.where(measured, delta_sq, nan)
+        gain = tl.where(measured, gain, nan)
+        alpha = decide_segment(tensor, hyper, live, grad_dot_delta, delta_sq, gain, V)
+        row = tl.load(tensor + INDEX)
+        tl.store(measures + row * 3, grad_dot_delta)
+        tl.store(measures + row * 3 + 1, delta_sq)
+        tl.store(measures + row * 3 + 2, gain)
+        tl.store(alphas + row, alpha)
+        step = tl.load(tensor + STEP)
+        if step != 0:
+            tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
+        tl.debug_barrier()
+        if ready is not None:
+            tl.atomic_xchg(ready + i, 1, sem="release")
+        if measured & (chunks == 1) & (alpha != 1):
+            pull_chunk(chunk, tensor, alpha, V)
+
+
+@triton.jit
+def decide_segment(tensor, hyper, live, grad_dot_delta, delta_sq, gain, V: tl.constexpr):
+    """The alpha of a tensor's rule with its group's strength and lr."""
+    row = tl.load(tensor + GROUP) * V.HYPERS
+    lr, strength = read_hyper(hyper, live, row + V.LR), read_hyper(hyper, live, row + V.STRENGTH)
+    return decide(tl.load(tensor + RULE), grad_dot_delta, delta_sq, gain, strength, lr, V)
+
+
+@triton.jit
+def pull_chunk(chunk, tensor, alpha, V: tl.constexpr):
+    """Sweep 2 on one chunk."""
+    begin, n = extent(chunk, tensor, V)
+    key = rounding_key(tl.load(tensor + SEED), step_count(tensor), 1)
+    addresses = tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
+    if (addresses % 16 == 0) & (n % V.VECTOR == 0):
+        pull_span(tensor, begin, n, alpha.to(V.T), key, V.VECTOR, V)
+    else:
+        pull_span(tensor, begin, n, alpha.to(V.T), key, 1, V)
+
+
+@triton.jit
+def pull_decided(chunk, tensors, owners, alphas, V: tl.constexpr):
+    """Sweep 2 on one chunk, if its segment is pulled at all."""
+    tensor = tensors + tl.load(owners + chunk).to(tl.int64) * WIDTH
+    alpha = tl.load(alphas + tl.load(tensor + INDEX))
+    if alpha != 1:
+        pull_chunk(chunk, tensor, alpha, V)
+
+
+@triton.jit
+def step_sweep(tensors, grads, owners, hyper, live, partials, counters, measures, alphas, grad_scale, found_inf,
+               V: tl.constexpr):  # fmt: skip
+    """Sweep 1: one program a chunk. Does nothing where found_inf is set."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    step_chunk(tl.program_id(0), tensors, grads, owners, hyper, live, partials, counters, None, measures, alphas,
+               grad_scale, V)  # fmt: skip
+
+
+@triton.jit
+def pull_sweep(tensors, owners, alphas, found_inf, V: tl.constexpr):
+    """Sweep 2: one program for each chunk of the first so many, the last first, since sweep 1 left it in the cache."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    pull_decided(tl.num_programs(0) - 1 - tl.program_id(0), tensors, owners, alphas, V)
+
+
+@triton.jit
+def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas,
+                 grad_scale, found_inf, V: tl.constexpr):  # fmt: skip
+    """Both sweeps: programs draw the tasks of `schedule` in its order until none is left.
+
+    schedule: how many tasks, how many tensors, then each task, 2·chunk for sweep 1 and 2·chunk + 1 for sweep 2. A task
+    of sweep 2 waits for its segment's `ready`; those it waits for are in the hands of running programs, having been
+    drawn before, so that it cannot wait forever. The last program to leave resets the cursor and `ready`.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    tasks = tl.load(schedule)
+    ticket = tl.atomic_add(cursor, 1, sem="relaxed")
+    while ticket < tasks:
+        task = tl.load(schedule + 2 + ticket)
+        chunk = task // 2
+        if task % 2 == 0:
+            step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas,
+                       grad_scale, V)  # fmt: skip
+        else:
+            i = tl.load(owners + chunk)
+            decided = tl.atomic_add(ready + i, 0, sem="acquire")
+            while decided == 0:
+                decided = tl.atomic_add(ready + i, 0, sem="acquire")
+            pull_decided(chunk, tensors, owners, alphas, V)
+        ticket = tl.atomic_add(cursor, 1, sem="relaxed")
+    left = tl.atomic_add(cursor + 1, 1, sem="acq_rel")
+    if left == tl.num_programs(0) - 1:
+        tl.store(cursor, 0)
+        tl.store(cursor + 1, 0)
+        tensors_here = tl.load(schedule + 1)
+        for at in range(0, tensors_here, V.LANES):
+            i = at + tl.arange(0, V.LANES)
+            tl.store(ready + i, 0, mask=i < tensors_here)

@@ -1,0 +1,249 @@
+"""The host side: from lists of tensors to the table that the kernels read, and what travels there at each step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..bases import ADAMW, Base
+from ..state import same_layout
+from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, WIDTH
+from .decide import MEASURED, RULES
+from .sweeps import ALL, BASES, NONE, SOME, Variant
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+MAX_STATES = 3
+Addresses = Callable[[list[Tensor], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a step. states: up to the last that it has. group: its row of hyper; index: of measures and alphas.
+    seed: of its stochastic rounding, None to round to nearest."""
+
+    param: Tensor
+    anchor: Tensor | None
+    states: tuple[Tensor, ...]
+    step: Tensor | None
+    group: int
+    rule: str
+    seed: int | None
+    index: int
+
+    @property
+    def anchor_dtype(self) -> torch.dtype:
+        return (self.param if self.anchor is None else self.anchor).dtype
+
+    @property
+    def chunks(self) -> int:
+        return max(1, -(-self.param.numel() // CHUNK))  # an empty tensor counts its steps too
+
+    @property
+    def pulled_later(self) -> bool:
+        """Whether its pull is left to sweep 2."""
+        return self.rule in MEASURED and self.chunks > 1
+
+
+@cache
+def variant_of(
+    base: Base,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    states: tuple[int, int],
+    rules: tuple[str, ...],
+    stochastic: bool,
+    anchored: tuple[bool, bool],
+    lanes: int = LANES,
+) -> Variant:
+    """The kernels for tensors of such dtypes (of param, grad, anchor); see Variant.
+
+    states: the least and the most that any of them keeps. anchored: whether all of them are, whether any.
+    """
+    param, grad, anchor = dtypes
+    read, step = BASES[base.name]
+    fewest, most = states
+    vector = 16 // param.itemsize
+    if param.itemsize == 2 and (stochastic or base is not ADAMW or most == MAX_STATES):
+        vector = (
+            4  # 8-byte accesses of what is 16-bit: with 16 bytes these spill at 64 registers, on one GPU or another
+        )
+    c = tl.constexpr
+    functions = (read, step, *(RULES[rule] for rule in rules))
+    return Variant(
+        READ=read,
+        BASE=step,
+        HYPERS=c(len(base.hyper)),
+        LR=c(base.hyper.index("lr")),
+        STRENGTH=c(base.hyper.index("strength")),
+        STATES=c(most),
+        KEPT=ALL if fewest == most else SOME,
+        RULES=functions[2:],
+        MEASURED=c(sum(rule in MEASURED for rule in rules)),
+        STOCHASTIC=c(stochastic),
+        ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,
+        P=c(DTYPES[param]),
+        G=c(DTYPES[grad]),
+        A=c(DTYPES[anchor]),
+        T=c(tl.float64 if param == torch.float64 else tl.float32),
+        CHUNK=c(CHUNK),
+        LANES=c(lanes),
+        VECTOR=c(vector),
+        CODE=c("" if INTERPRETED else sha256("".join(f.cache_key for f in functions).encode()).hexdigest()),
+    )
+
+
+class Table:
+    """The entries of one class of dtypes (of param, grad, anchor) as the kernels see them.
+
+    Tensors that sweep 2 may pull come first, so that its programs are those of the first `pulled` chunks.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        dtypes: tuple[torch.dtype, ...],
+        entries: list[Entry],
+        grads: list[Tensor],
+        hyper: Tensor,
+        live: dict[int, Tensor],
+    ) -> None:
+        entries = sorted(entries, key=lambda e: not e.pulled_later)
+        device = entries[0].param.device
+        self.gpu = _gpu(device)
+        used = sorted({e.rule for e in entries}, key=lambda rule: (rule not in MEASURED, rule))
+        self.variant = variant_of(
+            base,
+            dtypes,
+            states=(min(len(e.states) for e in entries), max(len(e.states) for e in entries)),
+            rules=tuple(used),
+            stochastic=any(e.seed is not None for e in entries),
+            anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
+            lanes=8 * LANES if INTERPRETED else LANES,
+        )
+        counts = torch.tensor([e.chunks for e in entries])
+        self.chunks = int(counts.sum())
+        self.ends = counts.cumsum(0)[: sum(e.pulled_later for e in entries)].tolist()  # of what sweep 2 may pull
+        self.pulled = self.ends[-1] if self.ends else 0
+        rows = torch.zeros(len(entries), WIDTH.value, dtype=torch.int64)
+        firsts = (counts.cumsum(0) - counts).tolist()
+        for row, entry, first in zip(rows, entries, firsts, strict=True):
+            row[: len(COLUMNS)] = torch.tensor(_row(entry, first, used))
+        self.tensors = rows.to(device)
+        self.owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32), counts).to(device)
+        self.partials = torch.full((3 * self.chunks,), torch.nan, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
+        self.live = _live(hyper, live, device) if live else None
+
+        self._pick = [e.index for e in entries]
+        self._relaid = {
+            k: torch.empty_like(e.param, dtype=grads[e.index].dtype, requires_grad=False)
+            for k, e in enumerate(entries)
+            if not same_layout(grads[e.index], e.param)
+        }
+        aligned = len(entries) + len(entries) % 2  # hyper begins at a multiple of 16 bytes
+        self._grads = slice(0, len(entries))
+        self._hyper = slice(aligned, aligned + hyper.numel())
+        self._row = DeviceRow(aligned + hyper.numel(), device)
+        self.grads = self._row.device[self._grads]
+        self.hyper = self._row.device[self._hyper].view(torch.float64)
+
+    def upload(self, grads: list[Tensor], hyper: Tensor, addresses: Addresses) -> None:
+        """Sends the addresses of this step's gradients, and its hyper-parameters, where they are not there already."""
+        here = [grads[k] for k in self._pick]
+        for k, buffer in self._relaid.items():
+            here[k] = buffer.copy_(here[k])
+        host = self._row.host()
+        addresses(here, host[self._grads])
+        host[self._hyper].view(torch.float64).copy_(hyper.view(-1))
+        self._row.send()
+
+
+class DeviceRow:
+    """A row of int64 on the device that the host rewrites without waiting for the copies under way: through a ring of
+    pinned buffers, each with an event that tells when its copy is done, and longer where none is free."""
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        self.device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._cuda = device.type == "cuda"
+        self._ring = [self._slot() for _ in range(2)]
+        self._spare = self._slot()
+        self._sent: Tensor | None = None
+        self._captured: list[Tensor] = []
+        self.sends = 0
+
+    def host(self) -> Tensor:
+        """The buffer to write before `send`."""
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            return self._spare[0]
+        if self._captured and self._captured[-1] is self._spare[0]:
+            self._spare = self._slot()
+        if self._cuda and not self._ring[0][1].query():
+            self._ring.insert(0, self._slot())
+        return self._ring[0][0]
+
+    def send(self) -> None:
+        """Copies that buffer to the device, in stream order, unless the device has the same already.
+
+        A graph under capture keeps its own buffer, since its copy runs again at each replay.
+        """
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            self.device.copy_(self._spare[0], non_blocking=True)
+            self._captured.append(self._spare[0])
+            self._sent = None
+            self.sends += 1
+            return
+        buffer, event = self._ring[0]
+        if self._sent is not None and not self._captured and torch.equal(buffer, self._sent):
+            return
+        self.device.copy_(buffer, non_blocking=True)
+        if self._cuda:
+            event.record()
+        self._sent = buffer
+        self._ring.append(self._ring.pop(0))
+        self.sends += 1
+
+    def _slot(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        words = self.device.numel()
+        return torch.zeros(words, dtype=torch.int64, pin_memory=self._cuda), torch.cuda.Event() if self._cuda else None
+
+
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """What kernels are compiled for on this device, as options_of takes it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "hip" if torch.version.hip else "cpu", 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda", 10 * major + minor
+
+
+def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
+    """An entry's columns of the table, in the order of COLUMNS."""
+    states = [s.data_ptr() for s in entry.states]
+    return [
+        entry.param.data_ptr(),
+        0 if entry.anchor is None else entry.anchor.data_ptr(),
+        *states, *[0] * (MAX_STATES - len(states)),
+        0 if entry.step is None else entry.step.data_ptr(),
+        entry.param.numel(),
+        first,
+        entry.group,
+        rules.index(entry.rule),
+        -1 if entry.seed is None else entry.seed,
+        entry.index,
+    ]  # fmt: skip
+
+
+def _live(hyper: Tensor, live: dict[int, Tensor], device: torch.device) -> Tensor:
+    """For each hyper-parameter the address of the tensor that holds it, plus 1 if that is float64; 0 for the table."""
+    addresses = torch.zeros(hyper.numel(), dtype=torch.int64)
+    for at, tensor in live.items():
+        addresses[at] = tensor.data_ptr() + (tensor.dtype == torch.float64)
+    return addresses.to(device)
