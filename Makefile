@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+RESULTS ?= benchmarks/results/gpu.md
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
 
@@ -30,6 +31,16 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.steps
+
+codegen: install
+	$(BIN)/python -m benchmarks.codegen --out docs/codegen.md
+
+# Both say why, and succeed, where there is no GPU.
+test-gpu: install
+	$(BIN)/python -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py tests/test_triton.py tests/test_gpu.py
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu --out $(RESULTS)
 
 clean:
 	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 import triton
-from robustft_kernels.triton_kernels import sweeps
-from robustft_kernels.triton_kernels.launch import options_of
-from robustft_kernels.triton_kernels.table import variant_of
+from robustft_kernels.triton_kernels import rows, sweeps
+from robustft_kernels.triton_kernels.table import options_of, variant_of
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,12 +37,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = ("step_sweep", "pull_sweep", "ticket_sweep")
 RULES = ("spd", "keep", "l2sp")  # one kernel for all, as groups may mix them
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
     "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "measures": "*fp64", "alphas": "*fp64",
-    "grad_scale": "*fp32", "found_inf": "*fp32",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "out": "*fp64",
 }  # fmt: skip
 
 
@@ -74,13 +72,52 @@ class Shipped:
         moment = 8 if self.param == F64 else 4
         return 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
 
+    @property
+    def kernels(self) -> dict[str, Any]:
+        return {name: getattr(sweeps, name) for name in ("step_sweep", "pull_sweep", "ticket_sweep")}
 
-VARIANTS = [
+    def variant(self) -> sweeps.Variant:
+        return variant_of(
+            self.base,
+            (self.param, self.param, self.anchor or self.param),
+            states=(self.states - self.mixed, self.states),
+            rules=RULES,
+            stochastic=self.stochastic,
+            anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
+        )
+
+
+@dataclass(frozen=True)
+class RowNorms:
+    """The row measure."""
+
+    param: torch.dtype
+    anchor: torch.dtype | None
+    options: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"row norms, {NAMES[self.param]}, anchor {'zero' if self.anchor is None else NAMES[self.anchor]}"
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        return self.param.itemsize + (0 if self.anchor is None else self.anchor.itemsize), 0
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        return {"row_sweep": rows.row_sweep}
+
+    def variant(self) -> rows.Variant:
+        return rows.variant_of(self.param, self.anchor)
+
+
+VARIANTS: list[Shipped | RowNorms] = [
     Shipped(base, states, param, anchor)
     for base, states in ((ADAMW, 2), (ADAMW, 3), (SGD, 0), (SGD, 1))
     for param in (F32, BF16, F64)
     for anchor in (param, None)
-] + [
+]
+VARIANTS += [
     Shipped(ADAMW, 2, F16, F16),
     Shipped(SGD, 1, F16, F16),
     Shipped(ADAMW, 2, F32, BF16),
@@ -94,19 +131,12 @@ VARIANTS = [
     Shipped(ADAMW, 3, BF16, BF16, mixed=True),
     Shipped(SGD, 1, F32, F32, mixed=True),
 ]
+VARIANTS += [RowNorms(param, anchor) for param in (F32, BF16, F16, F64) for anchor in (param, None)]
 
 
-def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
+def compiled(shipped: Shipped | RowNorms, kernel: str, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it ahead of time."""
-    variant = variant_of(
-        shipped.base,
-        (shipped.param, shipped.param, shipped.anchor or shipped.param),
-        states=(shipped.states - shipped.mixed, shipped.states),
-        rules=RULES,
-        stochastic=shipped.stochastic,
-        anchored=(shipped.anchor is not None and not shipped.mixed, shipped.anchor is not None),
-    )
-    function = getattr(sweeps, kernel)
+    variant, function = shipped.variant(), shipped.kernels[kernel]
     absent = () if shipped.options else ("live", "grad_scale", "found_inf")
     names = function.arg_names
     signature = {name: "constexpr" if name == "V" or name in absent else ARGUMENTS[name] for name in names}
@@ -125,8 +155,8 @@ def facts(job: tuple[int, str, str]) -> dict[str, Any]:
     binary = compiled(shipped, kernel, TARGETS[target])
     found: dict[str, Any] = {
         "variant": shipped.name, "kernel": kernel, "target": target, "dtype": NAMES[shipped.param],
-        "amsgrad": shipped.states == 3, "stochastic": shipped.stochastic, "bytes": shipped.bytes,
-        "dynamic_shared": binary.metadata.shared, "threads": 32 * binary.metadata.num_warps,
+        "bytes": shipped.bytes,
+        "dynamic_shared": binary.metadata.shared, "threads": binary.metadata.num_warps * TARGETS[target].warp_size,
     }  # fmt: skip
     if target.startswith("gfx"):
         text = binary.asm["amdgcn"]
@@ -163,21 +193,21 @@ def occupancy(registers: int, threads: int) -> float:
     return min(1.0, programs * threads / 2048)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     """Markdown: one row a variant, sm_90."""
     lines = [
         "| variant | bytes a parameter: sweep 1 + 2 | registers: sweep 1, 2, one launch | occupancy | shared memory |",
         "|---|---|---|---|---|",
     ]
     by_variant: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
+    for row in found:
         if row["target"] == "sm_90":
             by_variant.setdefault(row["variant"], {})[row["kernel"]] = row
     for name, kernels in by_variant.items():
-        step, pull, both = (kernels[kernel] for kernel in KERNELS)
+        step = next(iter(kernels.values()))
         lines.append(
             f"| {name} | {step['bytes'][0]} + {step['bytes'][1]} | "
-            f"{step['registers']} / {pull['registers']} / {both['registers']} | "
+            f"{', '.join(str(kernel['registers']) for kernel in kernels.values())} | "
             f"{occupancy(step['registers'], step['threads']):.0%} | "
             f"{(step['static_shared'] + step['dynamic_shared']) / 1024:.1f} KiB |"
         )
@@ -190,15 +220,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a Markdown file, whose table is replaced")
     args = parser.parse_args()
     targets = TARGETS if args.json else ["sm_90"]
-    jobs = [(which, kernel, target) for which in range(len(VARIANTS)) for kernel in KERNELS for target in targets]
+    jobs = [(k, kernel, target) for k, of in enumerate(VARIANTS) for kernel in of.kernels for target in targets]
     with ProcessPoolExecutor() as pool:
-        rows = list(
+        found = list(
             tqdm(pool.map(facts, jobs, chunksize=4), total=len(jobs), desc="kernels", leave=False, disable=None)
         )
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps(found))
         return
-    text = f"Triton {triton.__version__}, sm_90:\n\n{table(rows)}"
+    text = f"Triton {triton.__version__}, sm_90:\n\n{table(found)}"
     if args.out is None:
         print(text)
         return

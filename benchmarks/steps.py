@@ -27,11 +27,15 @@ Shapes = list[tuple[int, ...]]
 
 def vit_b16() -> Shapes:
     """The 152 parameters of ViT-B/16 with a 1000-class head: 86.6M."""
-    width, hidden = 768, 3072
+    return vit_shapes(width=768, hidden=3072, blocks=12)
+
+
+def vit_shapes(width: int, hidden: int, blocks: int) -> Shapes:
+    """The parameters of a ViT of 16 × 16 patches with a 1000-class head."""
     block: Shapes = [(width,)] * 2 + [(3 * width, width), (3 * width,), (width, width), (width,)]
     block += [(width,)] * 2 + [(hidden, width), (hidden,), (width, hidden), (width,)]
     stem: Shapes = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
-    return stem + block * 12 + [(width,), (width,), (1000, width), (1000,)]
+    return stem + block * blocks + [(width,), (width,), (1000, width), (1000,)]
 
 
 MODELS: dict[str, tuple[Shapes, str]] = {
@@ -70,14 +74,14 @@ class LoopSPD(torch.optim.Optimizer):
                     p.copy_(p - group["strength"] * ratio * (p - start))
 
 
-def check_results() -> None:
-    """Raises AssertionError where the native step is not the oracle's."""
-    got = Stepper(CASES, SETTINGS[0], "spd", torch.float32)
+def check_results(backend: str, device: str) -> None:
+    """Raises AssertionError where the backend's step is not the oracle's."""
+    got = Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=torch.device(device))
     for _ in range(3):
         grads, before = got.grads(), got.clone()
         want = before.clone()
         want.run_oracle(grads)
-        got.run(ops.PREPARE["native"]["adamw"], grads)
+        got.run(ops.PREPARE[backend]["adamw"], grads)
         assert_same_step(got, want, before, grads)
 
 
@@ -157,7 +161,7 @@ def main() -> None:
     if missing := ops.backends()["native"]:
         raise SystemExit(f"nothing to measure: {missing}")
     torch.set_num_threads(args.threads)
-    check_results()
+    check_results("native", "cpu")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     print(
         f"commit {commit}, torch {torch.__version__}, {ops._native.ISA}, {args.threads} threads, {platform.machine()}"

@@ -150,7 +150,7 @@ def addresses(tensors: list[Tensor], out: Tensor) -> None:
     if _native is not None:
         _native.addresses(tensors, out)
     else:
-        out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64))
+        out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu"))
 
 
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]]) -> object:

@@ -117,7 +117,7 @@ class Launch:
         n = len(self.params)
         self.measures = torch.zeros(n, len(MEASURES), dtype=torch.float64, device=device)
         self.alphas = torch.ones(n, dtype=torch.float64, device=device)
-        self.hyper = torch.zeros(len(entries), len(base.hyper), dtype=torch.float64)
+        self.hyper = torch.zeros(len(entries), len(base.hyper), dtype=torch.float64, device=CPU)
         self._rows: list[list[float]] = []
         # Hyper-parameters that the kernels read from the user's tensors, without a word to the host.
         self._live = {
@@ -159,7 +159,7 @@ class Launch:
         ]
         if rows != self._rows:
             self._rows = rows
-            self.hyper.copy_(torch.tensor(rows, dtype=torch.float64))
+            self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device=CPU))
 
 
 def _anchored(group: Group) -> bool:

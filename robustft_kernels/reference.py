@@ -89,7 +89,7 @@ def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | N
     element's place in `param`'s memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep
     Learning with Limited Numerical Precision", ICML 2015, Section 3.
     """
-    count = torch.zeros((), dtype=torch.int64) if t is None else t.to(torch.int64)
+    count = torch.zeros((), dtype=torch.int64, device=param.device) if t is None else t.to(torch.int64)
     key = mix(mix(seed >> 32 ^ mix(count * 2 + phase)) ^ (seed & 0xFFFFFFFF)).to(param.device)
     places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
     places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
@@ -98,6 +98,18 @@ def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | N
     bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     moved = (bits + chance & 0xFFFF0000).to(torch.int32).view(torch.float32)
     return torch.where(single.isfinite(), moved, single).to(values.dtype)
+
+
+def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor]:
+    """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows (indices of dimension 0; one row below two dimensions), in float64.
+
+    Gouk et al., "Distance-Based Regularisation of Deep Networks for Fine-Tuning", ICLR 2021, Section 3 (MARS).
+    """
+    norms = []
+    for k, param in enumerate(params):
+        c = param.double() if anchors is None else param.double() - anchors[k].double()
+        norms.append(c.abs().flatten(1).sum(1) if c.dim() > 1 else c.abs().sum().reshape(1))
+    return norms
 
 
 class _Rounding:

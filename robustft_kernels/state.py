@@ -54,7 +54,8 @@ def prepare(param: Tensor, kept: ParamState, base: Base, group: Group, steps_on:
             if key == "momentum_buffer":
                 kept.pop("step", None)  # it counts the updates of the buffer
     if base.counted(group):
-        kept["step"] = kept["step"].to(steps_on) if "step" in kept else torch.zeros((), device=steps_on)
+        count = kept.get("step", torch.zeros((), dtype=torch.float32, device=steps_on))
+        kept["step"] = count.to(steps_on)
     if "anchor" in kept:
         kept["anchor"] = beside(param, kept["anchor"])
 
@@ -77,11 +78,11 @@ def load(param: Tensor, saved: Mapping[str, Any]) -> ParamState:
         if value is None:
             continue
         if key == "step":
-            loaded[key] = torch.tensor(float(value), dtype=torch.float32)
+            loaded[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif isinstance(value, Tensor) and value.is_floating_point():
             loaded[key] = copy_beside(param, value, value.dtype if key == "anchor" else arithmetic_of(param.dtype))
         else:
             loaded[key] = value
     if "momentum_buffer" in loaded:
-        loaded.setdefault("step", torch.ones((), dtype=torch.float32))
+        loaded.setdefault("step", torch.ones((), dtype=torch.float32, device="cpu"))
     return loaded

@@ -129,9 +129,9 @@ class Stepper:
         dtype: torch.dtype,
         anchored: bool | torch.dtype = True,
         seed: int = 0,
-        device: torch.device | str = "cpu",
+        device: torch.device | None = None,
     ) -> None:
-        self.device = device
+        self.device = device = device or torch.get_default_device()
         self.settings, self.rule = settings, METHODS[method].rule
         self.random = np.random.default_rng(seed)  # torch's normals depend on the instruction set
         self.cases = cases
@@ -189,7 +189,7 @@ class Stepper:
         row = [[hyper[column] for column in self.settings.base.hyper]]
         return [
             self.anchors if self.anchored else [], *self.states.values(), self.steps, self.measures, self.alphas,
-            torch.tensor(row, dtype=torch.float64), [len(self.params)], [self.rule],
+            torch.tensor(row, dtype=torch.float64, device="cpu"), [len(self.params)], [self.rule],
             [SEED << 32 | i for i in range(len(self.params))] if hyper["stochastic_rounding"] else [],
         ]  # fmt: skip
 
@@ -210,6 +210,21 @@ class Stepper:
         yield from self.steps
         yield self.measures
         yield self.alphas
+
+
+# What rows a program takes: short and long, whole and in parts, aligned or not, contiguous or strided, one or none.
+ROW_CASES = (
+    *CASES,
+    Case("rows of 1", (300, 1)),
+    Case("rows of 9", (768, 1, 3, 3)),
+    Case("rows of 768", (70, 768)),
+    Case("rows of a chunk", (3, CHUNK)),
+    Case("long rows", (3, 2 * CHUNK + 64)),
+    Case("long odd rows", (2, CHUNK + 77)),
+    Case("one row", (1, 5000)),
+    Case("transposed long rows", (5, CHUNK + 3), _transposed),
+    Case("no row", (0, 5)),
+)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

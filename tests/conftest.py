@@ -20,6 +20,10 @@ def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         quicken_interpreter()
+    elif missing := ops.backends()["triton"]:
+        pytest.exit(f"nothing to test on a GPU: {missing}", returncode=0)
+    else:
+        torch.set_default_device("cuda")
 
 
 def quicken_interpreter():

@@ -56,7 +56,7 @@ def main() -> None:
     driver.set_active(Driver())
     ops._triton_missing = lambda: ""
     ops.objection_to = lambda *_: ""
-    table._gpu = lambda _: ("cuda", 90)
+    table.gpu_of = lambda _: ("cuda", 90)
     params = [nn.Parameter(torch.zeros(n)) for n in (20000, 300)]
     optimizer = rft.AdamSPD(params, backend="triton")
     for lr in (1e-3, 2e-3):

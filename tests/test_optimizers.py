@@ -363,6 +363,23 @@ def test_momentum_that_comes_late(backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_the_default_device_is_left_alone(backend):
+    """Nothing of ours is made there: the numbers of a step are the same under another default."""
+    results = []
+    for default in ("cpu", "meta"):
+        params = make()
+        grads = [torch.full_like(p, 0.1) for p in params]
+        with torch.device(default):
+            optimizer = rft.AnchoredAdamW(params, lr=1e-2, method="spd", stochastic_rounding=True, backend=backend)
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_live_on_their_own(backend, duplicate):
     params = make()

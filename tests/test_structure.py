@@ -16,7 +16,8 @@ from robustft_kernels import ops
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
 # From what users import down to what imports nothing of ours.
-STACK = ("__init__", "optimizers", "plan", "ops", "anchors", "state", "testing", "reference", "bases", "methods")
+STACK = ("__init__", "optimizers", "plan", "ops", "anchors", "testing", "reference", "state", "bases", "methods")
+TRITON_STACK = ("rows", "launch", "table", "sweeps", "pull", "decide", "measure", "base", "chunk")
 needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
 
 
@@ -34,8 +35,17 @@ def test_imports_point_down_the_stack():
     assert set(files) == set(STACK)
     for name, path in files.items():
         below = {*STACK[STACK.index(name) + 1 :], "_native"}
-        upward = set(imports_of(path)) - below
+        upward = set(imports_of(path)) - below - ({"triton_kernels"} if name == "ops" else set())
         assert not upward, f"{name}.py imports {upward}, which is not below it"
+
+
+def test_triton_kernels_know_no_more_than_state_and_bases():
+    files = {path.stem: path for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert set(files) == {"__init__", *TRITON_STACK}
+    for name in TRITON_STACK:
+        below = {*TRITON_STACK[TRITON_STACK.index(name) + 1 :], "state", "bases"}
+        upward = set(imports_of(files[name])) - below
+        assert not upward, f"triton_kernels/{name}.py imports {upward}, which is not below it"
 
 
 def test_only_optimizers_know_torch_optim_and_only_ops_the_backends():
@@ -47,7 +57,14 @@ def test_only_optimizers_know_torch_optim_and_only_ops_the_backends():
 
 
 def test_files_stay_readable():
-    for pattern in ("robustft_kernels/*.py", "csrc/**/*.*", "tests/*.py", "examples/*.py", "benchmarks/*.py"):
+    for pattern in (
+        "robustft_kernels/*.py",
+        "triton_kernels/*.py",
+        "csrc/**/*.*",
+        "tests/*.py",
+        "examples/*.py",
+        "benchmarks/*.py",
+    ):
         for path in ROOT.glob(pattern):
             assert len(path.read_text().splitlines()) <= 420, path
 
@@ -65,7 +82,7 @@ def test_wheel_without_a_compiler_installs_and_says_so(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"robustft_kernels"}
-    assert "robustft_kernels/triton_kernels/__init__.py" in names
+    assert {f"robustft_kernels/triton_kernels/{name}.py" for name in ("__init__", *TRITON_STACK)} <= set(names)
     assert "robustft_kernels/py.typed" in names
     assert not [name for name in names if "csrc" in name or name.endswith((".so", ".cpp", ".h"))]
 
@@ -87,7 +104,7 @@ print([str(w.message) for w in caught])
     out = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
         text=True,
         check=True,

@@ -22,7 +22,19 @@ RULE = tl.constexpr(COLUMNS.index("rule"))  # of the kernel's RULES
 SEED = tl.constexpr(COLUMNS.index("seed"))  # of stochastic rounding; negative: round to nearest
 INDEX = tl.constexpr(COLUMNS.index("index"))  # row of measures and alphas
 
+# Which tensors of a launch have something.
+NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 _BY_BITS = tl.constexpr(INTERPRETED)  # the interpreter casts bfloat16 wrongly: it truncates, and flushes subnormals
+
+
+@triton.jit
+def present(address, n, WHERE: tl.constexpr):
+    """How many of n elements there are to read at an address that may be absent, 0, for SOME tensors."""
+    limit = n
+    if WHERE == SOME:
+        limit = tl.where(address != 0, n, 0)
+    return limit
 
 
 @triton.jit

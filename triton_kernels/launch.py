@@ -5,32 +5,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..bases import MEASURES, Base, arithmetic_of
 from ..state import same_layout
 from . import sweeps
 from .decide import RULES
-from .table import DTYPES, Addresses, Entry, Table
+from .table import DTYPES, Addresses, Entry, Table, options_of
 
-WARPS = 8
 PROGRAMS = 4  # of the one-launch form, on each SM
 LAG = 2  # in that form, rounds of all programs between a segment's last chunk of sweep 1 and its first of sweep 2
-
-
-def options_of(variant: sweeps.Variant, gpu: tuple[str, int]) -> dict[str, Any]:
-    """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
-
-    Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
-    threads that an SM can hold be resident; the compiler for Blackwell needs 80, and float64 twice as many, to spill
-    nothing.
-    """
-    options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
-    backend, capability = gpu
-    if backend == "cuda":
-        options["maxnreg"] = 128 if variant.T.value == tl.float64 else 64 if capability < 100 else 80
-    return options
 
 
 def launch(kernel: Any, programs: int, *args: Any, table: Table) -> None:
@@ -112,7 +96,7 @@ class _Tickets:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         tasks = schedule(table.ends, table.pulled, table.chunks, LAG * PROGRAMS * processors)
         self.programs = min(PROGRAMS * processors, len(tasks))
-        self.schedule = torch.tensor([len(tasks), len(table.tensors), *tasks], dtype=torch.int32).to(device)
+        self.schedule = torch.tensor([len(tasks), len(table.tensors), *tasks], dtype=torch.int32, device=device)
         self.cursor = torch.zeros(2, dtype=torch.int32, device=device)
         self.ready = torch.zeros(len(table.tensors), dtype=torch.int32, device=device)
 

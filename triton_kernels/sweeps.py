@@ -14,10 +14,12 @@ import triton.language as tl
 
 from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars
 from .chunk import (
+    ALL,
     ANCHOR,
     FIRST,
     GROUP,
     INDEX,
+    NONE,
     NUMEL,
     PARAM,
     RULE,
@@ -28,6 +30,7 @@ from .chunk import (
     as_stored,
     dither,
     load,
+    present,
     rounding_key,
     store,
 )
@@ -35,7 +38,6 @@ from .decide import decide
 from .measure import fold, measure, total
 from .pull import pull
 
-NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # tensors of a launch
 BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd)}
 
 
@@ -86,15 +88,6 @@ def step_count(tensor):
     if step != 0:
         t = tl.load(step.to(tl.pointer_type(tl.float32)))
     return t
-
-
-@triton.jit
-def present(address, n, WHERE: tl.constexpr):
-    """How many of n elements there are to read at an address that may be absent, 0, for SOME tensors."""
-    limit = n
-    if WHERE == SOME:
-        limit = tl.where(address != 0, n, 0)
-    return limit
 
 
 @triton.jit

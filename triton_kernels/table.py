@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ..bases import ADAMW, Base
 from ..state import same_layout
-from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, WIDTH
+from .chunk import ALL, CHUNK, COLUMNS, INTERPRETED, LANES, NONE, SOME, WIDTH
 from .decide import MEASURED, RULES
-from .sweeps import ALL, BASES, NONE, SOME, Variant
+from .sweeps import BASES, Variant
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -72,10 +73,9 @@ def variant_of(
     read, step = BASES[base.name]
     fewest, most = states
     vector = 16 // param.itemsize
-    if param.itemsize == 2 and (stochastic or base is not ADAMW or most == MAX_STATES):
-        vector = (
-            4  # 8-byte accesses of what is 16-bit: with 16 bytes these spill at 64 registers, on one GPU or another
-        )
+    wider = max(grad.itemsize, anchor.itemsize) > param.itemsize
+    if param.itemsize == 2 and (wider or stochastic or base is not ADAMW or most == MAX_STATES):
+        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at 64 registers
     c = tl.constexpr
     functions = (read, step, *(RULES[rule] for rule in rules))
     return Variant(
@@ -101,6 +101,28 @@ def variant_of(
     )
 
 
+def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
+    """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
+
+    Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
+    threads that an SM can hold be resident; the compiler for Blackwell needs 80, and float64 twice as many, to spill
+    nothing.
+    """
+    backend, capability = gpu
+    options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
+    if backend == "cuda":
+        options["maxnreg"] = 128 if variant.T.value == tl.float64 else 64 if capability < 100 else 80
+    return options
+
+
+def gpu_of(device: torch.device) -> tuple[str, int]:
+    """What kernels are compiled for on this device, as options_of takes it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "hip" if torch.version.hip else "cpu", 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda", 10 * major + minor
+
+
 class Table:
     """The entries of one class of dtypes (of param, grad, anchor) as the kernels see them.
 
@@ -118,7 +140,7 @@ class Table:
     ) -> None:
         entries = sorted(entries, key=lambda e: not e.pulled_later)
         device = entries[0].param.device
-        self.gpu = _gpu(device)
+        self.gpu = gpu_of(device)
         used = sorted({e.rule for e in entries}, key=lambda rule: (rule not in MEASURED, rule))
         self.variant = variant_of(
             base,
@@ -129,16 +151,18 @@ class Table:
             anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
             lanes=8 * LANES if INTERPRETED else LANES,
         )
-        counts = torch.tensor([e.chunks for e in entries])
+        counts = torch.tensor([e.chunks for e in entries], device="cpu")
         self.chunks = int(counts.sum())
         self.ends = counts.cumsum(0)[: sum(e.pulled_later for e in entries)].tolist()  # of what sweep 2 may pull
         self.pulled = self.ends[-1] if self.ends else 0
-        rows = torch.zeros(len(entries), WIDTH.value, dtype=torch.int64)
+        rows = torch.zeros(len(entries), WIDTH.value, dtype=torch.int64, device="cpu")
         firsts = (counts.cumsum(0) - counts).tolist()
         for row, entry, first in zip(rows, entries, firsts, strict=True):
-            row[: len(COLUMNS)] = torch.tensor(_row(entry, first, used))
+            row[: len(COLUMNS)] = torch.tensor(_row(entry, first, used), device="cpu")
         self.tensors = rows.to(device)
-        self.owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32), counts).to(device)
+        self.owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32, device="cpu"), counts).to(
+            device
+        )
         self.partials = torch.full((3 * self.chunks,), torch.nan, dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
         self.live = _live(hyper, live, device) if live else None
@@ -213,15 +237,9 @@ class DeviceRow:
 
     def _slot(self) -> tuple[Tensor, torch.cuda.Event | None]:
         words = self.device.numel()
-        return torch.zeros(words, dtype=torch.int64, pin_memory=self._cuda), torch.cuda.Event() if self._cuda else None
-
-
-def _gpu(device: torch.device) -> tuple[str, int]:
-    """What kernels are compiled for on this device, as options_of takes it."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "hip" if torch.version.hip else "cpu", 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return "cuda", 10 * major + minor
+        return torch.zeros(
+            words, dtype=torch.int64, device="cpu", pin_memory=self._cuda
+        ), torch.cuda.Event() if self._cuda else None
 
 
 def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
@@ -243,7 +261,7 @@ def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
 
 def _live(hyper: Tensor, live: dict[int, Tensor], device: torch.device) -> Tensor:
     """For each hyper-parameter the address of the tensor that holds it, plus 1 if that is float64; 0 for the table."""
-    addresses = torch.zeros(hyper.numel(), dtype=torch.int64)
+    addresses = torch.zeros(hyper.numel(), dtype=torch.int64, device="cpu")
     for at, tensor in live.items():
         addresses[at] = tensor.data_ptr() + (tensor.dtype == torch.float64)
     return addresses.to(device)

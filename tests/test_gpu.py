@@ -1,0 +1,179 @@
+"""What only a GPU can show: repeatable bits, CUDA graphs, no synchronisation, large tensors, the sanitizers.
+
+make test-gpu
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import robustft_kernels as rft
+from robustft_kernels.testing import CASES, SETTINGS, Case
+
+from .test_steps import assert_bits, prepare_of, settled
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: make test-gpu")
+
+
+FORMS = ("triton", "triton_tickets")
+LARGE = (*CASES, Case("large", (3_000_001,)), Case("many chunks", (400 * 16384,)))
+
+
+def optimizer_of(form, sizes=(5, 300, 40_000, 1_000_003), dtype=torch.float32, **kwargs):
+    generator = torch.Generator("cpu").manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator, device="cpu").to("cuda", dtype)) for n in sizes]
+    return params, rft.AdamSPD(params, backend=form, **kwargs)
+
+
+def give_grads(params, seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(p.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_repeat_50_times(form, dtype):
+    """Chunks arrive in another order each time, beside other work."""
+    start = settled(LARGE, SETTINGS[1], "spd", dtype)
+    grads, first = start.grads(), start.clone()
+    first.run(prepare_of("triton", SETTINGS[1]), grads)
+    assert (first.alphas < 1).any()
+    noise, beside = torch.randn(2000, 2000), torch.cuda.Stream()
+    for _ in range(50):
+        again = start.clone()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(beside):
+            noise @ noise
+        again.run(prepare_of(form, SETTINGS[1]), grads)
+        assert_bits(again, first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_replayed_graph_follows_lr_and_gradients(form):
+    eager, plain = optimizer_of(form)
+    captured, graphed = optimizer_of(form, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+    lr = graphed.param_groups[0]["lr"]
+    static = [torch.zeros_like(p) for p in captured]
+
+    def both(t, run):
+        plain.param_groups[0]["lr"] = torch.tensor(1e-2 / (t + 1)).item()
+        lr.fill_(1e-2 / (t + 1))
+        give_grads(eager, t)
+        for g, p, q in zip(static, eager, captured, strict=True):
+            g.copy_(p.grad)
+            q.grad = g
+        plain.step()
+        run()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(0, graphed.step)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for t in range(1, 6):
+        both(t, graph.replay)
+        assert all(map(torch.equal, captured, eager))
+    both(6, graphed.step)  # and without the graph again, which leaves it fit for more
+    both(7, graph.replay)
+    assert all(map(torch.equal, captured, eager))
+    assert float(graphed.state[captured[0]]["step"]) == 8
+
+
+def test_capture_must_be_permitted():
+    params, optimizer = optimizer_of("triton")
+    give_grads(params, 0)
+    optimizer.step()
+    counter = torch.zeros(())
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        counter.add_(1)  # or the graph is empty, and warns
+        with pytest.raises(RuntimeError, match="capturable=False"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_steady_step_neither_waits_nor_allocates(form):
+    """With gradients that move, a schedule, and a gradient scaler's tensors."""
+    params, optimizer = optimizer_of(form, sizes=(300,) * 200 + (100_000,) * 5)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    streams = [[torch.randn_like(p) for p in params] for _ in range(3)]
+
+    def step(t):
+        for p, g in zip(params, streams[t % 3], strict=True):
+            p.grad = g
+        optimizer.param_groups[0]["lr"] = 1e-3 / (t + 1)
+        optimizer.step()
+
+    for t in range(6):
+        step(t)
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(6, 12):
+            step(t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_more_than_2_to_the_31_elements(form):
+    n = 2**31 + 77
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * n:
+        pytest.skip("needs 22 GB of free GPU memory")
+    param = nn.Parameter(torch.full((n,), 2.0, dtype=torch.bfloat16))
+    anchor = torch.full((n,), 1.0, dtype=torch.bfloat16)
+    optimizer = rft.SGDSPD([param], lr=0.5, strength=1e10, anchor=[anchor], backend=form)
+    # All entries move away from the anchor but a few, in the middle and beyond 2³¹, so far out that they do not move as
+    # stored, and make ⟨g, d⟩ positive.
+    param.grad = torch.full((n,), -1.0, dtype=torch.bfloat16)
+    places = [5, 2**31 - 1, 2**31, n - 1]
+    param.data[places] = 2.0**31
+    param.grad[places] = 2.0
+    optimizer.step()
+    (launch,) = optimizer._plan.launches
+    firing, delta_sq, gain = launch.measures[0].tolist()
+    assert firing == pytest.approx(8 * (2.0**31 - 1) - (n - 4), rel=1e-5)
+    assert delta_sq == pytest.approx(4 * (2.0**31 - 1) ** 2 + (n - 4), rel=1e-5)
+    assert gain == pytest.approx((n - 4) * (1.5**2 - 1), rel=1e-3)
+    alpha = float(launch.alphas[0])
+    values = param.detach()
+    before, after = delta_sq**0.5, (delta_sq + gain) ** 0.5
+    assert alpha == pytest.approx(1 - 1e10 * gain / (before + after) / after, rel=1e-6)
+    assert 0.2 < alpha < 0.3
+    for k in (0, 6, 2**31 - 2, 2**31 + 1, n - 2):
+        assert float(values[k]) == pytest.approx(1 + alpha * 1.5, rel=2**-8)
+    for k in places:
+        assert float(values[k]) == pytest.approx(alpha * 2.0**31, rel=2**-7)
+    assert (values[2**31 + 1 : n - 1] == values[0]).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
+    program = """
+import torch
+from robustft_kernels.testing import CASES, SETTINGS
+from tests.test_steps import prepare_of, settled
+torch.set_default_device("cuda")
+for form in ("triton", "triton_tickets"):
+    for dtype in (torch.float32, torch.bfloat16):
+        settled(CASES, SETTINGS[2], "spd", dtype, backend=form)
+torch.cuda.synchronize()
+"""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]

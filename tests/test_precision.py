@@ -1,0 +1,161 @@
+"""Stochastic rounding and gradient scaling, on every backend."""
+
+import pytest
+import torch
+from torch import nn
+
+import robustft_kernels as rft
+from robustft_kernels import reference
+from robustft_kernels.testing import CASES, SETTINGS, Stepper
+
+from .test_steps import assert_bits, prepare_of, settled, slow
+
+STOCHASTIC = [s for s in SETTINGS if s.hyper["stochastic_rounding"]]
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochastic):
+    """40 steps of an eighth of a unit in the last place, from 1: five units up in the mean, with a deviation of the
+    mean of 0.01. To nearest, nothing ever moves."""
+    n, steps = 20000, 40
+    param = nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device=device))
+    below = torch.finfo(torch.bfloat16).eps / 8
+    optimizer = rft.AnchoredSGD([param], lr=below, stochastic_rounding=stochastic, maximize=True, backend=backend)
+    for _ in range(steps):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    moved = (param.detach().double() - 1) / torch.finfo(torch.bfloat16).eps
+    if stochastic:
+        # A unit is added with probability 1/8: variance 40·(1/8)(7/8) = 4.4 for each of 20,000; six deviations.
+        assert abs(float(moved.mean()) - 5) < 6 * (4.4 / n) ** 0.5
+        assert abs(float(moved.var()) - 4.4) < 0.4
+        neighbours = torch.corrcoef(torch.stack([moved[:-1], moved[1:]]))[0, 1]
+        assert abs(float(neighbours)) < 6 / n**0.5
+    else:
+        assert (moved == 0).all()
+
+
+@pytest.mark.parametrize("settings", STOCHASTIC, ids=lambda s: s.name)
+def test_every_backend_draws_the_same_bits(backend, device, settings):
+    """Onto the anchor (alpha = 0) there is no arithmetic to differ in: one rounding of float32 anchors, everywhere."""
+    got = Stepper(CASES, settings, "l2sp", torch.bfloat16, torch.float32, device=device)
+    got.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})
+    want, grads = got.clone(), got.grads()
+    want.run_oracle(grads)
+    got.run(prepare_of(backend, settings), grads)
+    assert all(map(torch.equal, got.params, want.params))
+    assert any((p.float() != a.to(p.dtype).float()).any() for p, a in zip(got.params, got.anchors, strict=True))
+
+
+def test_seed_parameter_step_and_place_tell_the_bits(backend, device):
+    def run(seed, steps=1, shapes=((300,), (300,)), transposed=False):
+        params = [nn.Parameter(torch.ones(s, dtype=torch.bfloat16, device=device)) for s in shapes]
+        optimizer = rft.AnchoredSGD(params, lr=1e-3, stochastic_rounding=True, seed=seed, backend=backend)
+        for _ in range(steps):
+            for p in params:
+                p.data.fill_(1)
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return [p.detach().flatten() for p in params], optimizer.state_dict()
+
+    first, saved = run(7)
+    assert saved["param_groups"][0]["seed"] == 7
+    assert all(map(torch.equal, run(7)[0], first))
+    assert not torch.equal(*first), "two parameters of one seed"
+    assert not torch.equal(run(8)[0][0], first[0])
+    assert not torch.equal(run(7, steps=2)[0][0], first[0])
+    assert torch.equal(run(7, shapes=((300,),))[0][0], first[0])
+
+
+def test_mix_is_murmurhash3(backend):
+    """Its published test vectors: the finalizer of 0, 1 and 2³² − 1."""
+    assert reference.mix(torch.tensor([0, 1, 0xFFFFFFFF], dtype=torch.int64)).tolist() == [0, 0x514E28B7, 0x81F16F39]
+
+
+def test_stochastic_rounding_resumes(backend, device):
+    """A resumed run repeats the bits of the uninterrupted one."""
+    start = torch.randn(700, device=device).bfloat16()
+
+    def steps(optimizer, param, ts):
+        for t in ts:
+            param.grad = torch.full_like(param, 0.01 * (t + 1))
+            optimizer.step()
+
+    def fresh():
+        param = nn.Parameter(start.clone())
+        return param, rft.AdamSPD([param], lr=1e-4, stochastic_rounding=True, seed=3, backend=backend)
+
+    param, optimizer = fresh()
+    steps(optimizer, param, range(3))
+    resumed, second = fresh()
+    second.load_state_dict(optimizer.state_dict())
+    resumed.data.copy_(param.data)
+    steps(optimizer, param, range(3, 6))
+    steps(second, resumed, range(3, 6))
+    assert torch.equal(param, resumed)
+
+
+def test_float16_and_bad_seeds_are_refused():
+    half = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"shape \(3,\)\) is float16; stochastic_rounding is for bfloat16"):
+        rft.AdamSPD([half], stochastic_rounding=True)
+    for seed in (-1, 2**31, 1.0, True):
+        with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
+            rft.AdamSPD([nn.Parameter(torch.zeros(3))], seed=seed)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5], ids=lambda s: s.name)
+def test_gradients_are_unscaled_in_the_step(backend, device, settings):
+    """A power of two loses nothing: the bits of a step with the gradients themselves."""
+    got = settled(CASES, settings, "spd", torch.float32, device=device)
+    want, grads = got.clone(), got.grads()
+    scale, clear = torch.tensor(1024.0, device=device), torch.tensor(0.0, device=device)
+    prepare_of(backend, settings)(got.params, *got.args())([g * 1024 for g in grads], scale, clear)
+    want.run(prepare_of(backend, settings), grads)
+    if backend == "reference":  # it computes both ways alike
+        assert_bits(got, want)
+    for a, b in zip(got.tensors(), want.tensors(), strict=True):
+        assert torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5], ids=lambda s: s.name)
+@pytest.mark.parametrize("method", ["spd", "l2sp"])
+def test_found_inf_leaves_everything_as_it_was(backend, device, settings, method):
+    got = settled(CASES, settings, method, torch.float32, device=device)
+    before, grads = got.clone(), got.grads()
+    for g in grads:
+        g.fill_(torch.inf)
+    scale, found = torch.tensor(2.0, device=device), torch.tensor(1.0, device=device)
+    prepare_of(backend, settings)(got.params, *got.args())(grads, scale, found)
+    assert_bits(got, before)
+
+
+def test_grad_scaler(backend, device):
+    """torch.amp.GradScaler unscales in the step and skips an infinite one, as with plain gradients."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(40, 30).to(device)
+        optimizer = rft.AdamSPD(model.parameters(), lr=1e-2, backend=backend)
+        scaler = torch.amp.GradScaler(device.type, init_scale=256.0, growth_interval=2, enabled=scaled)
+        generator = torch.Generator("cpu").manual_seed(1)
+        for t in range(2 if slow(backend) else 6):
+            x = torch.randn(8, 40, generator=generator, device="cpu").to(device)
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            if scaled and t == 1:
+                model.weight.grad[0, 0] = torch.inf
+                before = [p.detach().clone() for p in model.parameters()]
+                scaler.step(optimizer)
+                scaler.update()
+                assert all(map(torch.equal, model.parameters(), before))
+                assert optimizer.state[model.weight]["step"] == t
+                assert scaler.get_scale() == 128.0
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert not hasattr(optimizer, "found_inf")
+        results.append(list(model.parameters()))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
