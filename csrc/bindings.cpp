@@ -222,9 +222,12 @@ class Fingerprint {
     put(grad.defined());
     if (grad.defined()) add_metadata(grad);
   }
-  void add(PyObject* kept) {
+  void add(PyObject* kept, bool addresses) {
     PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(kept, &at, &key, &value);) put(int64_t(key)), put(int64_t(value));
+    for (Py_ssize_t at = 0; PyDict_Next(kept, &at, &key, &value);) {
+      put(int64_t(key)), put(int64_t(value));
+      if (addresses && THPVariable_Check(value)) put(int64_t(THPVariable_Unpack(value).const_data_ptr()));
+    }
   }
   py::bytes bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t)}; }
 
@@ -249,10 +252,10 @@ void addresses(const Tensors& tensors, const Tensor& out) {
   for (const Tensor& tensor : tensors) *to++ = int64_t(tensor.const_data_ptr());
 }
 
-py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept) {
+py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses) {
   Fingerprint all;
   for (const Tensor& param : params) all.add(param);
-  for (const py::dict& of_param : kept) all.add(of_param.ptr());
+  for (const py::dict& of_param : kept) all.add(of_param.ptr(), addresses);
   return all.bytes();
 }
 

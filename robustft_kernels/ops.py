@@ -134,8 +134,9 @@ def choose_backend(backend: str, device: torch.device, dtypes: set[torch.dtype])
     return chosen
 
 
-def takes_live(backend: str) -> bool:
-    """Whether `prepare` takes hyper-parameters as tensors of the device, and keeps step counts there."""
+def keeps_addresses(backend: str) -> bool:
+    """Whether a prepared step refers to memory by address, on the device: it then counts steps there, takes
+    hyper-parameters in tensors, and no longer holds once a tensor of the state has moved."""
     return backend.startswith("triton")
 
 
@@ -153,16 +154,22 @@ def addresses(tensors: list[Tensor], out: Tensor) -> None:
         out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu"))
 
 
-def fingerprint(params: list[Tensor], kept: list[dict[str, Any]]) -> object:
+def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> object:
     """Equal for two calls iff a plan made at the first still holds at the second.
 
     Covers identity, address, shape, strides, dtype and device of each parameter; all but the address of its gradient,
-    or that it has none; and which objects the state in `kept` is. The caller keeps those objects alive.
+    or that it has none; and which objects the state in `kept` is, with `addresses` also where their memory is. The
+    caller keeps those objects alive.
     """
     if _native is not None:
-        return _native.fingerprint(params, kept)
+        return _native.fingerprint(params, kept, addresses)
     of_params = [(id(p), p.data_ptr(), _metadata(p), None if p.grad is None else _metadata(p.grad)) for p in params]
-    return of_params, [(key, id(value)) for of_param in kept for key, value in of_param.items()]
+    of_state = [(key, id(value), addresses and _address(value)) for of in kept for key, value in of.items()]
+    return of_params, of_state
+
+
+def _address(value: object) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else 0
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ class AnchoredOptimizer(Optimizer):
         self.backend = backend
         self.save_anchors = save_anchors
         self._plan: Plan | None = None
+        self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         words = anchor is None or isinstance(anchor, str)
         self._given: Anchor = None if words else anchor
         super().__init__(params, {**defaults, "anchor": anchor if words else "initial"})
@@ -93,6 +94,8 @@ class AnchoredOptimizer(Optimizer):
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
             self._plan = Plan(self.base, self.param_groups, self.state, self.backend)
         self._plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if self._plan.captured and self._plan not in self._graphed:
+            self._graphed.append(self._plan)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class AnchoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._graphed = []
         self._given = None
 
 

@@ -26,7 +26,8 @@ class Plan:
 
     def __init__(self, base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], backend: str) -> None:
         self.base = base
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        self.captured = False
+        if _capturing():
             raise RuntimeError(
                 "this step needs a new plan, which cannot be made while a CUDA graph is captured; take a "
                 "step with the same parameters, and gradients for the same of them, before the capture"
@@ -43,6 +44,7 @@ class Plan:
             Launch(base, [(groups[row], ks, starts[row]) for row, ks in rows.items()], kept, backend, device)
             for device, rows in by_device.items()
         ]
+        self._addresses = any(ops.keeps_addresses(launch.backend) for launch in self.launches)
         self._key = self._key_of(groups, kept)
         # Or their ids could be used again.
         self._alive = [*(tuple(of.values()) for of in kept.values()), *(_tensors(group, base) for group in groups)]
@@ -52,9 +54,16 @@ class Plan:
         return self._key == self._key_of(groups, kept)
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0."""
+        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0.
+
+        While a CUDA graph is captured it becomes part of it, and whoever replays that needs this plan's memory.
+        """
+        capturing = _capturing()
         for launch in self.launches:
+            if capturing and launch.device.type == "cuda":
+                launch.check_capturable()
             launch(grad_scale, found_inf)
+        self.captured |= capturing
 
     def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = [
@@ -66,7 +75,8 @@ class Plan:
             )
             for group in groups
         ]
-        return structure, ops.fingerprint([p for group in groups for p in group["params"]], list(kept.values()))
+        params = [param for group in groups for param in group["params"]]
+        return structure, ops.fingerprint(params, list(kept.values()), self._addresses)
 
 
 class Launch:
@@ -84,7 +94,7 @@ class Launch:
         backend: str,
         device: torch.device,
     ) -> None:
-        self.base = base
+        self.base, self.device = base, device
         self.groups = [group for group, _, _ in entries]
         self.params = [group["params"][k] for group, ks, _ in entries for k in ks]
         dtypes = {t.dtype for p in self.params for t in (p, p.grad)}
@@ -94,7 +104,7 @@ class Launch:
         lists: dict[str, list[Tensor]] = {key: [] for key, _ in base.state}
         steps: list[Tensor] = []
         seeds: list[int] = []
-        on_device = ops.takes_live(self.backend)
+        on_device = ops.keeps_addresses(self.backend)
         for group, ks, start in entries:
             for k in ks:
                 of_param = kept[group["params"][k]]
@@ -134,19 +144,17 @@ class Launch:
             [len(ks) for _, ks, _ in entries], [method_of(group["method"]).rule for group in self.groups], seeds,
             **({"live": live} if on_device else {}),
         )  # fmt: skip
-        self._device = device
 
     def __call__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._check_capturable()
         self._refresh()
-        scaler = (None if t is None else t.to(self._device, non_blocking=True) for t in (grad_scale, found_inf))
+        scaler = (None if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         self._run([param.grad for param in self.params], *scaler)
 
-    def _check_capturable(self) -> None:
+    def check_capturable(self) -> None:
+        """Raises RuntimeError where a CUDA graph must not hold this launch."""
         if not all(group["capturable"] for group in self.groups):
             raise RuntimeError("a CUDA graph is being captured, but the optimizer was made with capturable=False")
-        if not ops.takes_live(self.backend):
+        if not ops.keeps_addresses(self.backend):
             raise RuntimeError(f"a CUDA graph is being captured, which the {self.backend} backend does not permit")
 
     def _refresh(self) -> None:
@@ -177,6 +185,11 @@ def _columns(group: Group, base: Base) -> dict[str, Any]:
 def _tensors(group: Group, base: Base) -> dict[str, Tensor]:
     """The hyper-parameters of a group that are tensors."""
     return {column: value for column, value in _columns(group, base).items() if isinstance(value, Tensor)}
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _check(param: Tensor, label: str) -> None:

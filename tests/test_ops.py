@@ -108,18 +108,21 @@ def test_a_backend_asked_for_by_name_serves_or_raises():
             ops.choose_backend("native", torch.device("cpu"), {torch.float8_e5m2})
 
 
+@pytest.mark.parametrize("addresses", [True, False])
 @pytest.mark.parametrize("native", [True, False])
-def test_fingerprint_sees_every_change_but_gradient_addresses(native, monkeypatch):
+def test_fingerprint_sees_every_change_but_gradient_addresses(native, addresses, monkeypatch):
     if native and ops.NATIVE_MISSING:
         pytest.skip(ops.NATIVE_MISSING)
     if not native:
         monkeypatch.setattr(ops, "_native", None)
     params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
-    kept = [{"anchor": torch.zeros(4, 6)}, {}, {}]
+    kept = [{"anchor": torch.zeros(4, 6), "note": 3}, {}, {}]
     params[0].grad = torch.randn(4, 6)
-    first = ops.fingerprint(params, kept)
+    first = ops.fingerprint(params, kept, addresses)
     params[0].grad = torch.randn(4, 6)
-    assert ops.fingerprint(params, kept) == first
+    assert ops.fingerprint(params, kept, addresses) == first
+    kept[0]["anchor"].data = torch.zeros(4, 6)
+    assert (ops.fingerprint(params, kept, addresses) != first) == addresses
     changes = [
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
@@ -136,7 +139,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(native, monkeypatc
     ]
     alive = list(kept[0].values())
     for change in changes:
-        before = ops.fingerprint(params, kept)
+        before = ops.fingerprint(params, kept, addresses)
         change()
         alive += kept[0].values()
-        assert ops.fingerprint(params, kept) != before
+        assert ops.fingerprint(params, kept, addresses) != before
