@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from statistics import mean, median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,17 +128,30 @@ def contend(shapes: Shapes, anchor: str, rounds: int, loop: bool) -> tuple[dict[
     }
     if loop:
         optimizers["loop"] = LoopSPD(params["loop"], 1e-4, anchors)
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    fired, warm_up = [], 3
+    return take_turns(optimizers, params, rounds, _timed, watched="native")
+
+
+def take_turns(
+    optimizers: dict[str, torch.optim.Optimizer],
+    params: dict[str, list[nn.Parameter]],
+    rounds: int,
+    timed: Callable[[Callable[[], object]], Any],
+    watched: str,
+    warm_up: int = 3,
+) -> tuple[dict[str, list[Any]], float]:
+    """What `timed` says of each optimizer's steps, round after round on fresh gradients, and the fraction of the
+    `watched` one's elements that fired."""
+    times: dict[str, list[Any]] = {name: [] for name in optimizers}
+    fired = []
     for t in range(warm_up + rounds):
         for name, optimizer in optimizers.items():
             for p in params[name]:
                 p.grad = torch.randn_like(p)
-            seconds = _timed(optimizer.step)
+            measured = timed(optimizer.step)
             if t >= warm_up:
-                times[name].append(seconds)
-        (launch,) = optimizers["native"]._plan.launches  # type: ignore[attr-defined]
-        sizes = torch.tensor([p.numel() for p in launch.params], dtype=torch.float64)
+                times[name].append(measured)
+        (launch,) = optimizers[watched]._plan.launches  # type: ignore[attr-defined]
+        sizes = torch.tensor([p.numel() for p in launch.params], dtype=torch.float64, device=launch.alphas.device)
         fired.append(float(sizes[launch.alphas < 1].sum() / sizes.sum()))
     return times, mean(fired[warm_up:])
 
