@@ -241,6 +241,21 @@ def test_non_finite_gradient(backend, settings, bad):
     assert all(p.isfinite().all() for i, p in enumerate(got.params) if i != k)
 
 
+def test_an_infinite_weight_stays_alone(backend):
+    """Pulled toward zero it is still infinite, as α·inf is, and nothing else is touched by it."""
+    settings = SETTINGS[0]
+    got = settled(CASES, settings, "l2sp", torch.float32, anchored=False)
+    k = next(i for i, case in enumerate(CASES) if case.name == "several chunks")
+    got.params[k].view(-1)[CHUNK + 1] = torch.inf
+    grads = got.grads()
+    grads[k].view(-1)[CHUNK + 1] = 1.0
+    want = got.clone()
+    want.run_oracle(grads)
+    got.run(prepare_of(backend, settings), grads)
+    assert got.params[k].view(-1)[CHUNK + 1] == torch.inf
+    assert all(map(torch.allclose, got.params, want.params))
+
+
 def test_neighbours_are_not_touched(backend):
     """Sentinels around each tensor survive a step."""
     settings = SETTINGS[0]

@@ -112,7 +112,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.co
         offsets = begin + lane
         theta = load(param, offsets, inside, V.P, V.T, WIDE)
         g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
-        theta_0 = theta * 0
+        theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
             theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
         s0, s1, s2 = theta_0, theta_0, theta_0
@@ -153,7 +153,7 @@ def pull_span(tensor, begin, n, alpha, key, VECTOR: tl.constexpr, V: tl.constexp
         inside = lane < n
         offsets = begin + lane
         theta = load(param, offsets, inside, V.P, V.T, WIDE)
-        theta_0 = theta * 0
+        theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
             theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
         new = pull(theta, theta_0, alpha)
