@@ -363,22 +363,6 @@ def test_momentum_that_comes_late(backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_state_whose_memory_moved_is_found(backend):
-    """As by an offloader, which swaps the storage under the same tensor."""
-    results = []
-    for moved in (False, True):
-        params = make()
-        optimizer = rft.AdamSPD(params, backend=backend)
-        run(optimizer, params, steps=1)
-        if moved:
-            for p in params:
-                for value in optimizer.state[p].values():
-                    value.data = value.data.clone()
-        run(optimizer, params, steps=2, start=1)
-        results.append([t for p in params for t in (p, *optimizer.state[p].values())])
-    assert all(map(torch.equal, *results))
-
-
 def test_the_default_device_is_left_alone(backend):
     """Nothing of ours is made there: the numbers of a step are the same under another default."""
     results = []

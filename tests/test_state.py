@@ -239,3 +239,19 @@ def test_first_gradient_after_loading(backend):
     run(optimizer, params, 1, start=1)
     assert optimizer.state[params[1]]["step"] == 1
     assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_state_whose_memory_moved_is_found(backend):
+    """As by an offloader, which swaps the storage under the same tensor."""
+    results = []
+    for moved in (False, True):
+        params = make()
+        optimizer = rft.AdamSPD(params, backend=backend)
+        run(optimizer, params, steps=1)
+        if moved:
+            for p in params:
+                for value in optimizer.state[p].values():
+                    value.data = value.data.clone()
+        run(optimizer, params, steps=2, start=1)
+        results.append([t for p in params for t in (p, *optimizer.state[p].values())])
+    assert all(map(torch.equal, *results))
