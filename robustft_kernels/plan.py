@@ -189,7 +189,7 @@ def _tensors(group: Group, base: Base) -> dict[str, Tensor]:
 
 def _capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _check(param: Tensor, label: str) -> None:

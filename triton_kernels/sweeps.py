@@ -201,7 +201,9 @@ def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partia
         tl.store(partials + chunk * 3, grad_dot_delta)
         tl.store(partials + chunk * 3 + 1, delta_sq)
         tl.store(partials + chunk * 3 + 2, gain)
-        tl.debug_barrier()
+    # The whole program has stored what others will read, and read the step count that is written below.
+    tl.debug_barrier()
+    if chunks > 1:
         last = tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1
         if last:
             first = partials + tl.load(tensor + FIRST) * 3
