@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import triton
-from robustft_kernels.triton_kernels import rows, sweeps
+from robustft_kernels.triton_kernels import row_sweeps, sweeps
 from robustft_kernels.triton_kernels.table import options_of, variant_of
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustft_kernels.bases import ADAMW, SGD, Base
+from robustft_kernels.bases import ADAMW, SGD, STILL, Base
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
@@ -37,18 +37,20 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-RULES = ("spd", "keep", "l2sp")  # one kernel for all, as groups may mix them
+# One kernel for all of each, as groups may mix them.
+TENSOR_RULES = ("project", "spd", "keep", "l2sp", "l2sp_coupled")
+ROW_RULES = ("ftp", "project_mars", "project_rows", "spd_rows", "mars_sp")
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
     "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "measures": "*fp64", "alphas": "*fp64",
-    "grad_scale": "*fp32", "found_inf": "*fp32", "out": "*fp64",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "largest": "*i64",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shipped:
     """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
-    an anchor and the last of the states, some not."""
+    an anchor and the last of the states, some not. rows: the kernels for segments that are rows."""
 
     base: Base
     states: int
@@ -57,23 +59,28 @@ class Shipped:
     stochastic: bool = False
     options: bool = False
     mixed: bool = False
+    rows: bool = False
 
     @property
     def name(self) -> str:
         state = {("adamw", 3): " amsgrad", ("sgd", 1): " momentum"}.get((self.base.name, self.states), "")
         anchor = "zero" if self.anchor is None else NAMES[self.anchor]
         extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options + ", mixed" * self.mixed
-        return f"{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
+        return f"{'rows, ' * self.rows}{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
 
     @property
-    def bytes(self) -> tuple[int, int]:
-        """What the two sweeps move for a parameter: read θ, g, θ₀ and the state, write θ and the state; pull."""
+    def bytes(self) -> tuple[int, ...]:
+        """What the sweeps move for a parameter: read θ, g, θ₀ and the state, write θ and the state; pull. By rows with
+        FTP, which has the most: survey g and the delta; write that too."""
         size, anchor = self.param.itemsize, 0 if self.anchor is None else self.anchor.itemsize
-        moment = 8 if self.param == F64 else 4
-        return 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
+        moment, delta = (8, 8) if self.param == F64 else (4, 2)
+        step, pull = 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
+        return (size + delta, step + delta, pull) if self.rows else (step, pull)
 
     @property
     def kernels(self) -> dict[str, Any]:
+        if self.rows:
+            return {name: getattr(row_sweeps, name) for name in ("row_survey", "row_step", "row_pull")}
         return {name: getattr(sweeps, name) for name in ("step_sweep", "pull_sweep", "ticket_sweep")}
 
     def variant(self) -> sweeps.Variant:
@@ -81,37 +88,13 @@ class Shipped:
             self.base,
             (self.param, self.param, self.anchor or self.param),
             states=(self.states - self.mixed, self.states),
-            rules=RULES,
+            rules=ROW_RULES if self.rows else TENSOR_RULES,
             stochastic=self.stochastic,
             anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
         )
 
 
-@dataclass(frozen=True)
-class RowNorms:
-    """The row measure."""
-
-    param: torch.dtype
-    anchor: torch.dtype | None
-    options: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"row norms, {NAMES[self.param]}, anchor {'zero' if self.anchor is None else NAMES[self.anchor]}"
-
-    @property
-    def bytes(self) -> tuple[int, int]:
-        return self.param.itemsize + (0 if self.anchor is None else self.anchor.itemsize), 0
-
-    @property
-    def kernels(self) -> dict[str, Any]:
-        return {"row_sweep": rows.row_sweep}
-
-    def variant(self) -> rows.Variant:
-        return rows.variant_of(self.param, self.anchor)
-
-
-VARIANTS: list[Shipped | RowNorms] = [
+VARIANTS = [
     Shipped(base, states, param, anchor)
     for base, states in ((ADAMW, 2), (ADAMW, 3), (SGD, 0), (SGD, 1))
     for param in (F32, BF16, F64)
@@ -131,10 +114,22 @@ VARIANTS += [
     Shipped(ADAMW, 3, BF16, BF16, mixed=True),
     Shipped(SGD, 1, F32, F32, mixed=True),
 ]
-VARIANTS += [RowNorms(param, anchor) for param in (F32, BF16, F16, F64) for anchor in (param, None)]
+VARIANTS += [
+    Shipped(base, states, param, anchor, rows=True)
+    for base, states in ((ADAMW, 2), (SGD, 1))
+    for param in (F32, BF16, F64)
+    for anchor in (param, None)
+]
+VARIANTS += [
+    Shipped(ADAMW, 3, F32, F32, rows=True),
+    Shipped(ADAMW, 2, F16, F16, rows=True),
+    Shipped(ADAMW, 3, BF16, BF16, stochastic=True, options=True, rows=True),
+    Shipped(STILL, 0, F32, F32, rows=True),
+    Shipped(STILL, 0, F32, F32),
+]
 
 
-def compiled(shipped: Shipped | RowNorms, kernel: str, target: GPUTarget) -> Any:
+def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it ahead of time."""
     variant, function = shipped.variant(), shipped.kernels[kernel]
     absent = () if shipped.options else ("live", "grad_scale", "found_inf")
@@ -196,7 +191,8 @@ def occupancy(registers: int, threads: int) -> float:
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: one row a variant, sm_90."""
     lines = [
-        "| variant | bytes a parameter: sweep 1 + 2 | registers: sweep 1, 2, one launch | occupancy | shared memory |",
+        "| variant | bytes a parameter, sweep by sweep | registers: sweep 1, 2, one launch; by rows: survey, 1, 2 "
+        "| occupancy | shared memory |",
         "|---|---|---|---|---|",
     ]
     by_variant: dict[str, dict[str, dict[str, Any]]] = {}
@@ -204,9 +200,9 @@ def table(found: list[dict[str, Any]]) -> str:
         if row["target"] == "sm_90":
             by_variant.setdefault(row["variant"], {})[row["kernel"]] = row
     for name, kernels in by_variant.items():
-        step = next(iter(kernels.values()))
+        step = kernels.get("row_step") or kernels["step_sweep"]
         lines.append(
-            f"| {name} | {step['bytes'][0]} + {step['bytes'][1]} | "
+            f"| {name} | {' + '.join(map(str, step['bytes']))} | "
             f"{', '.join(str(kernel['registers']) for kernel in kernels.values())} | "
             f"{occupancy(step['registers'], step['threads']):.0%} | "
             f"{(step['static_shared'] + step['dynamic_shared']) / 1024:.1f} KiB |"

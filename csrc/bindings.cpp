@@ -28,6 +28,13 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// A tensor as rows of dimension 0, or as one; it is dense.
+Rows rows_of(const Tensor& tensor, bool by_rows) {
+  const int64_t n = tensor.numel(), count = by_rows && tensor.dim() > 1 ? tensor.size(0) : 1;
+  const int64_t length = count ? n / count : 0;
+  return {count, length, n && count > 1 ? tensor.stride(0) : length};
+}
+
 Buffer buffer_of(const Tensor& tensor, const Tensor& param, const char* name) {
   TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided && same_layout(tensor, param),
               "robustft: a tensor of ", name, " has not the device, shape and strides of its param");
@@ -68,32 +75,34 @@ void bump_version(const Tensor& tensor) {
 template <class Hyper>
 class PreparedStep {
  public:
-  using Sweep = void (*)(const Segment&, const Hyper&, double, double, int64_t, int64_t, Measures*);
-
   // What each state list is called, and whether the parameters of a group with this row have an entry in it.
   struct StateList {
     const char* name;
-    const Tensors& tensors;
     bool (*drawn)(const Hyper&);
   };
 
-  PreparedStep(Sweep sweep, Tensors params, const Tensors& anchors, const std::vector<StateList>& states,
-               const Tensors& steps, bool (*counted)(const Hyper&), Tensor measures, Tensor alphas, Tensor hyper,
-               const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules,
-               const std::vector<int64_t>& seeds)
+  // states: as `lists` has them, then deltas and radius_states.
+  PreparedStep(BaseSweep<Hyper> sweep, const std::vector<StateList>& lists, bool (*counted)(const Hyper&), Tensors params,
+               const Tensors& anchors, const std::vector<Tensors>& states, const Tensors& steps, Tensor measures,
+               Tensor alphas, Tensor hyper, const std::vector<int64_t>& group_sizes,
+               const std::vector<std::string>& rules, const std::vector<int64_t>& seeds)
       : sweep_(sweep), measures_(std::move(measures)), alphas_(std::move(alphas)), hyper_(std::move(hyper)) {
-    const int64_t n = params.size(), groups = group_sizes.size();
-    check_table(measures_, {n, 3}, "measures");
-    check_table(alphas_, {n}, "alphas");
+    const int64_t groups = group_sizes.size();
     check_table(hyper_, {groups, int64_t(sizeof(Hyper) / sizeof(double))}, "hyper");
     TORCH_CHECK(int64_t(rules.size()) == groups, "robustft: ", groups, " groups but ", rules.size(), " rules");
 
+    const Tensors none;
     Feed<Tensor> param_feed(params, "params"), anchor_feed(anchors, "anchors"), step_feed(steps, "steps");
     std::vector<Feed<Tensor>> state_feeds;
+    for (size_t s = 0; s < lists.size(); ++s) state_feeds.emplace_back(states[s], lists[s].name);
+    const bool learning = states.size() > lists.size();
+    Feed<Tensor> delta_feed(learning ? states[lists.size()] : none, "deltas");
+    Feed<Tensor> radius_feed(learning ? states[lists.size() + 1] : none, "radius_states");
     Feed<int64_t> seed_feed(seeds, "seeds");
-    for (const StateList& state : states) state_feeds.emplace_back(state.tensors, state.name);
+    int64_t segments = 0;
     for (int row = 0; row < groups; ++row) {
-      const Rule rule = rule_of(rules[row]);
+      const Rule& rule = rule_of(rules[row]);
+      const bool learns = rule.survey == Survey::slope;
       const Hyper& h = rows()[row];
       for (int64_t k = 0; k < group_sizes[row]; ++k) {
         const int64_t i = jobs_.size();
@@ -101,9 +110,13 @@ class PreparedStep {
         held.param = param_feed.next();
         TORCH_CHECK(held.param.is_non_overlapping_and_dense(), "robustft: params[", i, "] is not dense");
         if (h.anchored) held.anchor = anchor_feed.next();
-        for (size_t s = 0; s < states.size(); ++s)
-          if (states[s].drawn(h)) held.state[s] = state_feeds[s].next();
-        if (counted(h)) {
+        for (size_t s = 0; s < lists.size(); ++s)
+          if (lists[s].drawn(h)) held.state[s] = state_feeds[s].next();
+        if (learns) {
+          held.delta = delta_feed.next(), held.radius = radius_feed.next();
+          check_table(held.radius, {int64_t(sizeof(Radius) / sizeof(double))}, "an entry of radius_states");
+        }
+        if (counted(h) || learns) {
           held.step = step_feed.next();
           TORCH_CHECK(held.step.device().is_cpu() && held.step.scalar_type() == at::kFloat && held.step.numel() == 1,
                       "robustft: the step count of params[", i, "] must be one float32 on the CPU");
@@ -111,44 +124,48 @@ class PreparedStep {
         Job job{};
         if (h.stochastic_rounding) {
           const int64_t seed = seed_feed.next();
-          if (held.param.scalar_type() == at::kBFloat16) job.segment.seed = seed;
+          if (held.param.scalar_type() == at::kBFloat16) job.param.seed = seed;
         }
-        job.rule = rule;
+        job.rule = &rule;
         job.row = row;
-        job.measures = measures_.data_ptr<double>() + 3 * i;
-        job.alpha = alphas_.data_ptr<double>() + i;
+        job.param.rows = rows_of(held.param, rule.rows || rule.survey != Survey::none);
+        first_segment_.push_back(segments);
+        segments += job.segments();
         jobs_.push_back(job);
       }
     }
     param_feed.check_all_taken(), anchor_feed.check_all_taken(), step_feed.check_all_taken();
-    seed_feed.check_all_taken();
+    seed_feed.check_all_taken(), delta_feed.check_all_taken(), radius_feed.check_all_taken();
     for (const auto& feed : state_feeds) feed.check_all_taken();
+    check_table(measures_, {segments, kMeasures}, "measures");
+    check_table(alphas_, {segments}, "alphas");
   }
 
   void run(const Tensors& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
     if (found_inf && found_inf->item<double>() != 0) return;
     const double scale = grad_scale ? grad_scale->item<double>() : 1;
-    TORCH_CHECK(grads.size() == jobs_.size(), "robustft: ", jobs_.size(), " params but ", grads.size(), " grads");
+    const bool none = grads.empty() && std::is_same_v<Hyper, StillHyper>;
+    TORCH_CHECK(none || grads.size() == jobs_.size(), "robustft: ", jobs_.size(), " params but ", grads.size(), " grads");
     Tensors relaid;  // alive until the sweeps are done
     for (size_t i = 0; i < jobs_.size(); ++i) {
       if (i + 4 < jobs_.size()) prefetch(held_[i + 4]);
-      bind(jobs_[i], held_[i], grads[i], relaid);
-      jobs_[i].segment.grad_scale = scale;
+      bind(i, none ? nullptr : &grads[i], scale, relaid);
     }
 
-    for (Held& held : held_) {
-      bump_version(held.param);
-      if (held.step.defined()) *held.step.template data_ptr<float>() += 1;
+    for (size_t i = 0; i < jobs_.size(); ++i) {
+      if (!std::is_same_v<Hyper, StillHyper> || jobs_[i].rule->pulls()) bump_version(held_[i].param);
+      if (held_[i].step.defined()) *held_[i].step.template data_ptr<float>() += 1;
     }
     py::gil_scoped_release release;
-    robustft::run(jobs_, [this](const Job& job, double alpha, int64_t begin, int64_t end, Measures* partial) {
-      sweep_(job.segment, rows()[job.row], job.t, alpha, begin, end, partial);
+    robustft::run(jobs_, [this](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring,
+                                Measures* found) {
+      sweep_(job.param, rows()[job.row], job.t, alpha, piece, measuring, found);
     });
   }
 
  private:
   struct Held {
-    Tensor param, anchor, state[3], step;
+    Tensor param, anchor, state[3], delta, radius, step;
   };
 
   // Thousands of small tensors: their headers are scattered, and waiting for them would cost as much as the step.
@@ -162,53 +179,73 @@ class PreparedStep {
   const Hyper* rows() const { return static_cast<const Hyper*>(hyper_.const_data_ptr()); }
 
   // Addresses are read anew at every step: whoever swaps a tensor's storage (an offloader, say) finds it used.
-  void bind(Job& job, const Held& held, const Tensor& grad, Tensors& relaid) {
+  void bind(size_t i, const Tensor* grad, double scale, Tensors& relaid) {
+    Job& job = jobs_[i];
+    const Held& held = held_[i];
     const Hyper& h = rows()[job.row];
-    job.strength = h.strength;
-    job.lr = h.lr;
+    Param& p = job.param;
+    job.terms = {h.strength, h.lr, h.radius};
+    job.radius_hyper = {h.k, h.radius_lr, h.radius_beta1, h.radius_beta2};
     job.t = held.step.defined() ? *held.step.template const_data_ptr<float>() + 1 : 0;
-    job.segment.numel = held.param.numel();
-    job.segment.param = buffer_of(held.param, held.param, "params");
-    if (same_layout(grad, held.param)) {
-      job.segment.grad = buffer_of(grad, held.param, "grads");
+    job.measures = measures_.data_ptr<double>() + kMeasures * first_segment_[i];
+    job.alphas = alphas_.data_ptr<double>() + first_segment_[i];
+    job.radius = held.radius.defined() ? static_cast<Radius*>(held.radius.data_ptr()) : nullptr;
+    job.graded = grad != nullptr;
+    p.sign = (h.maximize ? -1 : 1) / scale;
+    p.penalty = job.rule->penalty(h.strength);
+    p.param = buffer_of(held.param, held.param, "params");
+    if (grad && same_layout(*grad, held.param)) {
+      p.grad = buffer_of(*grad, held.param, "grads");
+    } else if (grad) {
+      relaid.push_back(at::empty_like(held.param, grad->options()).copy_(*grad));
+      p.grad = buffer_of(relaid.back(), held.param, "grads");
     } else {
-      relaid.push_back(at::empty_like(held.param, grad.options()).copy_(grad));
-      job.segment.grad = buffer_of(relaid.back(), held.param, "grads");
+      p.grad = {};
     }
-    if (held.anchor.defined()) job.segment.anchor = buffer_of(held.anchor, held.param, "anchors");
+    if (held.anchor.defined()) p.anchor = buffer_of(held.anchor, held.param, "anchors");
+    if (held.delta.defined()) p.delta = buffer_of(held.delta, held.param, "deltas");
     for (int s = 0; s < 3; ++s)
-      if (held.state[s].defined()) job.segment.state[s] = buffer_of(held.state[s], held.param, "the state");
+      if (held.state[s].defined()) p.state[s] = buffer_of(held.state[s], held.param, "the state");
   }
 
-  Sweep sweep_;
+  BaseSweep<Hyper> sweep_;
   Tensor measures_, alphas_, hyper_;
   std::vector<Held> held_;
   std::vector<Job> jobs_;
+  std::vector<int64_t> first_segment_;
 };
 
 using AdamWStep = PreparedStep<AdamWHyper>;
 using SGDStep = PreparedStep<SGDHyper>;
+using StillStep = PreparedStep<StillHyper>;
+using Sizes = std::vector<int64_t>;
+using Names = std::vector<std::string>;
 
 AdamWStep prepare_adamw(Tensors params, const Tensors& anchors, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                        const Tensors& max_exp_avg_sqs, const Tensors& steps, Tensor measures, Tensor alphas,
-                        Tensor hyper, const std::vector<int64_t>& group_sizes, const std::vector<std::string>& rules,
-                        const std::vector<int64_t>& seeds) {
+                        const Tensors& max_exp_avg_sqs, const Tensors& deltas, const Tensors& radius_states,
+                        const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper, const Sizes& group_sizes,
+                        const Names& rules, const Sizes& seeds) {
   const auto always = [](const AdamWHyper&) { return true; };
   const auto amsgrad = [](const AdamWHyper& h) { return h.amsgrad != 0; };
-  return {sweeps().adamw, std::move(params), anchors,
-          {{"exp_avgs", exp_avgs, always},
-           {"exp_avg_sqs", exp_avg_sqs, always},
-           {"max_exp_avg_sqs", max_exp_avg_sqs, amsgrad}},
-          steps, always, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
+  return {sweeps().adamw, {{"exp_avgs", always}, {"exp_avg_sqs", always}, {"max_exp_avg_sqs", amsgrad}}, always,
+          std::move(params), anchors, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, deltas, radius_states}, steps,
+          std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 
-SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momentum_buffers, const Tensors& steps,
-                    Tensor measures, Tensor alphas, Tensor hyper, const std::vector<int64_t>& group_sizes,
-                    const std::vector<std::string>& rules, const std::vector<int64_t>& seeds) {
+SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momentum_buffers, const Tensors& deltas,
+                    const Tensors& radius_states, const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper,
+                    const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
   const auto momentum = [](const SGDHyper& h) { return h.momentum != 0; };
   const auto counted = [](const SGDHyper& h) { return h.momentum != 0 || h.stochastic_rounding != 0; };
-  return {sweeps().sgd, std::move(params), anchors, {{"momentum_buffers", momentum_buffers, momentum}},
-          steps, counted, std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
+  return {sweeps().sgd, {{"momentum_buffers", momentum}}, counted, std::move(params), anchors,
+          {momentum_buffers, deltas, radius_states}, steps, std::move(measures), std::move(alphas), std::move(hyper),
+          group_sizes, rules, seeds};
+}
+
+StillStep prepare_still(Tensors params, const Tensors& anchors, const Tensors& steps, Tensor measures, Tensor alphas,
+                        Tensor hyper, const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
+  return {sweeps().still, {}, [](const StillHyper&) { return false; }, std::move(params), anchors, {}, steps,
+          std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 
 // Everything that a plan depends on: parameters, gradients but for their addresses, and which objects the state is.
@@ -268,13 +305,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::arg_v grad_scale = py::arg("grad_scale") = py::none(), found_inf = py::arg("found_inf") = py::none();
   py::class_<AdamWStep>(m, "AdamWStep").def("__call__", &AdamWStep::run, grads, grad_scale, found_inf);
   py::class_<SGDStep>(m, "SGDStep").def("__call__", &SGDStep::run, grads, grad_scale, found_inf);
+  py::class_<StillStep>(m, "StillStep").def("__call__", &StillStep::run, grads, grad_scale, found_inf);
   m.def("prepare_adamw", &prepare_adamw);
   m.def("prepare_sgd", &prepare_sgd);
+  m.def("prepare_still", &prepare_still);
   m.def("fingerprint", &fingerprint);
   m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,
   m.attr("ADAMW_HYPER") = std::vector<std::string>{ROBUSTFT_ADAMW_HYPER(ROBUSTFT_NAME)};
   m.attr("SGD_HYPER") = std::vector<std::string>{ROBUSTFT_SGD_HYPER(ROBUSTFT_NAME)};
+  m.attr("STILL_HYPER") = std::vector<std::string>{ROBUSTFT_STILL_HYPER(ROBUSTFT_NAME)};
 #undef ROBUSTFT_NAME
   m.attr("CHUNK") = kChunk;
   m.attr("ISA") = sweeps().isa;

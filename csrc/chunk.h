@@ -21,14 +21,39 @@ struct Buffer {
   DType dtype = DType::f32;
 };
 
-// One tensor of a step, flat in memory order.
-struct Segment {
-  int64_t numel = 0;
-  Buffer param, grad;
+// How a tensor divides into rows: a row's elements, counted in the order of memory, lie in runs of `stride`.
+struct Rows {
+  int64_t count = 1, length = 0, stride = 0;
+
+  int64_t numel() const { return count * length; }
+  bool contiguous() const { return count <= 1 || stride == length; }
+  int64_t place(int64_t row, int64_t e) const {
+    return contiguous() ? row * length + e : e / stride * (stride * count) + row * stride + e % stride;
+  }
+};
+
+// What a rule adds to the gradient: linear * d, and sign * sign(d) on one row.
+struct Penalty {
+  double linear = 0, sign = 0;
+  int64_t row = -1;
+};
+
+// One tensor of a step with all that belongs to it; its segments are its rows, or it is one row as a whole.
+struct Param {
+  Rows rows;
+  Buffer param;
+  Buffer grad;      // absent, where the base needs none
   Buffer anchor;    // absent: the anchor is zero
   Buffer state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGD: momentum_buffer
-  double grad_scale = 1;  // what the gradient is to be divided by
+  Buffer delta;     // where c goes, if anywhere
+  Penalty penalty;
+  double sign = 1;        // what turns the gradient into that of what the step minimizes
   int64_t seed = -1;      // of a bf16 param's stochastic rounding; negative: round to nearest
+};
+
+// A part of a Param: rows from `row`, and of each the elements [begin, end).
+struct Piece {
+  int64_t row, rows, begin, end;
 };
 
 // A length that the compiler knows: loops of a full tile have no remainder.
@@ -87,6 +112,31 @@ inline void narrow(double x, double& to) { to = x; }
 inline void narrow(double x, bf16& to) { narrow(float(x), to); }
 inline void narrow(double x, f16& to) { narrow(float(x), to); }
 
+// Where a block of a row lies: contiguous from `offset`, or element by element at `places`.
+class Block {
+ public:
+  int n;
+
+  Block(const Rows& rows, int64_t row, int64_t at, int n) : n(n), offset_(rows.place(row, at)) {
+    if (rows.contiguous()) return;
+    scattered_ = true;
+    int64_t place = offset_, left = rows.stride - at % rows.stride;  // of this run
+    for (int i = 0; i < n; ++i, ++place, --left) {
+      if (left == 0) place += rows.stride * (rows.count - 1), left = rows.stride;
+      places_[i] = place;
+    }
+  }
+
+  bool scattered() const { return scattered_; }
+  const int64_t* places() const { return places_; }
+  int64_t operator[](int i) const { return scattered_ ? places_[i] : offset_ + i; }
+
+ private:
+  int64_t offset_;
+  bool scattered_ = false;
+  int64_t places_[kBlock];
+};
+
 template <class S, class T>
 inline void load_as(const void* data, int64_t offset, int n, T* to) {
   const S* from = static_cast<const S*>(data) + offset;
@@ -101,36 +151,55 @@ inline void store_as(const T* from, int n, void* data, int64_t offset) {
   for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
 
+template <class S, class T>
+inline void load_as(const void* data, const Block& block, T* to) {
+  if (!block.scattered()) return load_as<S>(data, block[0], block.n, to);
+  const S* from = static_cast<const S*>(data);
+  for (int i = 0; i < block.n; ++i) to[i] = T(widen(from[block.places()[i]]));
+}
+
+template <class S, class T>
+inline void store_as(const T* from, void* data, const Block& block) {
+  if (!block.scattered()) return store_as<S>(from, block.n, data, block[0]);
+  S* to = static_cast<S*>(data);
+  for (int i = 0; i < block.n; ++i) narrow(from[i], to[block.places()[i]]);
+}
+
 template <class T> constexpr DType kNative = DType::f32;
 template <> constexpr DType kNative<double> = DType::f64;
 
 template <class T>
-void load(const Buffer& from, int64_t offset, int n, T* to) {
+void load(const Buffer& from, const Block& block, T* to) {
   switch (from.dtype) {
-    case DType::f32: return load_as<float>(from.data, offset, n, to);
-    case DType::f64: return load_as<double>(from.data, offset, n, to);
-    case DType::bf16: return load_as<bf16>(from.data, offset, n, to);
-    case DType::f16: return load_as<f16>(from.data, offset, n, to);
+    case DType::f32: return load_as<float>(from.data, block, to);
+    case DType::f64: return load_as<double>(from.data, block, to);
+    case DType::bf16: return load_as<bf16>(from.data, block, to);
+    case DType::f16: return load_as<f16>(from.data, block, to);
   }
 }
 
 template <class T>
-void store(const T* from, int n, const Buffer& to, int64_t offset) {
+void store(const T* from, const Block& block, const Buffer& to) {
   switch (to.dtype) {
-    case DType::f32: return store_as<float>(from, n, to.data, offset);
-    case DType::f64: return store_as<double>(from, n, to.data, offset);
-    case DType::bf16: return store_as<bf16>(from, n, to.data, offset);
-    case DType::f16: return store_as<f16>(from, n, to.data, offset);
+    case DType::f32: return store_as<float>(from, to.data, block);
+    case DType::f64: return store_as<double>(from, to.data, block);
+    case DType::bf16: return store_as<bf16>(from, to.data, block);
+    case DType::f16: return store_as<f16>(from, to.data, block);
   }
 }
 
-// What a value becomes once it is stored.
+// What values become once they are stored.
+template <class S, class T>
+void round_as(int n, T* values) {
+  alignas(64) S stored[kTile];
+  store_as<S>(values, n, stored, 0);
+  load_as<S>(stored, 0, n, values);
+}
+
 template <class T>
 void round_to(DType dtype, int n, T* values) {
-  alignas(64) char stored[kTile * sizeof(T)];
-  const Buffer buffer{stored, dtype};
-  store(values, n, buffer, 0);
-  load(buffer, 0, n, values);
+  if (dtype == DType::bf16) round_as<bf16>(n, values);
+  if (dtype == DType::f16) round_as<f16>(n, values);
 }
 
 // MurmurHash3's finalizer: every bit sways every bit of the result.
@@ -146,8 +215,8 @@ inline uint32_t rounding_key(int64_t seed, double t, uint32_t phase) {
 }
 
 // Values become a bf16 neighbour, the upper one with the probability of their distance from the lower; the counter is
-// the element's place in memory. `offset` is a multiple of kTile, so that 32 bits of it are the same for all.
-ROBUSTFT_INLINE void dither(int n, uint32_t key, int64_t offset, float* values) {
+// the element's place in memory, from `offset`, and all must share its upper 32 bits.
+ROBUSTFT_INLINE void dither_within(int n, uint32_t key, int64_t offset, float* values) {
   const uint32_t low = uint32_t(offset), high = mix(key + uint32_t(offset >> 32));
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
@@ -156,19 +225,29 @@ ROBUSTFT_INLINE void dither(int n, uint32_t key, int64_t offset, float* values) 
     values[i] = bit_cast<float>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
   }
 }
-inline void dither(int, uint32_t, int64_t, double*) {}  // a float64 param is never bf16
+
+ROBUSTFT_INLINE void dither(int n, uint32_t key, const Block& block, int i, float* values) {
+  const int64_t first = block[i], ahead = (int64_t(1) << 32) - (first & 0xffffffff);
+  if (block.scattered())
+    for (int k = 0; k < n; ++k) dither_within(1, key, block[i + k], values + k);
+  else if (n <= ahead)
+    dither_within(n, key, first, values);
+  else
+    dither_within(int(ahead), key, first, values), dither_within(int(n - ahead), key, first + ahead, values + ahead);
+}
+inline void dither(int, uint32_t, const Block&, int, double*) {}  // a float64 param is never bf16
 
 // A block of a buffer as numbers of the arithmetic type: the memory itself where it already holds that type
 // (no copy), otherwise a staged conversion.
 template <class T>
 class View {
  public:
-  View(const Buffer& buffer, int64_t offset, int n) : buffer_(buffer), offset_(offset), n_(n) {
+  View(const Buffer& buffer, const Block& block) : buffer_(buffer), block_(block) {
     if (buffer.data == nullptr) return;
-    if (buffer.dtype == kNative<T>) {
-      data_ = static_cast<T*>(buffer.data) + offset;
+    if (buffer.dtype == kNative<T> && !block.scattered()) {
+      data_ = static_cast<T*>(buffer.data) + block[0];
     } else {
-      load(buffer, offset, n, stage_);
+      load(buffer, block, stage_);
       data_ = stage_;
     }
   }
@@ -176,15 +255,13 @@ class View {
 
   T* data() const { return data_; }
   T* at(int i) const { return data_ ? data_ + i : nullptr; }
-  bool staged() const { return data_ == stage_; }
   void flush() const {
-    if (staged()) store(stage_, n_, buffer_, offset_);
+    if (data_ == stage_) store(stage_, block_, buffer_);
   }
 
  private:
   const Buffer& buffer_;
-  int64_t offset_;
-  int n_;
+  const Block& block_;
   T* data_ = nullptr;
   alignas(64) T stage_[kBlock];
 };

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from . import anchors, ops, state
 from .anchors import Anchor
 from .bases import ADAMW, SGD, Base, Group
-from .methods import method_of
+from .methods import method_of, rule_of
 from .plan import Plan, label_of
+from .telemetry import Telemetry, collect
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Betas = tuple[float | Tensor, float | Tensor]
@@ -75,6 +76,7 @@ class AnchoredOptimizer(Optimizer):
             if group["stochastic_rounding"] and param.dtype == torch.float16:
                 raise ValueError(f"{label} is float16; stochastic_rounding is for bfloat16 (float32 needs none)")
         _check_hyper(group)
+        rule_of(group["method"], group["norm"])
         anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
@@ -92,11 +94,23 @@ class AnchoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
-            self._plan = Plan(self.base, self.param_groups, self.state, self.backend)
+            found = None if self._plan is None else self._plan.found
+            self._plan = Plan(self.base, self.param_groups, self.state, self.backend, found)
         self._plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._plan.captured and self._plan not in self._graphed:
             self._graphed.append(self._plan)
         return loss
+
+    def telemetry(self) -> dict[str, Telemetry]:
+        """What the last step did to each parameter, {name: (deviation, relative_deviation, alpha, selected, selections,
+        radius)}, each a float; see `telemetry.Telemetry`. Parameters without names go by their place over all groups:
+        "0", "1", ...
+
+        The steps leave these numbers on the device at no cost; this call reads them, in one transfer a device, and
+        waits for it. Before the first step, and after loading, deviations are those of the weights as they are, and the
+        counts begin at 0.
+        """
+        return collect(self.param_groups, self.state, self._plan.found if self._plan else {})
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the anchors among the state; without them where `save_anchors=False`."""
@@ -185,11 +199,18 @@ class AnchoredAdamW(AnchoredOptimizer):
         θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
         θ ← θ₀ + α(θ̃ − θ₀)
 
-    with α chosen by `method` (d = θ − θ₀ before the decay and the step, c = θ̃ − θ₀ after them):
+    with α chosen by `method` (d = θ − θ₀ before the decay and the step, c = θ̃ − θ₀ after them; nᵢ = Σ|cᵢ| of row i, an
+    index of dimension 0; ‖·‖ of the whole tensor):
 
     - "none": α = 1. Equal to torch.optim.AdamW (and Adam, at weight_decay=0). Keeps no anchor.
-    - "spd": α = 1 − min(1, strength·r), r = max(0, ‖c‖−‖d‖)/‖c‖, for each tensor with ⟨g,d⟩ > 0; else 1.
+    - "spd": α = 1 − min(1, strength·r), r = max(0, ‖c‖−‖d‖)/‖c‖, for each tensor with ⟨g,d⟩ > 0; else 1. With
+      norm="mars_rows" the same of each row, Σ|·| for ‖·‖.
     - "l2sp": α = 1 − min(1, strength·lr).
+    - "l2sp_coupled": α = 1; g + strength·d takes the place of g, and goes through the moments.
+    - "mars_sp": α = 1; g + strength·sign(d) on the row of largest Σ|dᵢ|, a subgradient of strength·maxᵢ Σ|dᵢ|.
+    - "project": α = min(1, radius/n), n = ‖c‖ (norm="l2"), maxᵢ nᵢ ("mars"), or nᵢ of each row ("mars_rows").
+    - "ftp": α = min(1, γ/(nᵢ + 1e-8)) of each row, with γ learned: 1e-8 at the first step; then one Adam step
+      (radius_lr, radius_betas) on h = Σᵢ⟨gᵢ, c'ᵢ⟩/n'ᵢ, c' being the previous c; k·h where h > 0; and γ ≤ maxᵢ nᵢ.
 
     Every argument up to `anchor` can be set per group, `method` included.
 
@@ -197,7 +218,12 @@ class AnchoredAdamW(AnchoredOptimizer):
         params: parameters of any floating dtype and dense layout, `model.named_parameters()`, or groups of either.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; a tensor lr is read at each step.
         method: a name in `robustft_kernels.METHODS`.
-        strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp".
+        norm: what "spd" and "project" measure with; None for "l2".
+        strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp", the
+            penalty's factor in the loss for "l2sp_coupled" and "mars_sp".
+        radius: γ > 0 of "project", in units of the weights; a tensor is read at each step.
+        k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius; 1 holds most, 0 lets radii only grow.
+        radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
         anchor: "initial" (a copy of the weights now), "zero" (for adapters: no memory, no reads), a list of tensors
             parallel to `params`, or a mapping from parameter name to tensor.
         stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value, so that
@@ -210,7 +236,8 @@ class AnchoredAdamW(AnchoredOptimizer):
         save_anchors: whether `state_dict` carries the anchors.
 
     State: float32 (float64 for float64 parameters) exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, a float32
-    step (on the device with the Triton backend), and the anchor. Arithmetic is float32 for every parameter dtype but
+    step (on the device with the Triton backend), and the anchor; with "ftp" the delta c, in bfloat16 (float64), and
+    radius_state, γ and the moments of its gradient in float64. Arithmetic is float32 for every parameter dtype but
     float64. With torch.amp.GradScaler, gradients are unscaled in the kernel, which writes nothing if one is infinite.
 
     Raises:
@@ -218,7 +245,9 @@ class AnchoredAdamW(AnchoredOptimizer):
         RuntimeError: a backend that is not there, or a sparse gradient.
 
     Sources: SPD: Tian et al., NeurIPS 2024, Algorithm 2, with λ·r capped at 1 as its text states. L2-SP: Li et al.,
-    ICML 2018, in the decoupled form of the SPD paper's Algorithms 1 and 3. AdamW: Loshchilov & Hutter, ICLR 2019.
+    ICML 2018, Eq. 3; decoupled as in the SPD paper's Algorithms 1 and 3. MARS-SP, projection: Gouk et al., ICLR 2021,
+    Section 3; norm="mars": Tian et al., CVPR 2023, Eq. 4. FTP: Tian et al., NeurIPS 2023, Algorithm 1. AdamW:
+    Loshchilov & Hutter, ICLR 2019.
     """
 
     base = ADAMW
@@ -234,7 +263,12 @@ class AnchoredAdamW(AnchoredOptimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         method: str = "none",
+        norm: str | None = None,
         strength: float = 1.0,
+        radius: float | Tensor | None = None,
+        k: float = 1.0,
+        radius_lr: float = 1e-2,
+        radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -244,24 +278,11 @@ class AnchoredAdamW(AnchoredOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-            "maximize": maximize, "method": method, "strength": strength,
+            "maximize": maximize, "method": method, "norm": norm, "strength": strength, "radius": radius, "k": k,
+            "radius_lr": radius_lr, "radius_betas": radius_betas,
             "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
-
-
-class AdamSPD(AnchoredAdamW):
-    """`AnchoredAdamW` with method="spd": selective projection decay. See there for the formula and arguments."""
-
-    def __init__(self, params: Params, *args: Any, method: str = "spd", **kwargs: Any) -> None:
-        super().__init__(params, *args, method=method, **kwargs)
-
-
-class AdamL2SP(AnchoredAdamW):
-    """`AnchoredAdamW` with method="l2sp", the decoupled form. See there for the formula and arguments."""
-
-    def __init__(self, params: Params, *args: Any, method: str = "l2sp", **kwargs: Any) -> None:
-        super().__init__(params, *args, method=method, **kwargs)
 
 
 class AnchoredSGD(AnchoredOptimizer):
@@ -292,7 +313,12 @@ class AnchoredSGD(AnchoredOptimizer):
         *,
         maximize: bool = False,
         method: str = "none",
+        norm: str | None = None,
         strength: float = 1.0,
+        radius: float | Tensor | None = None,
+        k: float = 1.0,
+        radius_lr: float = 1e-2,
+        radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -302,35 +328,34 @@ class AnchoredSGD(AnchoredOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize, "method": method, "strength": strength,
+            "nesterov": nesterov, "maximize": maximize, "method": method, "norm": norm, "strength": strength,
+            "radius": radius, "k": k, "radius_lr": radius_lr, "radius_betas": radius_betas,
             "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
 
 
-class SGDSPD(AnchoredSGD):
-    """`AnchoredSGD` with method="spd": selective projection decay. See there for the formula and arguments."""
-
-    def __init__(self, params: Params, *args: Any, method: str = "spd", **kwargs: Any) -> None:
-        super().__init__(params, *args, method=method, **kwargs)
-
-
 def _check_hyper(group: Group) -> None:
     """Raises ValueError naming the first hyper-parameter of a group that is out of its range."""
-    for key in ("lr", "eps", "weight_decay", "strength", "momentum", "dampening"):
-        if key not in group:
+    for key in ("lr", "eps", "weight_decay", "strength", "momentum", "dampening", "radius", "k", "radius_lr"):
+        if group.get(key) is None:
             continue
         if isinstance(group[key], Tensor) and group[key].numel() != 1:
             raise ValueError(f"{key} must be one number, got a tensor of shape {tuple(group[key].shape)}")
         value = float(group[key])
         if not isfinite(value) or (value < 0 and key != "dampening"):
             raise ValueError(f"{key} must be finite and at least 0, got {value}")
+        if (key == "radius" and value == 0) or (key == "k" and value > 1):
+            raise ValueError(f"{key} must be {'above 0' if key == 'radius' else 'in [0, 1]'}, got {value}")
+    if group["method"] == "project" and group["radius"] is None:
+        raise ValueError("method 'project' needs a radius: how far from its anchor a segment may go")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
-    for i, beta in enumerate(group.get("betas", ())):
-        if not 0 <= float(beta) < 1:
-            raise ValueError(f"betas[{i}] must be in [0, 1), got {float(beta)}")
-    if len(group.get("betas", (0, 0))) != 2:
-        raise ValueError(f"betas must be two numbers, got {group['betas']}")
+    for key in ("betas", "radius_betas"):
+        for i, beta in enumerate(group.get(key, ())):
+            if not 0 <= float(beta) < 1:
+                raise ValueError(f"{key}[{i}] must be in [0, 1), got {float(beta)}")
+        if len(group.get(key, (0, 0))) != 2:
+            raise ValueError(f"{key} must be two numbers, got {group[key]}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs a momentum above 0 and dampening=0")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops, state
-from .bases import MEASURES, Base, Group
-from .methods import method_of
+from .bases import MEASURES, Base, Group, Row
+from .methods import method_of, rule_of, segments_of
 
 CPU = torch.device("cpu")
 
@@ -21,11 +21,28 @@ def label_of(group: Group, k: int) -> str:
     return f"parameter {names[k]!r}" if names else f"parameter {k} (shape {tuple(group['params'][k].shape)})"
 
 
-class Plan:
-    """One step over all parameter groups: one launch for each device."""
+def row_of(group: Group) -> Row:
+    """A group as the backends ask about it: with the rule of its method and norm."""
+    return {**group, "rule": rule_of(group["method"], group["norm"])}
 
-    def __init__(self, base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], backend: str) -> None:
+
+class Plan:
+    """One step over all parameter groups: one launch for each device.
+
+    found: for each parameter ever stepped, its segments' rows of measures and their alphas, as the last step that
+    touched it left them.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        groups: list[Group],
+        kept: Mapping[Tensor, state.ParamState],
+        backend: str,
+        found: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.base = base
+        self.found = dict(found or {})
         self.captured = False
         if _capturing():
             raise RuntimeError(
@@ -41,7 +58,9 @@ class Plan:
                 by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         self.launches = [
-            Launch(base, [(groups[row], ks, starts[row]) for row, ks in rows.items()], kept, backend, device)
+            Launch(
+                base, [(groups[row], ks, starts[row]) for row, ks in rows.items()], kept, backend, device, self.found
+            )
             for device, rows in by_device.items()
         ]
         self._addresses = any(ops.keeps_addresses(launch.backend) for launch in self.launches)
@@ -68,12 +87,12 @@ class Plan:
     def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = [
             (
-                *(group[key] for key in ("method", "anchor", "stochastic_rounding", "seed", "capturable")),
-                len(group["params"]),
-                *(drawn(group) for _, drawn in self.base.state),
-                *((name, id(t), t.data_ptr()) for name, t in _tensors(group, self.base).items()),
+                *(row[key] for key in ("rule", "anchor", "stochastic_rounding", "seed", "capturable")),
+                len(row["params"]),
+                *(drawn(row) for _, drawn in self.base.state),
+                *((name, id(t), t.data_ptr()) for name, t in _tensors(row, self.base).items()),
             )
-            for group in groups
+            for row in map(row_of, groups)
         ]
         params = [param for group in groups for param in group["params"]]
         return structure, ops.fingerprint(params, list(kept.values()), self._addresses)
@@ -81,9 +100,9 @@ class Plan:
 
 class Launch:
     """All parameters of one device, prepared for one backend. entries: groups, which of their parameters, and the place
-    of their first among all the optimizer's.
+    of their first among all the optimizer's. found: of Plan; takes on where it stood, and comes to refer to this.
 
-    measures, alphas: what the last step found, one row a parameter; see ops.py.
+    measures, alphas: what the last step found, one row a segment; see ops.py.
     """
 
     def __init__(
@@ -93,6 +112,7 @@ class Launch:
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
         device: torch.device,
+        found: dict[Tensor, tuple[Tensor, Tensor]],
     ) -> None:
         self.base, self.device = base, device
         self.groups = [group for group, _, _ in entries]
@@ -106,9 +126,10 @@ class Launch:
         seeds: list[int] = []
         on_device = ops.keeps_addresses(self.backend)
         for group, ks, start in entries:
+            row = row_of(group)
             for k in ks:
                 of_param = kept[group["params"][k]]
-                state.prepare(group["params"][k], of_param, base, group, steps_on=device if on_device else CPU)
+                state.prepare(group["params"][k], of_param, base, row, steps_on=device if on_device else CPU)
                 if _anchored(group):
                     if "anchor" not in of_param:
                         raise ValueError(
@@ -117,16 +138,23 @@ class Launch:
                         )
                     anchors.append(of_param["anchor"])
                 for key, drawn in base.state:
-                    if drawn(group):
+                    if drawn(row):
                         lists[key].append(of_param[key])
-                if base.counted(group):
+                if base.counted(row):
                     steps.append(of_param["step"])
                 if group["stochastic_rounding"]:
                     seeds.append(group["seed"] << 32 | start + k)
 
-        n = len(self.params)
-        self.measures = torch.zeros(n, len(MEASURES), dtype=torch.float64, device=device)
-        self.alphas = torch.ones(n, dtype=torch.float64, device=device)
+        rules = [rule_of(group["method"], group["norm"]) for group in self.groups]
+        of_rule = [rule for (_, ks, _), rule in zip(entries, rules, strict=True) for _ in ks]
+        counts = [segments_of(rule, p.shape) for rule, p in zip(of_rule, self.params, strict=True)]
+        self.measures = torch.zeros(sum(counts), len(MEASURES), dtype=torch.float64, device=device)
+        self.alphas = torch.ones(sum(counts), dtype=torch.float64, device=device)
+        for param, *now in zip(self.params, self.measures.split(counts), self.alphas.split(counts), strict=True):
+            for new, old in zip(now, found.get(param, ()), strict=False):
+                if old.shape == new.shape:
+                    new.copy_(old)
+            found[param] = (now[0], now[1])
         self.hyper = torch.zeros(len(entries), len(base.hyper), dtype=torch.float64, device=CPU)
         self._rows: list[list[float]] = []
         # Hyper-parameters that the kernels read from the user's tensors, without a word to the host.
@@ -141,7 +169,7 @@ class Launch:
         live = {row * width + base.hyper.index(column): tensor for (row, column), tensor in self._live.items()}
         self._run = ops.prepare(
             self.backend, base, self.params, anchors, *lists.values(), steps, self.measures, self.alphas, self.hyper,
-            [len(ks) for _, ks, _ in entries], [method_of(group["method"]).rule for group in self.groups], seeds,
+            [len(ks) for _, ks, _ in entries], rules, seeds,
             **({"live": live} if on_device else {}),
         )  # fmt: skip
 
@@ -170,19 +198,30 @@ class Launch:
             self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device=CPU))
 
 
-def _anchored(group: Group) -> bool:
+def _anchored(group: Row) -> bool:
     return method_of(group["method"]).anchored and group["anchor"] != "zero"
 
 
-def _columns(group: Group, base: Base) -> dict[str, Any]:
+def _columns(group: Row, base: Base) -> dict[str, Any]:
     """A group's row of the table of hyper-parameters, before it becomes numbers."""
     values: dict[str, Any] = {**group, "anchored": _anchored(group)}
+    values["radius_beta1"], values["radius_beta2"] = group["radius_betas"]
+    values["radius"] = _radius(group)
     if "betas" in group:
         values["beta1"], values["beta2"] = group["betas"]
     return {column: values[column] for column in base.hyper}
 
 
-def _tensors(group: Group, base: Base) -> dict[str, Tensor]:
+def _radius(group: Row) -> float | Tensor:
+    radius: float | Tensor | None = group["radius"]
+    if group["method"] != "project":
+        return 0.0 if radius is None else radius
+    if radius is None or not (isinstance(radius, Tensor) or radius > 0):
+        raise ValueError(f"method 'project' needs a radius above 0, got radius={radius}")
+    return radius
+
+
+def _tensors(group: Row, base: Base) -> dict[str, Tensor]:
     """The hyper-parameters of a group that are tensors."""
     return {column: value for column, value in _columns(group, base).items() if isinstance(value, Tensor)}
 

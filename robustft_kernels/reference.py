@@ -6,22 +6,27 @@ the parameter's dtype before it is measured, and float64 arithmetic does not hid
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bases import ADAMW, SGD, arithmetic_of
+from .bases import Base, arithmetic_of
+from .methods import RULES as contract
+from .methods import segments_of
 
-Run = Callable[..., None]  # of grads, grad_scale, found_inf
 Row = dict[str, float]
 
 
-def adamw_base(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, t: Tensor, h: Row) -> Tensor:
-    """θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε); m, v and v_max move in place.
+def adamw_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
+    """θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε); m, v and its maximum move in place.
 
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2; amsgrad: Reddi et al.,
     ICLR 2018.
     """
+    assert t is not None
+    m, v, v_max = kept["exp_avg"], kept["exp_avg_sq"], kept.get("max_exp_avg_sq")
     m.mul_(h["beta1"]).add_(g, alpha=1 - h["beta1"])
     v.mul_(h["beta2"]).add_(g * g, alpha=1 - h["beta2"])
     root = v if v_max is None else torch.maximum(v_max, v, out=v_max)
@@ -30,12 +35,12 @@ def adamw_base(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | N
     return theta * (1 - h["lr"] * h["weight_decay"]) - h["lr"] / first * m / (root.sqrt() / second.sqrt() + h["eps"])
 
 
-def sgd_base(theta: Tensor, g: Tensor, b: Tensor | None, t: Tensor | None, h: Row) -> Tensor:
+def sgd_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
     """θ̃ = θ − lr·b, with b ← μ·b + (1 − dampening)(g + wd·θ), at its first step g + wd·θ; b moves in place.
 
     As torch.optim.SGD; Sutskever et al., ICML 2013.
     """
-    g = g + h["weight_decay"] * theta
+    g, b = g + h["weight_decay"] * theta, kept.get("momentum_buffer")
     if b is None or t is None:
         return theta - h["lr"] * g
     later = h["momentum"] * b + (1 - h["dampening"]) * g
@@ -43,36 +48,144 @@ def sgd_base(theta: Tensor, g: Tensor, b: Tensor | None, t: Tensor | None, h: Ro
     return theta - h["lr"] * (g + h["momentum"] * b if h["nesterov"] else b)
 
 
-def keep(_: Tensor, __: Row) -> Tensor | float:
+def still_base(theta: Tensor, _: Tensor, __: dict[str, Tensor], ___: Tensor | None, ____: Row) -> Tensor:
+    """θ̃ = θ."""
+    return theta
+
+
+STEPS = {"adamw": adamw_base, "sgd": sgd_base, "still": still_base}
+
+
+def keep(measures: Tensor, _: Row) -> Tensor:
     """α = 1."""
-    return 1.0
+    return torch.ones_like(measures[0])
 
 
-def l2sp(_: Tensor, h: Row) -> Tensor | float:
+def l2sp(measures: Tensor, h: Row) -> Tensor:
     """α = 1 − min(1, strength·lr)."""
-    return 1 - min(1.0, h["strength"] * h["lr"])
+    return torch.full_like(measures[0], 1 - min(1.0, h["strength"] * h["lr"]))
 
 
-def spd(measures: Tensor, h: Row) -> Tensor | float:
-    """α = 1 − min(1, strength·r) where ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖, 0 where ‖c‖ = 0.
+def norm(measures: Tensor) -> Tensor:
+    """‖c‖ of each tensor, from ‖d‖² and ‖c‖² − ‖d‖²."""
+    return (measures[1] + measures[2]).clamp(min=0).sqrt()
 
-    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
-    """
-    grad_dot_delta, delta_sq, gain = measures
-    before, after = delta_sq.sqrt(), (delta_sq + gain).clamp(min=0).sqrt()
-    ratio = gain / (before + after) / after
+
+def row_norm(measures: Tensor) -> Tensor:
+    """Σ|c| of each row, from Σ|d| and Σ|c| − Σ|d|."""
+    return measures[1] + measures[2]
+
+
+def shrink(ratio: Tensor, measures: Tensor, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·ratio) where ⟨g,d⟩ > 0 and the segment moved away, else 1."""
+    grad_dot_delta, _, gain = measures
     fires = (grad_dot_delta > 0) & (gain > 0) & ratio.isfinite()
     return torch.where(fires, 1 - (h["strength"] * ratio).clamp(max=1), 1.0)
 
 
-RULES: dict[str, Callable[[Tensor, Row], Tensor | float]] = {"keep": keep, "l2sp": l2sp, "spd": spd}
-MEASURED = {"spd"}
+def spd(measures: Tensor, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r) where ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖, 0 where ‖c‖ = 0.
+
+    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
+    """
+    _, before, gain = measures
+    after = norm(measures)
+    return shrink(gain / (before.sqrt() + after) / after, measures, h)
 
 
-def measure(g: Tensor, d: Tensor, c: Tensor) -> Tensor:
-    """⟨g,d⟩, ‖d‖² and ‖c‖² − ‖d‖² = ⟨u, 2d + u⟩ with u = c − d."""
-    u = c - d
-    return torch.stack([(g * d).sum(), (d * d).sum(), (u * (2 * d + u)).sum()])
+def spd_rows(measures: Tensor, h: Row) -> Tensor:
+    """`spd` of each row, with Σ|·| for ‖·‖."""
+    return shrink(measures[2] / row_norm(measures), measures, h)
+
+
+def within(n: Tensor, radius: float | Tensor) -> Tensor:
+    """α = min(1, radius/n); 1 where n is not finite."""
+    return torch.where((n > radius) & n.isfinite(), radius / n, 1.0)
+
+
+def project(measures: Tensor, h: Row) -> Tensor:
+    """α = min(1, radius/‖c‖). Gouk et al., ICLR 2021, Section 3; Tian et al., "TPGM", CVPR 2023, Eq. 3."""
+    return within(norm(measures), h["radius"])
+
+
+def project_rows(measures: Tensor, h: Row) -> Tensor:
+    """α = min(1, radius/nᵢ) of each row. Gouk et al., ICLR 2021, Section 3 (MARS)."""
+    return within(row_norm(measures), h["radius"])
+
+
+def project_mars(measures: Tensor, h: Row) -> Tensor:
+    """α = min(1, radius/maxᵢ nᵢ), the same for all rows of a tensor; 1 where one is not finite. TPGM, Eq. 4."""
+    n = row_norm(measures)
+    return within(n.max(), h["radius"]).expand_as(n) if len(n) else n
+
+
+def ftp(measures: Tensor, h: Row) -> Tensor:
+    """α = min(1, γ/nᵢ) of each row. Tian et al., "Fast Trainable Projection", NeurIPS 2023, Algorithm 1."""
+    return within(row_norm(measures) + 1e-8, h["radius"])
+
+
+RULES: dict[str, Callable[[Tensor, Row], Tensor]] = {
+    "keep": keep, "l2sp": l2sp, "l2sp_coupled": keep, "mars_sp": keep, "spd": spd, "spd_rows": spd_rows,
+    "project": project, "project_mars": project_mars, "project_rows": project_rows, "ftp": ftp,
+    "observe": keep, "observe_rows": keep,
+}  # fmt: skip
+
+
+def segments(tensor: Tensor, rule: str) -> Tensor:
+    """The segments of a tensor: rows of dimension 0 or the whole, flat."""
+    by_rows = contract[rule].by_rows and tensor.dim() > 1
+    return tensor.flatten(1) if by_rows else tensor.reshape(1, -1)
+
+
+def measure(g: Tensor, d: Tensor, u: Tensor, rule: str) -> Tensor:
+    """⟨g,d⟩, and the size of d and what the step u adds to it, c = d + u; of each segment.
+
+    Sizes are ‖·‖², so that the gain is ⟨u, 2d + u⟩; of rows Σ|·|, so that it is Σ(|c| − |d|), ±u where no sign changes.
+    """
+    if contract[rule].by_rows:
+        before, gain = d.abs(), torch.where(u.abs() <= d.abs(), d.sign() * u, (d + u).abs() - d.abs())
+    else:
+        before, gain = d * d, u * (2 * d + u)
+    return torch.stack([segments(x, rule).sum(1, dtype=torch.float64) for x in (g * d, before, gain)])
+
+
+def penalty(d: Tensor, rule: str, h: Row) -> Tensor | float:
+    """What the rule adds to the gradient at θ₀ + d.
+
+    Of ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3): strength·d. Of strength·maxᵢ nᵢ (Gouk et al., ICLR 2021,
+    Section 3): strength·sign(d) on the first row of largest nᵢ.
+    """
+    if rule == "l2sp_coupled":
+        return h["strength"] * d
+    if rule == "mars_sp" and d.numel():
+        rows = d.flatten(1) if d.dim() > 1 else d.reshape(1, -1)
+        largest = torch.zeros_like(rows)
+        largest[rows.abs().sum(1, dtype=torch.float64).nan_to_num(nan=-1).argmax()] = 1
+        return h["strength"] * d.sign() * largest.reshape(d.shape)
+    return 0.0
+
+
+def learn_radius(kept: Tensor, g: Tensor, delta: Tensor, t: Tensor | None, h: Row) -> Tensor:
+    """γ and its moments M, V after one step of Adam on h = Σᵢ⟨gᵢ, cᵢ⟩/nᵢ, c being the last step's delta.
+
+    h ← k·h where h > 0; M ← β₁M + (1−β₁)h; V ← β₂V + (1−β₂)h²; γ ← max(1e-8, γ − lr·M̂/(√V̂ + 1e-8)). The first step
+    sets γ to 1e-8; an h that is not finite leaves all as it is. FTP, NeurIPS 2023, Section 3.2 and Algorithm 1.
+    """
+    assert t is not None
+    rows, g_rows = (segments(x, "ftp").double() for x in (delta, g))
+    slope = ((g_rows * rows).sum(1) / (rows.abs().sum(1) + 1e-8)).sum()
+    slope = torch.where(slope > 0, h["k"] * slope, slope)
+    radius, first, second = kept
+    first = h["radius_beta1"] * first + (1 - h["radius_beta1"]) * slope
+    second = h["radius_beta2"] * second + (1 - h["radius_beta2"]) * slope * slope
+    count = t.to(kept.device, torch.float64)
+    m, v = (
+        x / (1 - torch.tensor(h[beta], dtype=torch.float64, device=kept.device) ** count)
+        for x, beta in ((first, "radius_beta1"), (second, "radius_beta2"))
+    )
+    moved = torch.stack([(radius - h["radius_lr"] * m / (v.sqrt() + 1e-8)).clamp(min=1e-8), first, second])
+    fresh = torch.tensor([1e-8, 0, 0], dtype=torch.float64, device=kept.device)
+    return torch.where(radius == 0, fresh, torch.where(slope.isfinite(), moved, kept))
 
 
 def mix(x: Tensor) -> Tensor:
@@ -137,128 +250,123 @@ class _Writer:
         target.copy_(value)
 
 
-def _finish(
-    param: Tensor,
-    g: Tensor,
-    anchor: Tensor | None,
-    theta: Tensor,
-    moved: Tensor,
-    rule: str,
-    h: Row,
-    rounded: _Rounding,
-    write: _Writer,
-    measures_out: Tensor,
-    alpha_out: Tensor,
-) -> None:
-    """Measure, decide, pull, store."""
-    theta_0 = torch.zeros_like(theta) if anchor is None else anchor.to(theta.dtype)
-    measures = torch.full_like(measures_out, torch.nan)
-    if rule in MEASURED:
-        moved = rounded(moved, phase=0)
-        measures.copy_(measure(g, theta - theta_0, moved - theta_0))
-    alpha = torch.as_tensor(RULES[rule](measures, h), dtype=measures.dtype, device=measures.device)
-    pulled = theta_0 + alpha.to(theta.dtype) * (moved - theta_0)
-    if rule in MEASURED:
-        new = torch.where(alpha == 1, moved, rounded(pulled, phase=1))
-    else:
-        new = rounded(torch.where(alpha == 1, moved, pulled), phase=0)
-    write(param, new)
-    write(measures_out, measures)
-    write(alpha_out, alpha)
+@dataclass
+class _Entry:
+    """One parameter of a step with what belongs to it. h: its group's row and rule. segments: its rows of measures."""
+
+    h: Row
+    rule: str
+    param: Tensor
+    grad: Tensor | None
+    anchor: Tensor | None
+    kept: dict[str, Tensor]
+    step: Tensor | None
+    seed: int | None
+    segments: slice
 
 
-def _gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, h: Row) -> Tensor:
-    """The gradient of what the step minimizes."""
-    g = grad.to(dtype) * (-1 if h["maximize"] else 1)
-    return g if grad_scale is None else g / grad_scale.to(g.device, dtype)
-
-
-def _groups(
-    hyper: Tensor, columns: tuple[str, ...], group_sizes: list[int], rules: list[str]
-) -> Iterator[tuple[Row, str]]:
-    for row, size, rule in zip(hyper.tolist(), group_sizes, rules, strict=True):
+def _entries(
+    base: Base,
+    params: list[Tensor],
+    grads: list[Tensor],
+    anchors: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    steps: list[Tensor],
+    hyper: Tensor,
+    group_sizes: list[int],
+    rules: list[str],
+    seeds: list[int],
+) -> Iterator[_Entry]:
+    param_feed, grad_feed, anchor_feed, step_feed = (iter(of) for of in (params, grads, anchors, steps))
+    seed_feed = iter(seeds)
+    state_feeds = {key: (iter(of), drawn) for (key, drawn), of in zip(base.state, states, strict=True)}
+    first = 0
+    for values, size, rule in zip(hyper.tolist(), group_sizes, rules, strict=True):
+        h = dict(zip(base.hyper, values, strict=True))
+        row = {**h, "rule": rule}
         for _ in range(size):
-            yield dict(zip(columns, row, strict=True)), rule
+            param = next(param_feed)
+            last = first + segments_of(rule, param.shape)
+            yield _Entry(
+                h,
+                rule,
+                param,
+                next(grad_feed) if grads else None,
+                next(anchor_feed) if h["anchored"] else None,
+                {key: next(feed) for key, (feed, drawn) in state_feeds.items() if drawn(row)},
+                next(step_feed) if base.counted(row) else None,
+                next(seed_feed) if h["stochastic_rounding"] else None,
+                slice(first, last),
+            )
+            first = last
 
 
 @torch.no_grad()
-def adamw_(
+def step_(
+    base: Base,
     params: list[Tensor],
     grads: list[Tensor],
     anchors: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    measures: Tensor,
-    alphas: Tensor,
-    hyper: Tensor,
-    group_sizes: list[int],
-    rules: list[str],
-    seeds: list[int],
+    *lists: Any,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    *,
     arithmetic: torch.dtype | None = None,
 ) -> None:
-    """One AdamW step with its pull, for every tensor of the lists; see ops.py for what they are."""
-    anchor_feed, max_feed, seed_feed, write = iter(anchors), iter(max_exp_avg_sqs), iter(seeds), _Writer(found_inf)
-    for i, (h, rule) in enumerate(_groups(hyper, ADAMW.hyper, group_sizes, rules)):
-        param, dtype = params[i], arithmetic or arithmetic_of(params[i].dtype)
-        anchor = next(anchor_feed) if h["anchored"] else None
-        state = [exp_avgs[i], exp_avg_sqs[i], *([next(max_feed)] if h["amsgrad"] else [])]
-        work = [s.to(dtype, copy=True) for s in state]
-        t = steps[i] + 1
-        theta, g = param.to(dtype), _gradient(grads[i], dtype, grad_scale, h)
-        moved = adamw_base(theta, g, work[0], work[1], work[2] if h["amsgrad"] else None, t, h)
-        for kept, new in zip((*state, steps[i]), (*work, t), strict=True):
-            write(kept, new)
-        rounded = _Rounding(param, next(seed_feed) if h["stochastic_rounding"] else None, t)
-        _finish(param, g, anchor, theta, moved, rule, h, rounded, write, measures[i], alphas[i])
+    """One step of the base with its pull, for every tensor of the lists; `lists`: from the state to `seeds`, as ops.py.
+
+    Without gradients, where the base needs none, ⟨g, d⟩ is nan.
+    """
+    *states, steps, measures, alphas, hyper, group_sizes, rules, seeds = lists
+    write = _Writer(found_inf)
+    for e in _entries(base, params, grads, anchors, tuple(states), steps, hyper, group_sizes, rules, seeds):
+        h, rule, dtype = e.h, e.rule, arithmetic or arithmetic_of(e.param.dtype)
+        t = None if e.step is None else e.step + 1
+        work = {key: of.to(torch.float64 if key == "radius_state" else dtype, copy=True) for key, of in e.kept.items()}
+        theta = e.param.to(dtype)
+        theta_0 = torch.zeros_like(theta) if e.anchor is None else e.anchor.to(dtype)
+        g = torch.zeros_like(theta)
+        if e.grad is not None:
+            g = e.grad.to(dtype) * (-1 if h["maximize"] else 1)
+            g = g if grad_scale is None else g / grad_scale.to(g.device, dtype)
+        if contract[rule].learns:
+            work["radius_state"] = learn_radius(work["radius_state"], g, work["delta"], t, h)
+            h = {**h, "radius": work["radius_state"][0]}  # type: ignore[dict-item]
+        moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
+
+        rounded = _Rounding(e.param, e.seed, t)
+        *_, selected = measures[e.segments].T
+        found = torch.full_like(measures[e.segments].T[:3], torch.nan)
+        if contract[rule].measured:
+            moved = rounded(moved, phase=0)
+            found = measure(g, theta - theta_0, moved - theta, rule)
+            if e.grad is None:
+                found[0] = torch.nan
+        alpha = alphas[e.segments].clone() if rule.startswith("given") else RULES[rule](found, h)
+        if contract[rule].learns:
+            work["delta"] = moved - theta_0
+            radius = work["radius_state"][0].clone()
+            largest = (row_norm(found) + 1e-8).amax() if found.numel() else found.new_tensor(torch.inf)
+            work["radius_state"][0].copy_(torch.where(largest.isfinite(), radius.minimum(largest), radius))
+        scale = alpha.to(dtype).reshape([-1, *[1] * (theta.dim() - 1)] if theta.dim() else [])
+        pulled = torch.where(scale == 0, theta_0, theta_0 + scale * (moved - theta_0))
+        pulled = torch.where(scale == 1, moved, pulled)
+        if contract[rule].measured:
+            new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
+        else:
+            new = rounded(pulled, phase=0)
+        write(e.param, new)
+        write(measures[e.segments], torch.stack([*found, selected + (alpha != 1)], dim=1))
+        write(alphas[e.segments], alpha)
+        for key, of in e.kept.items():
+            write(of, work[key])
+        if e.step is not None:
+            write(e.step, t)  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    anchors: list[Tensor],
-    momentum_buffers: list[Tensor],
-    steps: list[Tensor],
-    measures: Tensor,
-    alphas: Tensor,
-    hyper: Tensor,
-    group_sizes: list[int],
-    rules: list[str],
-    seeds: list[int],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    *,
-    arithmetic: torch.dtype | None = None,
-) -> None:
-    """One SGD step with its pull, for every tensor of the lists; see ops.py for what they are."""
-    anchor_feed, buffer_feed, step_feed = iter(anchors), iter(momentum_buffers), iter(steps)
-    seed_feed, write = iter(seeds), _Writer(found_inf)
-    for i, (h, rule) in enumerate(_groups(hyper, SGD.hyper, group_sizes, rules)):
-        param, dtype = params[i], arithmetic or arithmetic_of(params[i].dtype)
-        anchor = next(anchor_feed) if h["anchored"] else None
-        theta, g = param.to(dtype), _gradient(grads[i], dtype, grad_scale, h)
-        step = next(step_feed) if SGD.counted(h) else None
-        t = None if step is None else step + 1
-        buffer = next(buffer_feed) if h["momentum"] else None
-        work = None if buffer is None else buffer.to(dtype, copy=True)
-        moved = sgd_base(theta, g, work, t, h)
-        for kept, new in ((buffer, work), (step, t)):
-            if kept is not None and new is not None:
-                write(kept, new)
-        rounded = _Rounding(param, next(seed_feed) if h["stochastic_rounding"] else None, t)
-        _finish(param, g, anchor, theta, moved, rule, h, rounded, write, measures[i], alphas[i])
+def prepare(base: Base, params: list[Tensor], *args: Any) -> Callable[..., None]:
+    """`step_` with everything taken in but the gradients and what the gradient scaler says of them."""
 
+    def run(grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        step_(base, params, grads, *args, grad_scale=grad_scale, found_inf=found_inf)
 
-def prepare_adamw(params: list[Tensor], *args: object) -> Run:
-    """`adamw_` with everything taken in but the gradients and what the gradient scaler says of them."""
-    return lambda grads, *scaler: adamw_(params, grads, *args, *scaler)  # type: ignore[arg-type]
-
-
-def prepare_sgd(params: list[Tensor], *args: object) -> Run:
-    """`sgd_` with everything taken in but the gradients and what the gradient scaler says of them."""
-    return lambda grads, *scaler: sgd_(params, grads, *args, *scaler)  # type: ignore[arg-type]
+    return run

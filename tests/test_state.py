@@ -146,7 +146,7 @@ def test_loading_checks_first():
 
     other = saved_and_loaded(good)
     other["state"][2]["exp_avg"] = torch.zeros(7, 5)
-    assert_refused(other, r"'exp_avg' of parameter 'w2' has shape \(7, 5\), the parameter \(5, 7\)")
+    assert_refused(other, r"'exp_avg' of parameter 'w2' has shape \(7, 5\), the parameter's is \(5, 7\)")
     other = saved_and_loaded(good)
     other["state"][3]["anchor"] = torch.zeros(4)
     assert_refused(other, "'anchor' of parameter 'w3'")

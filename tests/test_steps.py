@@ -7,16 +7,47 @@ import sys
 import pytest
 import torch
 
-from robustft_kernels import METHODS, ops
-from robustft_kernels.testing import CASES, CHUNK, DTYPES, SETTINGS, Case, Stepper, assert_same_step
+from robustft_kernels import METHODS, ops, reference
+from robustft_kernels.bases import STILL, arithmetic_of
+from robustft_kernels.methods import RULES, rule_of
+from robustft_kernels.testing import CASES, CHUNK, DTYPES, ROW_CASES, SETTINGS, Case, Stepper, assert_same_step
 
 ANCHORS = {"anchor of its dtype": True, "bf16 anchor": torch.bfloat16, "f32 anchor": torch.float32, "zero": False}
-COMBINATIONS = [(m, a) for m, row in METHODS.items() for a in ANCHORS if row.anchored or a == "zero"]
+METHOD_NORMS = [(method, norm) for method, row in METHODS.items() for norm in row.rules]
+TABLE = [
+    (*method_norm, anchor, settings, dtype)
+    for method_norm in METHOD_NORMS
+    for anchor in ANCHORS
+    if METHODS[method_norm[0]].anchored or anchor == "zero"
+    for settings in SETTINGS
+    for dtype in DTYPES
+]
 native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+
+
+def pytest_generate_tests(metafunc):
+    """The whole table for the native backend; for the others, which take longer, the fourth of it in which any two of
+    method, anchor, settings and dtype still meet."""
+    if "row" in metafunc.fixturenames:
+        columns = (METHOD_NORMS, list(ANCHORS), SETTINGS, DTYPES)
+        rows = []
+        for backend in ready(metafunc.config):
+            for method, norm, *rest in TABLE:
+                places = [column.index(x) for column, x in zip(columns, ((method, norm), *rest), strict=True)]
+                if backend == "native" or sum(places) % 4 == 0:
+                    name = "-".join(map(str, (backend, method, norm, rest[0], rest[1].name, rest[2])))
+                    rows.append(pytest.param((backend, method, norm, *rest), id=name))
+        metafunc.parametrize("row", rows)
 
 
 def prepare_of(backend, settings):
     return ops.PREPARE[backend][settings.base.name]
+
+
+def ready(config):
+    device = torch.device(config.getoption("--device"))
+    names = [name for name in ops.FASTEST_FIRST if name != "triton_tickets"]
+    return [name for name in names if not ops.objection_to(name, device, {torch.float32})]
 
 
 def slow(backend):
@@ -37,17 +68,15 @@ def assert_bits(got, want):
         assert torch.equal(a.nan_to_num(nan=0.125), b.nan_to_num(nan=0.125))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.name)
-@pytest.mark.parametrize(("method", "anchor"), COMBINATIONS)
-def test_step_equals_oracle(backend, device, method, anchor, settings, dtype):
-    got = Stepper(CASES, settings, method, dtype, ANCHORS[anchor], device=device)
-    fired = []
+def test_step_equals_oracle(row, device):
+    backend, method, norm, anchor, settings, dtype = row
+    got = Stepper(CASES, settings, method, dtype, ANCHORS[anchor], device=device, norm=norm)
+    firing = []
     for t in range(4):
         grads, before = got.grads(), got.clone()
         if slow(backend) and t not in (0, 3):
             got.run(prepare_of("reference", settings), grads)
-            fired += [float(a) != 1 for a, p in zip(got.alphas, got.params, strict=True) if p.numel()]
+            firing.append(got.alphas.clone())
             continue
         untouched = [t.clone() for t in (*grads, *got.anchors)]
         want = before.clone()
@@ -55,9 +84,61 @@ def test_step_equals_oracle(backend, device, method, anchor, settings, dtype):
         got.run(prepare_of(backend, settings), grads)
         assert_same_step(got, want, before, grads)
         assert all(map(torch.equal, (*grads, *got.anchors), untouched)), "a gradient or an anchor was written"
-        fired += [float(a) != 1 for a, p in zip(got.alphas, got.params, strict=True) if p.numel()]
+        firing.append(got.alphas.clone())
+    share = float((torch.cat(firing) != 1).double().mean())
     if method == "spd" and settings.hyper.get("momentum") != 0:  # without momentum a step goes where g says: back
-        assert 0.1 < sum(fired) / len(fired) < 0.6, "the stream should make a good part of the segments fire"
+        assert 0.1 < share < 0.6, "the stream should make a good part of the segments fire"
+    if method in ("project", "ftp"):
+        assert share > 0.1, "the radius should hold back a good part of the segments"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "norm"), [(m, n) for m, n in METHOD_NORMS if RULES[rule_of(m, n)].by_rows or m == "mars_sp"]
+)
+def test_rows_equal_oracle(backend, device, method, norm, dtype):
+    """Short and long rows, several chunks of one, aligned or not, contiguous or strided, one or none."""
+    cases = ROW_CASES[len(CASES) :]
+    got = settled(cases, SETTINGS[0], method, dtype, "reference", device=device, norm=norm)
+    grads, before = got.grads(), got.clone()
+    want = before.clone()
+    want.run_oracle(grads)
+    got.run(prepare_of(backend, SETTINGS[0]), grads)
+    assert_same_step(got, want, before, grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("rule", ["observe", "observe_rows"])
+def test_measures_without_a_step(backend, device, rule, anchor, dtype):
+    """The base "still": ⟨g,c⟩ and the size of c, of the whole or of rows, with gradients and without; nothing moves."""
+    cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[12:]
+    of = Stepper(cases, SETTINGS[0], "none", dtype, ANCHORS[anchor], device=device)
+    of.rule = rule
+    grads, untouched = of.grads(), [p.clone() for p in of.params]
+    hyper = torch.tensor(
+        [[float(c == "anchored" and of.anchored) for c in STILL.hyper]], dtype=torch.float64, device="cpu"
+    )
+    eps = torch.finfo(arithmetic_of(dtype)).eps
+    for given in (grads, []):
+        measures = torch.zeros(sum(of.segments), 4, dtype=torch.float64, device=device)
+        alphas = torch.ones(sum(of.segments), dtype=torch.float64, device=device)
+        anchors = of.anchors if of.anchored else []
+        ops.prepare(backend, STILL, of.params, anchors, [], measures, alphas, hyper, [len(cases)], [rule], [])(given)
+        first = 0
+        for case, p, a, g, n in zip(cases, of.params, of.anchors, grads, of.segments, strict=True):
+            c = p.double() - (a.double() if of.anchored else 0)
+            size = c.abs() if rule == "observe_rows" else c * c
+            found = measures[first : first + n].T
+            for name, got, exact in (("dot", found[0], g.double() * c), ("size", found[1], size)):
+                if name == "dot" and not given:
+                    assert got.isnan().all(), case.name
+                    continue
+                want, slack = (reference.segments(x, rule).sum(1) for x in (exact, 32 * eps * exact.abs()))
+                assert ((got - want).abs() <= slack).all(), (case.name, name)
+            first += n
+        assert (measures[:, 2:] == 0).all()
+    assert all(map(torch.equal, of.params, untouched))
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=lambda s: s.name)
@@ -73,13 +154,13 @@ def test_mixed_dtypes_in_one_call(backend, settings):
         for lists in zip(*([s.params, s.anchors, *s.states.values(), s.steps] for s in steppers), strict=True)
     ]
     n = len(joined[0])
-    measures, alphas = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    measures, alphas = torch.zeros(n, 4, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     hyper, rules = steppers[0].args()[-4].repeat(len(DTYPES), 1), ["spd"] * len(DTYPES)
     seeds = sum((s.args()[-1] for s in steppers), [])
     prepare_of(backend, settings)(*joined, measures, alphas, hyper, [len(CASES)] * len(DTYPES), rules, seeds)(
         sum(grads, [])
     )
-    assert torch.equal(measures, torch.cat([s.measures for s in want]))
+    assert torch.equal(measures[:, :3], torch.cat([s.measures for s in want])[:, :3])
     assert torch.equal(alphas, torch.cat([s.alphas for s in want]))
     for got, one in zip(steppers, want, strict=True):
         assert all(map(torch.equal, got.params, one.params))

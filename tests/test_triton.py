@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import ops, reference
-from robustft_kernels.bases import arithmetic_of
-from robustft_kernels.testing import CASES, DTYPES, ROW_CASES, SETTINGS, Stepper
+from robustft_kernels import ops
+from robustft_kernels.testing import CASES, SETTINGS, Stepper
 
 from .test_steps import assert_bits, prepare_of, settled
 
@@ -169,32 +168,24 @@ def test_first_arguments_that_fit_nothing(device):
         run([g[1:] for g in stepper.grads()])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("anchored", [True, False, torch.bfloat16], ids=["anchor", "zero", "bf16 anchor"])
-def test_row_norms_equal_the_oracle(device, dtype, anchored):
-    """To the roundings of a few dozen additions in each of a row's accumulators; and the same bits again."""
-    from robustft_kernels.triton_kernels.rows import row_norms
+def test_rows_take_their_own_launches(device, monkeypatch):
+    """One for rows that are decided in one program, sweep 2 for those that wait, a survey for FTP and MARS-SP."""
+    from robustft_kernels.triton_kernels import launch
 
-    of = Stepper(ROW_CASES, SETTINGS[0], "spd", dtype, anchored, device=device)
-    anchors = of.anchors if anchored else None
-    got, again = row_norms(of.params, anchors), row_norms(of.params, anchors)
-    want = reference.row_norms(of.params, anchors)
-    eps = torch.finfo(arithmetic_of(dtype)).eps
-    for case, a, b, exact in zip(ROW_CASES, got, again, want, strict=True):
-        assert a.shape == exact.shape, case.name
-        assert torch.equal(a, b), case.name
-        slack = 64 * eps * exact
-        assert ((a - exact).abs() <= slack).all(), case.name
-
-
-def test_row_norms_refuse_what_does_not_fit(device):
-    from robustft_kernels.triton_kernels.rows import row_norms
-
-    with pytest.raises(ValueError, match=r"does not take torch\.int64"):
-        row_norms([torch.zeros(3, dtype=torch.int64)], None)
-    with pytest.raises(ValueError, match="an anchor has not the device, shape and strides"):
-        row_norms([torch.zeros(3, 4)], [torch.zeros(4, 3).t()])
-    assert row_norms([], None) == []
+    kernels = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, *args, **kwargs: kernels.append(kernel.__name__))
+    for options, shape, expected in (
+        ({"method": "project", "norm": "mars_rows", "radius": 1.0}, (30, 100), ["row_step"]),
+        ({"method": "project", "norm": "mars_rows", "radius": 1.0}, (40000,), ["row_step", "row_pull"]),
+        ({"method": "project", "norm": "mars", "radius": 1.0}, (30, 100), ["row_step", "row_pull"]),
+        ({"method": "ftp"}, (30, 100), ["row_survey", "row_step"]),
+        ({"method": "mars_sp"}, (30, 100), ["row_survey", "row_step"]),
+    ):
+        param = nn.Parameter(torch.randn(shape, device=device))
+        param.grad = torch.randn_like(param)
+        kernels.clear()
+        rft.AnchoredAdamW([param], backend="triton", **options).step()
+        assert kernels == expected, options
 
 
 def test_the_whole_host_side_up_to_the_driver():

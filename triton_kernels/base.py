@@ -6,7 +6,7 @@ A base is two functions: one reads a group's row of hyper-parameters into scalar
 import triton
 import triton.language as tl
 
-from ..bases import ADAMW, SGD
+from ..bases import ADAMW, SGD, STILL
 
 _A_LR, _A_BETA1, _A_BETA2, _A_EPS, _A_DECAY, _A_MAXIMIZE = (
     tl.constexpr(ADAMW.hyper.index(name)) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
@@ -15,6 +15,8 @@ _S_LR, _S_MOMENTUM, _S_DAMPENING, _S_DECAY, _S_NESTEROV, _S_MAXIMIZE = (
     tl.constexpr(SGD.hyper.index(name))
     for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 )
+
+_MAXIMIZE = tl.constexpr(STILL.hyper.index("maximize"))
 
 
 @triton.jit
@@ -99,3 +101,16 @@ def sgd(theta, g, b, unused1, unused2, scalars, STATES: tl.constexpr):
     g = g + weight_decay * theta
     b = keep * b + take * g
     return theta - lr * (grad_weight * g + buffer_weight * b), b, unused1, unused2
+
+
+@triton.jit
+def still_scalars(table, live, row, t, T: tl.constexpr):
+    """−1 to maximize, else 1, and nothing."""
+    factor = (1 - 2 * tl.load(table + row + _MAXIMIZE)).to(T)
+    return factor, (factor,)
+
+
+@triton.jit
+def still(theta, g, unused0, unused1, unused2, scalars, STATES: tl.constexpr):
+    """θ."""
+    return theta, unused0, unused1, unused2

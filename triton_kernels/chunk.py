@@ -6,21 +6,29 @@ import triton.language as tl
 
 CHUNK = 16384  # elements that share one partial, and one program
 LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
+TILE = 8  # rows that are worked on together, a warp each
 INTERPRETED = triton.knobs.runtime.interpret
 
 # The columns of a tensor's row in the table, int64: addresses first (0: absent), then where its parts lie.
-COLUMNS = ("param", "anchor", "state0", "state1", "state2", "step", "numel", "first", "group", "rule", "seed", "index")
-WIDTH = tl.constexpr(16)
+COLUMNS = (
+    "param", "anchor", "state0", "state1", "state2", "delta", "radius", "step",
+    "numel", "rows", "stride", "first", "group", "rule", "seed", "index",
+)  # fmt: skip
+WIDTH = tl.constexpr(len(COLUMNS))
 PARAM = tl.constexpr(COLUMNS.index("param"))
 ANCHOR = tl.constexpr(COLUMNS.index("anchor"))
 STATE = tl.constexpr(COLUMNS.index("state0"))
+DELTA = tl.constexpr(COLUMNS.index("delta"))
+RADIUS = tl.constexpr(COLUMNS.index("radius"))
 STEP = tl.constexpr(COLUMNS.index("step"))
 NUMEL = tl.constexpr(COLUMNS.index("numel"))
+ROWS = tl.constexpr(COLUMNS.index("rows"))  # indices of dimension 0, where the rule goes by rows
+STRIDE = tl.constexpr(COLUMNS.index("stride"))  # of dimension 0
 FIRST = tl.constexpr(COLUMNS.index("first"))  # chunk of the class
 GROUP = tl.constexpr(COLUMNS.index("group"))  # row of hyper
 RULE = tl.constexpr(COLUMNS.index("rule"))  # of the kernel's RULES
 SEED = tl.constexpr(COLUMNS.index("seed"))  # of stochastic rounding; negative: round to nearest
-INDEX = tl.constexpr(COLUMNS.index("index"))  # row of measures and alphas
+INDEX = tl.constexpr(COLUMNS.index("index"))  # of its first segment in measures and alphas
 
 # Which tensors of a launch have something.
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

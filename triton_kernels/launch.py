@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases import MEASURES, Base, arithmetic_of
-from ..state import same_layout
-from . import sweeps
-from .decide import RULES
+from ..bases import MEASURES, STILL, Base
+from ..methods import RULES, segments_of
+from ..state import dtype_of, same_layout
+from . import row_sweeps, sweeps
 from .table import DTYPES, Addresses, Entry, Table, options_of
 
 PROGRAMS = 4  # of the one-launch form, on each SM
@@ -23,7 +23,8 @@ def launch(kernel: Any, programs: int, *args: Any, table: Table) -> None:
 
 
 class PreparedStep:
-    """One step over all tensors of a device: at most two launches for each dtype class, or one with `tickets`.
+    """One step over all tensors of a device: at most two launches for each dtype class, or one with `tickets`; as many
+    again for segments that are rows, and one more where FTP or MARS-SP survey them.
 
     Takes the op's lists, as ops.py has them, but for the gradients: each call brings those, with the dtypes and strides
     of the first call's. live: tensors on the device that hold hyper-parameters, by their flat place in `hyper`; they
@@ -35,9 +36,11 @@ class PreparedStep:
     ) -> None:
         *lists, measures, alphas, hyper, group_sizes, rules, seeds = args
         device = params[0].device if params else measures.device
+        self._entries = _entries(base, params, lists, hyper, group_sizes, rules, seeds)
+        segments = sum(segments_of(e.rule, e.param.shape) for e in self._entries)
         for name, table, shape in (
-            ("measures", measures, (len(params), len(MEASURES))),
-            ("alphas", alphas, (len(params),)),
+            ("measures", measures, (segments, len(MEASURES))),
+            ("alphas", alphas, (segments,)),
             ("hyper", hyper, (len(group_sizes), len(base.hyper))),
         ):
             on = torch.device("cpu") if name == "hyper" else device
@@ -45,32 +48,34 @@ class PreparedStep:
                 raise ValueError(f"robustft: {name} must be a float64 tensor of shape {shape} on {on}")
         self._base, self._params, self._measures, self._alphas, self._hyper = base, params, measures, alphas, hyper
         self._live, self._addresses, self._tickets = live, addresses, tickets
-        self._entries = _entries(base, params, lists, hyper, group_sizes, rules, seeds)
         self._tables: list[tuple[Table, _Tickets | None]] | None = None
         self._guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        if len(grads) != len(self._params):
+        if len(grads) != len(self._params) and (grads or self._base is not STILL):
             raise ValueError(f"robustft: {len(self._params)} params but {len(grads)} grads")
         with self._guard:
             if self._tables is None:
                 self._tables = self._build(grads)
             for table, tickets in self._tables:
                 table.upload(grads, self._hyper, self._addresses)
-                if tickets is None:
+                if table.by_rows:
+                    self._sweep_rows(table, grad_scale, found_inf)
+                elif tickets is None:
                     self._sweep(table, grad_scale, found_inf)
                 else:
                     self._draw(table, tickets, grad_scale, found_inf)
         torch.autograd.graph.increment_version(self._params)
 
     def _build(self, grads: list[Tensor]) -> list[tuple[Table, "_Tickets | None"]]:
-        classes: dict[tuple[torch.dtype, ...], list[Entry]] = {}
-        for entry, grad in zip(self._entries, grads, strict=True):
+        classes: dict[tuple[tuple[torch.dtype, ...], bool], list[Entry]] = {}
+        for entry, grad in zip(self._entries, grads or self._params, strict=True):
             if grad.dtype not in DTYPES or grad.device != entry.param.device or grad.shape != entry.param.shape:
                 raise ValueError("robustft: a gradient has not the device and shape of its param, or is not of floats")
-            classes.setdefault((entry.param.dtype, grad.dtype, entry.anchor_dtype), []).append(entry)
-        tables = [Table(self._base, dtypes, of, grads, self._hyper, self._live) for dtypes, of in classes.items()]
-        return [(table, _Tickets(table) if self._tickets else None) for table in tables]
+            dtypes = entry.param.dtype, grad.dtype, entry.anchor_dtype
+            classes.setdefault((dtypes, entry.by_rows), []).append(entry)
+        tables = [Table(self._base, dtypes, of, grads, self._hyper, self._live) for (dtypes, _), of in classes.items()]
+        return [(table, _Tickets(table) if self._tickets and not table.by_rows else None) for table in tables]
 
     def _sweep(self, t: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         launch(
@@ -79,6 +84,19 @@ class PreparedStep:
         )  # fmt: skip
         if t.pulled:
             launch(sweeps.pull_sweep, t.pulled, t.tensors, t.owners, self._alphas, found_inf, table=t)
+
+    def _sweep_rows(self, t: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if t.surveyed:
+            launch(
+                row_sweeps.row_survey, t.chunks, t.tensors, t.grads, t.owners, t.hyper, t.live, t.partials, t.counters,
+                t.largest, grad_scale, found_inf, table=t,
+            )  # fmt: skip
+        launch(
+            row_sweeps.row_step, t.chunks, t.tensors, t.grads, t.owners, t.hyper, t.live, t.partials, t.counters,
+            t.largest, self._measures, self._alphas, grad_scale, found_inf, table=t,
+        )  # fmt: skip
+        if t.pulled:
+            launch(row_sweeps.row_pull, t.pulled, t.tensors, t.owners, self._alphas, found_inf, table=t)
 
     def _draw(self, t: Table, tickets: "_Tickets", grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         launch(
@@ -134,21 +152,27 @@ def _entries(
     anchors, *states, steps = lists
     names = ("params", "anchors", *(f"{key}s" for key, _ in base.state), "steps", "seeds")
     feeds = {name: _Feed(name, of) for name, of in zip(names, (params, anchors, *states, steps, seeds), strict=True)}
-    out = []
-    for row, (values, size, rule) in enumerate(zip(hyper.tolist(), group_sizes, rules, strict=True)):
+    out: list[Entry] = []
+    segment = 0
+    for group, (values, size, rule) in enumerate(zip(hyper.tolist(), group_sizes, rules, strict=True)):
         if rule not in RULES:
             raise ValueError(f"robustft: the Triton backend knows no rule {rule!r}")
-        group = dict(zip(base.hyper, values, strict=True))
+        row = {**dict(zip(base.hyper, values, strict=True)), "rule": rule}
         for _ in range(size):
             param = feeds["params"].next()
-            anchor = feeds["anchors"].next() if group["anchored"] else None
-            kept = tuple(feeds[f"{key}s"].next() for key, drawn in base.state if drawn(group))
-            step = feeds["steps"].next() if base.counted(group) else None
-            seed = feeds["seeds"].next() if group["stochastic_rounding"] else None
+            anchor = feeds["anchors"].next() if row["anchored"] else None
+            kept = {key: feeds[f"{key}s"].next() for key, drawn in base.state if drawn(row)}
+            step = feeds["steps"].next() if base.counted(row) else None
+            seed = feeds["seeds"].next() if row["stochastic_rounding"] else None
             _check(param, anchor, kept, step)
             if param.dtype != torch.bfloat16:
                 seed = None
-            out.append(Entry(param, anchor, kept, step, group=row, rule=rule, seed=seed, index=len(out)))
+            delta, radius = kept.pop("delta", None), kept.pop("radius_state", None)
+            out.append(Entry(
+                param, anchor, tuple(kept.values()), delta, radius, step, group=group, rule=rule, seed=seed,
+                index=len(out), segment=segment,
+            ))  # fmt: skip
+            segment += segments_of(rule, param.shape)
     for feed in feeds.values():
         feed.check_all_taken()
     return out
@@ -171,17 +195,18 @@ class _Feed:
             raise ValueError(f"robustft: {self._name} has {len(self._entries)} entries; the groups take {self._at}")
 
 
-def _check(param: Tensor, anchor: Tensor | None, states: tuple[Tensor, ...], step: Tensor | None) -> None:
+def _check(param: Tensor, anchor: Tensor | None, kept: dict[str, Tensor], step: Tensor | None) -> None:
     for name, tensor, dtypes in (
         ("params", param, DTYPES),
         ("anchors", anchor, DTYPES),
-        *(("the state", s, (arithmetic_of(param.dtype),)) for s in states),
+        *((f"{key}s", of, (dtype_of(key, param),)) for key, of in kept.items()),
     ):
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
             raise ValueError(f"robustft: the Triton backend does not take {tensor.dtype} for {name}")
-        if tensor.device != param.device or tensor.shape != param.shape or not same_layout(tensor, param):
+        alike = name == "radius_states" or (tensor.shape == param.shape and same_layout(tensor, param))
+        if tensor.device != param.device or not alike:
             raise ValueError(f"robustft: a tensor of {name} has not the device, shape and strides of its param")
     if step is not None and (step.device != param.device or step.dtype != torch.float32 or step.numel() != 1):
         raise ValueError("robustft: a step count must be one float32 on the device of its param")

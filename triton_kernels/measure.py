@@ -11,14 +11,34 @@ def sums(values, LANES: tl.constexpr):
 
 
 @triton.jit
-def measure(theta, new, g, anchor, grad_dot_delta, delta_sq, gain, LANES: tl.constexpr):
+def measure(theta, new, g, anchor, grad_dot_delta, before, gain, LANES: tl.constexpr):
     """Adds a block to ⟨g,d⟩, ‖d‖² and ⟨u, 2d+u⟩ = ‖c‖² − ‖d‖², u = c − d, without the cancellation."""
     d = theta - anchor
     u = new - theta
     grad_dot_delta += sums(g * d, LANES)
-    delta_sq += sums(d * d, LANES)
+    before += sums(d * d, LANES)
     gain += sums(u * (d + d + u), LANES)
-    return grad_dot_delta, delta_sq, gain
+    return grad_dot_delta, before, gain
+
+
+@triton.jit
+def measure_rows(theta, new, g, anchor, grad_dot_delta, before, gain, VECTOR: tl.constexpr):
+    """Adds a block of [rows, columns] to ⟨g,d⟩, Σ|d| and Σ(|c| − |d|), which is ±u where no sign changes."""
+    d = theta - anchor
+    u = new - theta
+    size = tl.abs(d)
+    longer = tl.where(tl.abs(u) <= size, tl.where(d < 0, -u, u), tl.abs(d + u) - size)
+    grad_dot_delta += row_sums(g * d, VECTOR)
+    before += row_sums(size, VECTOR)
+    gain += row_sums(longer, VECTOR)
+    return grad_dot_delta, before, gain
+
+
+@triton.jit
+def row_sums(values, VECTOR: tl.constexpr):
+    """A block's contribution to the accumulators of each row; each takes VECTOR neighbours."""
+    ROWS: tl.constexpr = values.shape[0]
+    return tl.sum(tl.reshape(values, [ROWS, values.shape[1] // VECTOR, VECTOR]), 2)
 
 
 @triton.jit

@@ -1,187 +1,205 @@
-"""The row measure: nᵢ = Σ|cᵢ| of every row of every tensor, in one launch, deterministic like the sweeps.
+"""Rows: how the rows of a tensor, indices of dimension 0, divide into chunks, and what is done to a few at a time."""
 
-A row is an index of dimension 0; a tensor of less than two dimensions is one row. A program works on one chunk: a part
-of one row, or several whole rows, which a tile takes a few at a time, a warp each.
-"""
-
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..state import same_layout
-from .chunk import ALL, CHUNK, INTERPRETED, LANES, NONE, load
-from .table import DTYPES, gpu_of, options_of
-
-COLUMNS = ("param", "anchor", "first", "rows", "length", "stride", "out", "counter")
-PARAM, ANCHOR, FIRST, ROWS, LENGTH, STRIDE, OUT, COUNTER = map(tl.constexpr, range(len(COLUMNS)))
-WIDTH = tl.constexpr(len(COLUMNS))
-TILE = 8
-
-
-@dataclass(frozen=True, eq=False)  # made once each, by variant_of
-class Variant:
-    """What the kernel is compiled for: dtypes of param, anchor and arithmetic, whether there are anchors, the elements
-    of a chunk, accumulators, rows of a tile, and neighbours that a thread takes at once."""
-
-    P: Any
-    A: Any
-    T: Any
-    ANCHORED: Any
-    CHUNK: Any
-    LANES: Any
-    TILE: Any
-    VECTOR: Any
+from .chunk import (
+    ALL,
+    ANCHOR,
+    DELTA,
+    FIRST,
+    NONE,
+    NUMEL,
+    PARAM,
+    ROWS,
+    SEED,
+    SOME,
+    STATE,
+    STRIDE,
+    as_stored,
+    dither,
+    load,
+    present,
+    store,
+)  # fmt: skip
+from .measure import measure_rows, row_sums
+from .pull import pull
 
 
 @triton.jit
-def row_sums(tensor, row, rows, begin, n, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
-    """Σ|c| of n elements from `begin` of TILE rows from `row`, of which `rows` exist.
+def piece(chunk, tensor, V: tl.constexpr):
+    """What a chunk is: its first row, how many, where it begins in them, how long it is, and of how many parts of a
+    row it is one."""
+    rows = tl.load(tensor + ROWS)
+    length = tl.load(tensor + NUMEL) // tl.maximum(rows, 1)
+    place = chunk - tl.load(tensor + FIRST)
+    parts = tl.maximum((length + V.CHUNK - 1) // V.CHUNK, 1)
+    together = tl.where(parts > 1, 1, V.CHUNK // tl.maximum(length, 1))
+    row = tl.where(parts > 1, place // parts, place * together)
+    begin = tl.where(parts > 1, place % parts * V.CHUNK, 0)
+    count = tl.minimum(rows - row, together).to(tl.int32)
+    return row, count, begin, tl.minimum(length - begin, V.CHUNK).to(tl.int32), parts
+
+
+@triton.jit
+def chunks_of(tensor, V: tl.constexpr):
+    """How many chunks a tensor has."""
+    rows = tl.load(tensor + ROWS)
+    length = tl.load(tensor + NUMEL) // tl.maximum(rows, 1)
+    together = V.CHUNK // tl.maximum(length, 1)
+    whole = (rows + tl.maximum(together, 1) - 1) // tl.maximum(together, 1)
+    split = rows * ((length + V.CHUNK - 1) // V.CHUNK)
+    return tl.maximum(tl.where(length > V.CHUNK, split, whole), 1)
+
+
+@triton.jit
+def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
+    """The offsets of a block of TILE rows, and which of its columns exist.
 
     Element e of row i, counted in the order of memory, lies at (e // s)·(s·rows) + i·s + e % s, where s is the stride
-    of dimension 0: any dense layout. With VECTOR above 1 rows are contiguous, addresses multiples of 16 bytes, and the
-    length of a row one of VECTOR.
+    of dimension 0: any dense layout. With VECTOR above 1 rows are contiguous and their length a multiple of it.
     """
-    WIDE: tl.constexpr = VECTOR > 1
-    stride, all_rows = tl.load(tensor + STRIDE), tl.load(tensor + ROWS)
-    if WIDE:
-        n, stride = n // VECTOR * VECTOR, stride // VECTOR * VECTOR  # tells the compiler
-    param, anchor = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR)
-    SHARE: tl.constexpr = V.LANES // TILE
-    i = tl.arange(0, TILE)
-    lanes = tl.zeros([TILE, SHARE], V.T)
-    for at in range(0, n, SHARE * VECTOR):
-        lane = at + tl.arange(0, SHARE * VECTOR)
-        e = begin + lane
-        if not WIDE:
-            e = e // stride * (stride * all_rows) + e % stride
-        offsets = ((row + i) * stride)[:, None] + e[None, :]
-        inside = (i < rows)[:, None] & (lane < n)[None, :]
-        c = load(param, offsets, inside, V.P, V.T, WIDE)
-        if V.ANCHORED > NONE:
-            c -= load(anchor, offsets, inside, V.A, V.T, WIDE)
-        lanes += tl.sum(tl.reshape(tl.abs(c), [TILE, SHARE, VECTOR]), 2)
-    return tl.sum(lanes.to(tl.float64), 1)
-
-
-@triton.jit
-def whole_rows(tensor, row, rows, n, norms, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The norms of `rows` rows from `row`."""
-    for first in range(0, rows, V.TILE):
-        i = first + tl.arange(0, V.TILE)
-        sums = row_sums(tensor, row + first, rows - first, 0, n, V.TILE, VECTOR, V)
-        tl.store(norms + row + i, sums, mask=i < rows)
-
-
-@triton.jit
-def part_of_row(tensor, part, row, begin, parts, partials, counters, norms, VECTOR: tl.constexpr, V: tl.constexpr):
-    """One chunk of a long row; the last of them to finish folds them, in their order."""
-    n = tl.minimum(tl.load(tensor + LENGTH) - begin, V.CHUNK).to(tl.int32)
-    tl.store(partials + part, tl.sum(row_sums(tensor, row, 1, begin, n, 1, VECTOR, V)))
-    tl.debug_barrier()
-    counter = counters + tl.load(tensor + COUNTER) + row
-    if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
-        first = partials + part - begin // V.CHUNK
-        lanes = tl.zeros([V.LANES], tl.float64)
-        for at in range(0, parts, V.LANES):
-            i = at + tl.arange(0, V.LANES)
-            lanes += tl.load(first + i, mask=i < parts, other=0.0, cache_modifier=".cg")
-        tl.store(norms + row, tl.sum(lanes))
-
-
-@triton.jit
-def row_sweep(tensors, owners, partials, counters, out, V: tl.constexpr):
-    """The only kernel: one program a chunk."""
-    chunk = tl.program_id(0)
-    tensor = tensors + tl.load(owners + chunk).to(tl.int64) * WIDTH
-    all_rows, length = tl.load(tensor + ROWS), tl.load(tensor + LENGTH)
-    norms = out + tl.load(tensor + OUT)
-    place = chunk - tl.load(tensor + FIRST)
-    parts = (length + V.CHUNK - 1) // V.CHUNK
-    addresses = tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
-    wide = (addresses % 16 == 0) & (length % V.VECTOR == 0) & (tl.load(tensor + STRIDE) == length)
-    if parts > 1:
-        row, begin = place // parts, place % parts * V.CHUNK
-        if wide:
-            part_of_row(tensor, chunk, row, begin, parts, partials, counters, norms, V.VECTOR, V)
-        else:
-            part_of_row(tensor, chunk, row, begin, parts, partials, counters, norms, 1, V)
+    stride = tl.load(tensor + STRIDE)
+    lane = at + tl.arange(0, V.LANES // TILE * VECTOR)
+    e = begin + lane
+    if VECTOR > 1:
+        stride = stride // VECTOR * VECTOR  # tells the compiler
     else:
-        together = V.CHUNK // length
-        row = place * together
-        rows = tl.minimum(all_rows - row, together).to(tl.int32)
-        if wide:
-            whole_rows(tensor, row, rows, length.to(tl.int32), norms, V.VECTOR, V)
+        e = e // stride * (stride * tl.load(tensor + ROWS)) + e % stride
+    return ((row + tl.arange(0, TILE)) * stride)[:, None] + e[None, :], lane < n
+
+
+@triton.jit
+def wide(tensor, grad, V: tl.constexpr):
+    """Whether every row of a tensor begins at a multiple of 16 bytes and has a multiple of VECTOR elements."""
+    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
+    addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
+    rows, stride = tl.load(tensor + ROWS), tl.load(tensor + STRIDE)
+    return (addresses % 16 == 0) & (stride % V.VECTOR == 0) & (stride * rows == tl.load(tensor + NUMEL))
+
+
+@triton.jit
+def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, key, scalars,
+              TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """The base step on n elements from `begin` of TILE rows from `row`, of which `rows` exist; what it measured."""
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
+        n = n // VECTOR * VECTOR
+    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
+    delta = tl.load(tensor + DELTA)
+    i = tl.arange(0, TILE)
+    anchored = i < present(anchor, rows, V.ANCHORED)
+    kept0 = i < present(state0, rows, V.KEPT if V.STATES == 1 else ALL)
+    kept2 = i < present(state2, rows, V.KEPT)
+    kept_delta = i < present(delta, rows, SOME)
+    SHARE: tl.constexpr = V.LANES // TILE
+    grad_dot_delta = tl.zeros([TILE, SHARE], V.T)
+    before, gain = grad_dot_delta, grad_dot_delta
+    for at in range(0, n, SHARE * VECTOR):
+        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        inside = (i < rows)[:, None] & columns[None, :]
+        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        g = tl.zeros_like(theta)
+        if V.GRADED:
+            g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
+        theta_0 = tl.zeros_like(theta)
+        if V.ANCHORED > NONE:
+            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
+        penalized = g
+        if V.SIGNED >= 0:
+            d = theta - theta_0
+            on = ((row + i) == largest)[:, None]
+            penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
+        s0, s1, s2 = theta_0, theta_0, theta_0
+        if V.STATES > 0:
+            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.T, V.T, WIDE)
+        if V.STATES > 1:
+            s1 = load(state1, offsets, inside, V.T, V.T, WIDE)
+        if V.STATES > 2:
+            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.T, V.T, WIDE)
+        new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
+        if V.STATES > 0:
+            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.T, WIDE)
+        if V.STATES > 1:
+            store(state1, offsets, inside, s1, V.T, WIDE)
+        if V.STATES > 2:
+            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.T, WIDE)
+        new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.T)[:, None]))
+        if V.STOCHASTIC:
+            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+        new = as_stored(new, V.P, V.T)
+        if V.STILL:
+            store(param, offsets, inside & (known != 1)[:, None], new, V.P, WIDE)
         else:
-            whole_rows(tensor, row, rows, length.to(tl.int32), norms, 1, V)
+            store(param, offsets, inside, new, V.P, WIDE)
+        if V.LEARNED >= 0:
+            store(delta, offsets, kept_delta[:, None] & columns[None, :], as_stored(new - theta_0, V.D, V.T), V.D, WIDE)
+        if V.MEASURED > 0:
+            new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
+            grad_dot_delta, before, gain = measure_rows(theta, new, g, theta_0, grad_dot_delta, before, gain, VECTOR)
+    a, b, c = grad_dot_delta.to(tl.float64), before.to(tl.float64), gain.to(tl.float64)
+    return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
 
 
-@cache
-def variant_of(param: torch.dtype, anchor: torch.dtype | None) -> Variant:
-    """The kernel for such tensors; None: the anchor is zero."""
-    c = tl.constexpr
-    return Variant(
-        P=c(DTYPES[param]),
-        A=c(DTYPES[anchor or param]),
-        T=c(tl.float64 if param == torch.float64 else tl.float32),
-        ANCHORED=NONE if anchor is None else ALL,
-        CHUNK=c(CHUNK),
-        LANES=c(8 * LANES if INTERPRETED else LANES),
-        TILE=c(TILE),
-        VECTOR=c(16 // param.itemsize),
-    )
+@triton.jit
+def pull_rows(tensor, row, rows, begin, n, alpha, key, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
+    """The pull of such rows by their alphas, of which those that are 1 leave their row alone."""
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
+        n = n // VECTOR * VECTOR
+    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    i = tl.arange(0, TILE)
+    pulled = (i < rows) & (alpha != 1)
+    anchored = i < present(anchor, rows, V.ANCHORED)
+    for at in range(0, n, V.LANES // TILE * VECTOR):
+        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        inside = pulled[:, None] & columns[None, :]
+        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta_0 = tl.zeros_like(theta)
+        if V.ANCHORED > NONE:
+            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
+        new = pull(theta, theta_0, alpha.to(V.T)[:, None])
+        if V.STOCHASTIC:
+            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+        store(param, offsets, inside, as_stored(new, V.P, V.T), V.P, WIDE)
 
 
-def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor]:
-    """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows, in float64. anchors: parallel to `params` and laid out alike; None: 0.
+@triton.jit
+def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
+    """Of such rows ⟨g, c⟩ and Σ|c| of the last step's delta; where a tensor keeps none, 0 and Σ|d|."""
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
+        n = n // VECTOR * VECTOR
+    param, anchor, delta = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + DELTA)
+    i = tl.arange(0, TILE)
+    anchored = i < present(anchor, rows, V.ANCHORED)
+    SHARE: tl.constexpr = V.LANES // TILE
+    dots, sizes = tl.zeros([TILE, SHARE], V.T), tl.zeros([TILE, SHARE], V.T)
+    for at in range(0, n, SHARE * VECTOR):
+        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        inside = (i < rows)[:, None] & columns[None, :]
+        if delta != 0:
+            c = load(delta, offsets, inside, V.D, V.T, WIDE)
+            dots += row_sums(c * (load(grad, offsets, inside, V.G, V.T, WIDE) * factor), VECTOR)
+            sizes += row_sums(tl.abs(c), VECTOR)
+        else:
+            d = load(param, offsets, inside, V.P, V.T, WIDE)
+            if V.ANCHORED > NONE:
+                d -= load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
+            sizes += row_sums(tl.abs(d), VECTOR)
+    return tl.sum(dots.to(tl.float64), 1), tl.sum(sizes.to(tl.float64), 1)
 
-    One launch for each pair of dtypes. Raises ValueError for a dtype or a layout that the kernel does not take.
-    """
-    norms = [torch.zeros(p.shape[0] if p.dim() > 1 else 1, dtype=torch.float64, device=p.device) for p in params]
-    classes: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
-    for k, param in enumerate(params):
-        anchor = None if anchors is None else anchors[k]
-        for tensor in (param, *(() if anchor is None else (anchor,))):
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"robustft: the Triton backend does not take {tensor.dtype}")
-            if tensor.shape != param.shape or tensor.device != param.device or not same_layout(tensor, param):
-                raise ValueError("robustft: an anchor has not the device, shape and strides of its param")
-        if param.numel():
-            classes.setdefault((param.dtype, None if anchor is None else anchor.dtype), []).append(k)
-    for dtypes, of in classes.items():
-        counts = [norms[k].numel() for k in of]
-        flat = _measure([params[k] for k in of], anchors and [anchors[k] for k in of], counts, variant_of(*dtypes))
-        for k, part in zip(of, flat.split(counts), strict=True):
-            norms[k] = part
-    return norms
 
-
-def _measure(params: list[Tensor], anchors: list[Tensor] | None, counts: list[int], variant: Variant) -> Tensor:
-    """The norms of all rows, tensor after tensor, of which `counts` says how many each has."""
-    device = params[0].device
-    table: list[list[int]] = []
-    owners: list[int] = []
-    out = counters = 0
-    for k, (param, rows) in enumerate(zip(params, counts, strict=True)):
-        length = param.numel() // rows
-        stride = param.stride(0) if rows > 1 else length
-        anchor = anchors[k].data_ptr() if anchors else 0
-        table.append([param.data_ptr(), anchor, len(owners), rows, length, stride, out, counters])
-        owners += [k] * (rows * -(-length // CHUNK) if length > CHUNK else -(-rows // (CHUNK // length)))
-        out += rows
-        counters += rows if length > CHUNK else 0
-    norms = torch.zeros(out, dtype=torch.float64, device=device)
-    row_sweep[(len(owners),)](
-        torch.tensor(table, dtype=torch.int64, device=device),
-        torch.tensor(owners, dtype=torch.int32, device=device),
-        torch.full((len(owners),), torch.nan, dtype=torch.float64, device=device),
-        torch.zeros(max(counters, 1), dtype=torch.int32, device=device),
-        norms,
-        V=variant,
-        **options_of(variant, gpu_of(device)),
-    )
-    return norms
+@triton.jit
+def fold_rows(tensor, row, rows, parts, partials, LANES: tl.constexpr):
+    """The sums of LANES rows from `row` that lie in `parts` chunks each, in the order of the chunks."""
+    i = row + tl.arange(0, LANES)
+    inside = i < rows
+    first = partials + (tl.load(tensor + FIRST) + i * parts) * 3
+    a, b, c = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+    for part in range(0, parts):
+        a += tl.load(first + part * 3, mask=inside, other=0.0, cache_modifier=".cg")
+        b += tl.load(first + part * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        c += tl.load(first + part * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
+    return a, b, c

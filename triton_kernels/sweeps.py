@@ -1,4 +1,4 @@
-"""Sweeps: the crossings of memory, the only kernels that are launched.
+"""Sweeps of tensors: the kernels that are launched where every segment is a whole tensor; rows.py has those for rows.
 
 A program works on one chunk of one tensor. In the two-launch form `step_sweep` makes the base step and measures, and
 `pull_sweep` pulls the segments with α ≠ 1; in the one-launch form `ticket_sweep` does both, in an order in which the
@@ -12,7 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars
+from .. import bases
+from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars, still, still_scalars
 from .chunk import (
     ALL,
     ANCHOR,
@@ -22,6 +23,7 @@ from .chunk import (
     NONE,
     NUMEL,
     PARAM,
+    RADIUS,
     RULE,
     SEED,
     STATE,
@@ -38,37 +40,53 @@ from .decide import decide
 from .measure import fold, measure, total
 from .pull import pull
 
-BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd)}
+BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd), "still": (still_scalars, still)}
+MEASURES = tl.constexpr(len(bases.MEASURES))
 
 
 @dataclass(frozen=True, eq=False)  # table.variant_of makes each once, so that a launch need not compare fields
 class Variant:
     """What a kernel is compiled for. Every field is a tl.constexpr, a device function or a tuple of such.
 
-    READ, BASE: the base's two functions. HYPERS: columns of a group's row; LR, STRENGTH: two of them. STATES: the
-    tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor (NONE, SOME or
-    ALL). RULES: those in use, first the MEASURED ones that wait for measures. STOCHASTIC: whether any tensor is so.
-    P, G, A, T: dtypes of param, grad, anchor, and the arithmetic. CHUNK: elements of a program. LANES: accumulators.
-    VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is taken for it.
+    READ, BASE: the base's two functions; STILL: whether it makes no step; GRADED: whether there are gradients. HYPERS:
+    columns of a group's row; LR, STRENGTH, RADIUS, and LEARN, the first of four for learning a radius: places in it.
+    STATES: the tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor
+    (NONE, SOME or ALL). RULES: those in use, first the MEASURED ones that wait for measures; GIVEN, COUPLED, SIGNED,
+    TIED, LEARNED: the places among them of those that are special, or −1. STOCHASTIC: whether any tensor is so.
+    P, G, A, D, T: dtypes of param, grad, anchor, delta, and the arithmetic. CHUNK: elements of a program. LANES:
+    accumulators. ROWS: whether segments are rows; TILE: how many of them share the accumulators. VECTOR: neighbours
+    that one thread takes at once. CODE: names the source, so that no older code is taken for it.
     """
 
     READ: Any
     BASE: Any
+    STILL: Any
+    GRADED: Any
     HYPERS: Any
     LR: Any
     STRENGTH: Any
+    RADIUS: Any
+    LEARN: Any
     STATES: Any
     KEPT: Any
     RULES: Any
     MEASURED: Any
+    GIVEN: Any
+    COUPLED: Any
+    SIGNED: Any
+    TIED: Any
+    LEARNED: Any
     STOCHASTIC: Any
     ANCHORED: Any
     P: Any
     G: Any
     A: Any
+    D: Any
     T: Any
     CHUNK: Any
     LANES: Any
+    ROWS: Any
+    TILE: Any
     VECTOR: Any
     CODE: Any
 
@@ -91,7 +109,7 @@ def step_count(tensor):
 
 
 @triton.jit
-def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
+def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
     """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of what it measured.
 
     With VECTOR above 1 every address is a multiple of 16 and n of VECTOR: all accesses are 16 bytes wide under their
@@ -105,16 +123,21 @@ def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.co
     anchored = present(anchor, n, V.ANCHORED)
     kept0 = present(state0, n, V.KEPT if V.STATES == 1 else ALL)
     kept2 = present(state2, n, V.KEPT)
-    grad_dot_delta, delta_sq, gain = tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T)
+    grad_dot_delta, before, gain = tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
         theta = load(param, offsets, inside, V.P, V.T, WIDE)
-        g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
+        g = tl.zeros_like(theta)
+        if V.GRADED:
+            g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
             theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
+        penalized = g
+        if V.COUPLED >= 0:
+            penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
             s0 = load(state0, offsets, lane < kept0, V.T, V.T, WIDE)
@@ -122,7 +145,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.co
             s1 = load(state1, offsets, inside, V.T, V.T, WIDE)
         if V.STATES > 2:
             s2 = load(state2, offsets, lane < kept2, V.T, V.T, WIDE)
-        new, s0, s1, s2 = V.BASE(theta, g, s0, s1, s2, scalars, V.STATES)
+        new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
         if V.STATES > 0:
             store(state0, offsets, lane < kept0, s0, V.T, WIDE)
         if V.STATES > 1:
@@ -133,11 +156,14 @@ def step_span(tensor, grad, begin, n, factor, alpha, key, scalars, VECTOR: tl.co
         if V.STOCHASTIC:
             new = tl.where(seed >= 0, dither(new, offsets, key), new)
         new = as_stored(new, V.P, V.T)
-        store(param, offsets, inside, new, V.P, WIDE)
+        if V.STILL:
+            store(param, offsets, inside & (alpha != 1), new, V.P, WIDE)
+        else:
+            store(param, offsets, inside, new, V.P, WIDE)
         if V.MEASURED > 0:
             new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
-            grad_dot_delta, delta_sq, gain = measure(theta, new, g, theta_0, grad_dot_delta, delta_sq, gain, V.LANES)
-    return grad_dot_delta, delta_sq, gain
+            grad_dot_delta, before, gain = measure(theta, new, g, theta_0, grad_dot_delta, before, gain, V.LANES)
+    return grad_dot_delta, before, gain
 
 
 @triton.jit
@@ -174,24 +200,28 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     if grad_scale is not None:
         factor = factor / tl.load(grad_scale).to(V.T)
     nan = tl.full((), float("nan"), tl.float64)
-    known = decide_segment(tensor, hyper, live, nan, nan, nan, V).to(V.T)
+    known = decide_segment(tensor, hyper, live, nan, nan, nan, V)
+    if V.GIVEN >= 0:
+        known = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + tl.load(tensor + INDEX)), known)
+    known = known.to(V.T)
+    linear = penalty(tensor, hyper, live, V.COUPLED, V)
     key = rounding_key(tl.load(tensor + SEED), t, 0)
     grad = tl.load(grads + i)
     addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, key, scalars, V.VECTOR, V)
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, key, scalars, V.VECTOR, V)
     else:
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, key, scalars, 1, V)
-    grad_dot_delta, delta_sq, gain = nan, nan, nan
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, key, scalars, 1, V)
+    grad_dot_delta, before, gain = nan, nan, nan
     if V.MEASURED > 0:
-        grad_dot_delta, delta_sq, gain = total(a), total(b), total(c)
-    settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partials, counters, ready, measures, alphas,
+        grad_dot_delta, before, gain = total(a), total(b), total(c)
+    settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials, counters, ready, measures, alphas,
            V)  # fmt: skip
 
 
 @triton.jit
-def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partials, counters, ready, measures, alphas,
+def settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials, counters, ready, measures, alphas,
            V: tl.constexpr):  # fmt: skip
     """The last chunk of a segment to finish decides for it and counts the step; a segment of one chunk is pulled at
     once. Reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
@@ -199,7 +229,7 @@ def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partia
     last = chunks == 1
     if chunks > 1:
         tl.store(partials + chunk * 3, grad_dot_delta)
-        tl.store(partials + chunk * 3 + 1, delta_sq)
+        tl.store(partials + chunk * 3 + 1, before)
         tl.store(partials + chunk * 3 + 2, gain)
     # The whole program has stored what others will read, and read the step count that is written below.
     tl.debug_barrier()
@@ -207,20 +237,19 @@ def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partia
         last = tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1
         if last:
             first = partials + tl.load(tensor + FIRST) * 3
-            grad_dot_delta, delta_sq, gain = fold(first, chunks, V.LANES)
+            grad_dot_delta, before, gain = fold(first, chunks, V.LANES)
             tl.store(counters + i, 0)
     if last:
         measured = tl.load(tensor + RULE) < V.MEASURED
         nan = tl.full((), float("nan"), tl.float64)
         grad_dot_delta = tl.where(measured, grad_dot_delta, nan)
-        delta_sq = tl.where(measured, delta_sq, nan)
+        before = tl.where(measured, before, nan)
         gain = tl.where(measured, gain, nan)
-        alpha = decide_segment(tensor, hyper, live, grad_dot_delta, delta_sq, gain, V)
+        alpha = decide_segment(tensor, hyper, live, grad_dot_delta, before, gain, V)
         row = tl.load(tensor + INDEX)
-        tl.store(measures + row * 3, grad_dot_delta)
-        tl.store(measures + row * 3 + 1, delta_sq)
-        tl.store(measures + row * 3 + 2, gain)
-        tl.store(alphas + row, alpha)
+        if V.GIVEN >= 0:
+            alpha = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + row), alpha)
+        record(measures, alphas, row, row >= 0, grad_dot_delta, before, gain, alpha, V)
         step = tl.load(tensor + STEP)
         if step != 0:
             tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
@@ -232,11 +261,40 @@ def settle(chunk, i, tensor, grad_dot_delta, delta_sq, gain, hyper, live, partia
 
 
 @triton.jit
-def decide_segment(tensor, hyper, live, grad_dot_delta, delta_sq, gain, V: tl.constexpr):
-    """The alpha of a tensor's rule with its group's strength and lr."""
+def record(measures, alphas, segment, inside, grad_dot_delta, before, gain, alpha, V: tl.constexpr):
+    """What was found of segments, and how often they have been selected."""
+    row = measures + segment * MEASURES
+    if not V.GRADED:
+        grad_dot_delta = before * float("nan")
+    tl.store(row, grad_dot_delta, mask=inside)
+    tl.store(row + 1, before, mask=inside)
+    tl.store(row + 2, gain, mask=inside)
+    count = tl.load(row + 3, mask=inside, other=0.0)
+    tl.store(row + 3, count + tl.where(alpha != 1, 1.0, 0.0), mask=inside)
+    tl.store(alphas + segment, alpha, mask=inside)
+
+
+@triton.jit
+def decide_segment(tensor, hyper, live, grad_dot_delta, before, gain, V: tl.constexpr):
+    """The alpha of a tensor's rule with its group's hyper-parameters, or the radius that it has learned."""
     row = tl.load(tensor + GROUP) * V.HYPERS
     lr, strength = read_hyper(hyper, live, row + V.LR), read_hyper(hyper, live, row + V.STRENGTH)
-    return decide(tl.load(tensor + RULE), grad_dot_delta, delta_sq, gain, strength, lr, V)
+    radius = read_hyper(hyper, live, row + V.RADIUS)
+    if V.LEARNED >= 0:
+        learned = tl.load(tensor + RADIUS)
+        if learned != 0:
+            radius = tl.load(learned.to(tl.pointer_type(tl.float64)))
+    return decide(tl.load(tensor + RULE), grad_dot_delta, before, gain, strength, lr, radius, V)
+
+
+@triton.jit
+def penalty(tensor, hyper, live, RULE_OF: tl.constexpr, V: tl.constexpr):
+    """The strength of a penalty for tensors under the rule of this place, 0 for others."""
+    strength = tl.full((), 0.0, V.T)
+    if RULE_OF >= 0:
+        if tl.load(tensor + RULE) == RULE_OF:
+            strength = read_hyper(hyper, live, tl.load(tensor + GROUP) * V.HYPERS + V.STRENGTH).to(V.T)
+    return strength
 
 
 @triton.jit

@@ -10,10 +10,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..bases import ADAMW, Base
+from ..bases import ADAMW, STILL, Base, delta_dtype_of
+from ..methods import RULES
 from ..state import same_layout
-from .chunk import ALL, CHUNK, COLUMNS, INTERPRETED, LANES, NONE, SOME, WIDTH
-from .decide import MEASURED, RULES
+from .chunk import ALL, CHUNK, COLUMNS, INTERPRETED, LANES, NONE, SOME, TILE, WIDTH
+from .decide import FUNCTIONS
 from .sweeps import BASES, Variant
 
 DTYPES = {
@@ -28,30 +29,52 @@ Addresses = Callable[[list[Tensor], Tensor], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a step. states: up to the last that it has. group: its row of hyper; index: of measures and alphas.
-    seed: of its stochastic rounding, None to round to nearest."""
+    """One tensor of a step. states: up to the last that it has. group: its row of hyper; index: among the params;
+    segment: its first of measures and alphas. seed: of its stochastic rounding, None to round to nearest."""
 
     param: Tensor
     anchor: Tensor | None
     states: tuple[Tensor, ...]
+    delta: Tensor | None
+    radius: Tensor | None
     step: Tensor | None
     group: int
     rule: str
     seed: int | None
     index: int
+    segment: int
 
     @property
     def anchor_dtype(self) -> torch.dtype:
         return (self.param if self.anchor is None else self.anchor).dtype
 
     @property
+    def by_rows(self) -> bool:
+        """Whether the kernels for rows serve it."""
+        return RULES[self.rule].by_rows or self.rule == "mars_sp"
+
+    @property
+    def rows(self) -> int:
+        return self.param.shape[0] if self.by_rows and self.param.dim() > 1 else 1
+
+    @property
+    def length(self) -> int:
+        """Of a row."""
+        return self.param.numel() // max(self.rows, 1)
+
+    @property
     def chunks(self) -> int:
-        return max(1, -(-self.param.numel() // CHUNK))  # an empty tensor counts its steps too
+        """Parts of a row, or several rows each; an empty tensor has one too, which counts its steps."""
+        if self.length > CHUNK:
+            return self.rows * -(-self.length // CHUNK)
+        return max(1, -(-self.rows // (CHUNK // max(self.length, 1))))
 
     @property
     def pulled_later(self) -> bool:
         """Whether its pull is left to sweep 2."""
-        return self.rule in MEASURED and self.chunks > 1
+        if not RULES[self.rule].measured or self.rule.startswith("observe"):
+            return False
+        return self.rule == "project_mars" or (self.length > CHUNK if self.by_rows else self.chunks > 1)
 
 
 @cache
@@ -63,39 +86,57 @@ def variant_of(
     rules: tuple[str, ...],
     stochastic: bool,
     anchored: tuple[bool, bool],
+    graded: bool = True,
     lanes: int = LANES,
 ) -> Variant:
     """The kernels for tensors of such dtypes (of param, grad, anchor); see Variant.
 
     states: the least and the most that any of them keeps. anchored: whether all of them are, whether any.
     """
+
+    def place(*names: str) -> Any:
+        return c(next((k for k, rule in enumerate(rules) if rule in names), -1))
+
     param, grad, anchor = dtypes
     read, step = BASES[base.name]
     fewest, most = states
+    by_rows = any(RULES[rule].by_rows or rule == "mars_sp" for rule in rules)
     vector = 16 // param.itemsize
     wider = max(grad.itemsize, anchor.itemsize) > param.itemsize
-    if param.itemsize == 2 and (wider or stochastic or base is not ADAMW or most == MAX_STATES):
+    if param.itemsize == 2 and (wider or stochastic or base is not ADAMW or most == MAX_STATES or by_rows):
         vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at 64 registers
     c = tl.constexpr
-    functions = (read, step, *(RULES[rule] for rule in rules))
+    functions = (read, step, *(FUNCTIONS[rule] for rule in rules))
     return Variant(
         READ=read,
         BASE=step,
+        STILL=c(base is STILL),
+        GRADED=c(graded),
         HYPERS=c(len(base.hyper)),
         LR=c(base.hyper.index("lr")),
         STRENGTH=c(base.hyper.index("strength")),
+        RADIUS=c(base.hyper.index("radius")),
+        LEARN=c(base.hyper.index("k")),
         STATES=c(most),
         KEPT=ALL if fewest == most else SOME,
         RULES=functions[2:],
-        MEASURED=c(sum(rule in MEASURED for rule in rules)),
+        MEASURED=c(sum(RULES[rule].measured for rule in rules)),
+        GIVEN=place("given", "given_rows"),
+        COUPLED=place("l2sp_coupled"),
+        SIGNED=place("mars_sp"),
+        TIED=place("project_mars"),
+        LEARNED=place("ftp"),
         STOCHASTIC=c(stochastic),
         ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,
         P=c(DTYPES[param]),
         G=c(DTYPES[grad]),
         A=c(DTYPES[anchor]),
+        D=c(DTYPES[delta_dtype_of(param)]),
         T=c(tl.float64 if param == torch.float64 else tl.float32),
         CHUNK=c(CHUNK),
         LANES=c(lanes),
+        ROWS=c(by_rows),
+        TILE=c(TILE),
         VECTOR=c(vector),
         CODE=c("" if INTERPRETED else sha256("".join(f.cache_key for f in functions).encode()).hexdigest()),
     )
@@ -105,13 +146,14 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
     """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
-    threads that an SM can hold be resident; the compiler for Blackwell needs 80, and float64 twice as many, to spill
-    nothing.
+    threads that an SM can hold be resident; the compiler for Blackwell needs 80, and float64 and the sweeps of rows
+    twice as many, to spill nothing.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
     if backend == "cuda":
-        options["maxnreg"] = 128 if variant.T.value == tl.float64 else 64 if capability < 100 else 80
+        double, by_rows = variant.T.value == tl.float64, variant.ROWS.value
+        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 64 if capability < 100 else 80
     return options
 
 
@@ -141,7 +183,7 @@ class Table:
         entries = sorted(entries, key=lambda e: not e.pulled_later)
         device = entries[0].param.device
         self.gpu = gpu_of(device)
-        used = sorted({e.rule for e in entries}, key=lambda rule: (rule not in MEASURED, rule))
+        used = sorted({e.rule for e in entries}, key=lambda rule: (not RULES[rule].measured, rule))
         self.variant = variant_of(
             base,
             dtypes,
@@ -149,6 +191,7 @@ class Table:
             rules=tuple(used),
             stochastic=any(e.seed is not None for e in entries),
             anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
+            graded=bool(grads),
             lanes=8 * LANES if INTERPRETED else LANES,
         )
         counts = torch.tensor([e.chunks for e in entries], device="cpu")
@@ -165,12 +208,15 @@ class Table:
         )
         self.partials = torch.full((3 * self.chunks,), torch.nan, dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
+        self.by_rows = entries[0].by_rows
+        self.surveyed = any(e.rule in ("ftp", "mars_sp") for e in entries)
+        self.largest = torch.zeros(len(entries) if self.by_rows else 0, dtype=torch.int64, device=device)
         self.live = _live(hyper, live, device) if live else None
 
         self._pick = [e.index for e in entries]
         self._relaid = {
             k: torch.empty_like(e.param, dtype=grads[e.index].dtype, requires_grad=False)
-            for k, e in enumerate(entries)
+            for k, e in enumerate(entries if grads else ())
             if not same_layout(grads[e.index], e.param)
         }
         aligned = len(entries) + len(entries) % 2  # hyper begins at a multiple of 16 bytes
@@ -182,11 +228,12 @@ class Table:
 
     def upload(self, grads: list[Tensor], hyper: Tensor, addresses: Addresses) -> None:
         """Sends the addresses of this step's gradients, and its hyper-parameters, where they are not there already."""
-        here = [grads[k] for k in self._pick]
-        for k, buffer in self._relaid.items():
-            here[k] = buffer.copy_(here[k])
         host = self._row.host()
-        addresses(here, host[self._grads])
+        if grads:
+            here = [grads[k] for k in self._pick]
+            for k, buffer in self._relaid.items():
+                here[k] = buffer.copy_(here[k])
+            addresses(here, host[self._grads])
         host[self._hyper].view(torch.float64).copy_(hyper.view(-1))
         self._row.send()
 
@@ -249,13 +296,15 @@ def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
         entry.param.data_ptr(),
         0 if entry.anchor is None else entry.anchor.data_ptr(),
         *states, *[0] * (MAX_STATES - len(states)),
-        0 if entry.step is None else entry.step.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (entry.delta, entry.radius, entry.step)),
         entry.param.numel(),
+        entry.rows,
+        entry.param.stride(0) if entry.rows > 1 and entry.param.numel() else max(entry.length, 1),
         first,
         entry.group,
         rules.index(entry.rule),
         -1 if entry.seed is None else entry.seed,
-        entry.index,
+        entry.segment,
     ]  # fmt: skip
 
 

@@ -9,10 +9,12 @@ namespace robustft {
 
 // One row of the table that a step receives for each parameter group; the fields are the table's columns.
 #define ROBUSTFT_ADAMW_HYPER(X) \
-  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(strength) X(amsgrad) X(maximize) X(anchored) \
-  X(stochastic_rounding)
+  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(amsgrad) ROBUSTFT_METHOD_HYPER(X)
 #define ROBUSTFT_SGD_HYPER(X) \
-  X(lr) X(momentum) X(dampening) X(weight_decay) X(strength) X(nesterov) X(maximize) X(anchored) X(stochastic_rounding)
+  X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) ROBUSTFT_METHOD_HYPER(X)
+#define ROBUSTFT_STILL_HYPER(X) X(lr) ROBUSTFT_METHOD_HYPER(X)
+#define ROBUSTFT_METHOD_HYPER(X) \
+  X(strength) X(radius) X(k) X(radius_lr) X(radius_beta1) X(radius_beta2) X(maximize) X(anchored) X(stochastic_rounding)
 #define ROBUSTFT_FIELD(name) double name;
 
 struct AdamWHyper {
@@ -22,6 +24,10 @@ struct AdamWHyper {
 struct SGDHyper {
   ROBUSTFT_SGD_HYPER(ROBUSTFT_FIELD)
 };
+
+struct StillHyper {
+  ROBUSTFT_STILL_HYPER(ROBUSTFT_FIELD)
+};
 #undef ROBUSTFT_FIELD
 
 namespace {
@@ -29,10 +35,11 @@ namespace {
 // theta~ = theta (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 template <class T>
 struct AdamW {
+  static constexpr bool kMoves = true;
   T sign, decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps;
 
-  AdamW(const AdamWHyper& h, double t, double grad_scale)
-      : sign(T((h.maximize ? -1 : 1) / grad_scale)),
+  AdamW(const AdamWHyper& h, double t, double sign)
+      : sign(T(sign)),
         decay(T(1 - h.lr * h.weight_decay)),
         beta1_rest(T(1 - h.beta1)),
         beta2(T(h.beta2)),
@@ -73,10 +80,11 @@ struct AdamW {
 // or theta - lr (g + wd theta + momentum b) with nesterov
 template <class T>
 struct SGD {
+  static constexpr bool kMoves = true;
   T sign, lr, weight_decay, keep, take, buffer_weight, grad_weight;
 
-  SGD(const SGDHyper& h, double t, double grad_scale)
-      : sign(T((h.maximize ? -1 : 1) / grad_scale)),
+  SGD(const SGDHyper& h, double t, double sign)
+      : sign(T(sign)),
         lr(T(h.lr)),
         weight_decay(T(h.weight_decay)),
         keep(T(t > 1 ? h.momentum : 0)),
@@ -105,6 +113,30 @@ struct SGD {
       run<true>(n, param, grad, momentum_buffer, next);
     else
       run<false>(n, param, grad, nullptr, next);
+  }
+};
+
+// g + penalty, for a base that will multiply it by `scale`.
+template <class T>
+ROBUSTFT_INLINE void penalize(int n, T scale, T linear, T sign, const T* param, const T* anchor, const T* grad, T* to) {
+  linear /= scale, sign /= scale;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const T d = anchor ? param[i] - anchor[i] : param[i];
+    to[i] = grad[i] + linear * d + (d > 0 ? sign : d < 0 ? -sign : 0);
+  }
+}
+
+// theta~ = theta
+template <class T>
+struct Still {
+  static constexpr bool kMoves = false;
+  T sign;
+
+  Still(const StillHyper&, double, double sign) : sign(T(sign)) {}
+
+  ROBUSTFT_INLINE void operator()(int n, const T* param, const T*, T*, T*, T*, T* next) const {
+    for (int i = 0; i < n; ++i) next[i] = param[i];
   }
 };
 

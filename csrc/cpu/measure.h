@@ -5,17 +5,20 @@
 
 namespace robustft {
 
+// The size of a segment is |.|^2 where it is a tensor, and the sum of magnitudes where it is a row.
 struct Measures {
   double grad_dot_delta = 0;  // <g, d>
-  double delta_sq = 0;        // |d|^2
-  double gain = 0;            // <u, 2d + u> = |c|^2 - |d|^2, u = c - d, without the cancellation
+  double before = 0;          // the size of d
+  double gain = 0;            // the size of c less that of d, without the cancellation
 };
+
+enum class Measuring : uint8_t { none, squares, magnitudes };
 
 namespace {
 
 inline void add(Measures& to, const Measures& from) {
   to.grad_dot_delta += from.grad_dot_delta;
-  to.delta_sq += from.delta_sq;
+  to.before += from.before;
   to.gain += from.gain;
 }
 
@@ -42,10 +45,12 @@ struct Lanes {
 };
 
 // The sums of one block in T, folded into double at its end.
-template <class T>
+template <class T, Measuring kMeasuring>
 class BlockMeasure {
  public:
+  // An absent grad gives a sum that means nothing.
   ROBUSTFT_INLINE void add(int n, const T* param, const T* next, const T* grad, const T* anchor) {
+    if (!grad) grad = param;
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) add_lanes(param + i, next + i, grad + i, anchor ? anchor + i : nullptr);
     if (const int rest = n - i) {
@@ -59,22 +64,49 @@ class BlockMeasure {
   }
 
   // `sign` turns g into the gradient of what the step minimizes.
-  Measures fold(double sign) const { return {sign * grad_dot_delta_.fold(), delta_sq_.fold(), gain_.fold()}; }
+  Measures fold(double sign) const { return {sign * grad_dot_delta_.fold(), before_.fold(), gain_.fold()}; }
 
  private:
   using L = Lanes<T>;
-  L grad_dot_delta_, delta_sq_, gain_;
+  using Vec = typename L::Vec;
+  L grad_dot_delta_, before_, gain_;
+
+  static ROBUSTFT_INLINE Vec magnitude(Vec x) { return x < 0 ? -x : x; }
 
   ROBUSTFT_INLINE void add_lanes(const T* param, const T* next, const T* grad, const T* anchor) {
     for (int k = 0; k < L::kCount; ++k) {
       const int i = k * L::kWidth;
-      const typename L::Vec theta = L::at(param + i), d = anchor ? theta - L::at(anchor + i) : theta;
-      const typename L::Vec u = L::at(next + i) - theta;
+      const Vec theta = L::at(param + i), d = anchor ? theta - L::at(anchor + i) : theta;
+      const Vec u = L::at(next + i) - theta;
       grad_dot_delta_.value[k] += L::at(grad + i) * d;
-      delta_sq_.value[k] += d * d;
-      gain_.value[k] += u * (d + d + u);
+      if constexpr (kMeasuring == Measuring::squares) {
+        before_.value[k] += d * d;
+        gain_.value[k] += u * (d + d + u);
+      } else {
+        const Vec old = magnitude(d);
+        before_.value[k] += old;
+        gain_.value[k] += magnitude(u) <= old ? (d < 0 ? -u : u) : magnitude(d + u) - old;
+      }
     }
   }
+};
+
+// c = theta - theta_0, as a rule keeps it.
+template <class T>
+ROBUSTFT_INLINE void subtract(int n, const T* param, const T* anchor, T* c) {
+  if (anchor) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) c[i] = param[i] - anchor[i];
+  } else {
+    std::memcpy(c, param, n * sizeof(T));
+  }
+}
+
+template <class T>
+class BlockMeasure<T, Measuring::none> {
+ public:
+  ROBUSTFT_INLINE void add(int, const T*, const T*, const T*, const T*) {}
+  Measures fold(double) const { return {}; }
 };
 
 }  // namespace

@@ -8,7 +8,12 @@ namespace {
 
 template <class T>
 ROBUSTFT_INLINE void pull(int n, T alpha, T* param, const T* anchor) {
-  if (anchor) {
+  if (alpha == 0) {  // onto the anchor, from wherever it is
+    if (anchor)
+      std::memcpy(param, anchor, n * sizeof(T));
+    else
+      std::memset(param, 0, n * sizeof(T));
+  } else if (anchor) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) param[i] = anchor[i] + alpha * (param[i] - anchor[i]);
   } else {

@@ -9,22 +9,30 @@
 
 namespace robustft {
 
-// A segment and what is to be done with it. Where `rule.measured`, sweep 1 measures and sweep 2 pulls;
-// otherwise one sweep does all.
+constexpr int kMeasures = 4;  // <g, d>, before, gain, and how often alpha was not 1
+
+// A tensor and what is to be done with it. Where the rule measures, sweep 1 measures and sweep 2 pulls; otherwise one
+// sweep does all. A survey goes before.
 struct Job {
-  Segment segment;
-  Rule rule;
-  double strength, lr, t;
+  Param param;
+  const Rule* rule;
+  Terms terms;
+  RadiusHyper radius_hyper;
+  double t;
+  bool graded;       // whether there is a gradient
   int row;           // of the hyper-parameters' table
-  double* measures;  // three doubles, written: nan where the rule needs none
-  double* alpha;     // written
+  double* measures;  // kMeasures a segment, written: nan where the rule needs none
+  double* alphas;    // one a segment, written, or read where they are given
+  Radius* radius;    // where the rule learns one
+
+  int64_t segments() const { return rule->rows ? param.rows.count : 1; }
 };
 
-using BaseSweep = std::function<void(const Job&, double alpha, int64_t begin, int64_t end, Measures* partial)>;
+using StepSweep = std::function<void(const Job&, const PerRow& alpha, const Piece&, Measuring, Measures* found)>;
 
 // The sweeps for this processor, as torch sees it (ATEN_CPU_CAPABILITY lowers the choice).
 const Sweeps& sweeps();
 
-void run(const std::vector<Job>& jobs, const BaseSweep& base_sweep);
+void run(std::vector<Job>& jobs, const StepSweep& step);
 
 }  // namespace robustft

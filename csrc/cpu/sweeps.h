@@ -1,4 +1,4 @@
-// Sweeps: the crossings of memory. Each instruction set offers the same three.
+// Sweeps: the crossings of memory. Each instruction set offers the same four.
 #pragma once
 
 #include "base.h"
@@ -6,13 +6,25 @@
 
 namespace robustft {
 
+// One number for each row, or the same for all.
+struct PerRow {
+  const double* values;
+  bool shared;
+  double operator[](int64_t row) const { return values[shared ? 0 : row]; }
+};
+
+// The base step on a piece at step t of its state. With a measuring, writes what it measured of each row of the piece to
+// `found`; otherwise pulls by the alpha that is known already, in the same pass.
+template <class Hyper>
+using BaseSweep = void (*)(const Param&, const Hyper&, double t, const PerRow& alpha, const Piece&, Measuring,
+                           Measures* found);
+
 struct Sweeps {
   const char* isa;
-  // Base step on [begin, end) of a segment at step t of its state. With `partial`, measures it; otherwise
-  // pulls by the alpha that is known already, in the same pass.
-  void (*adamw)(const Segment&, const AdamWHyper&, double t, double alpha, int64_t begin, int64_t end, Measures* partial);
-  void (*sgd)(const Segment&, const SGDHyper&, double t, double alpha, int64_t begin, int64_t end, Measures* partial);
-  void (*pull)(const Segment&, double t, double alpha, int64_t begin, int64_t end);
+  BaseSweep<AdamWHyper> adamw;
+  BaseSweep<SGDHyper> sgd;
+  BaseSweep<StillHyper> still;
+  void (*pull)(const Param&, double t, const PerRow& alpha, const Piece&);
 };
 
 extern const Sweeps kBaseline;

@@ -1,0 +1,49 @@
+"""Parameter names: what wrappers put into them is left out, and prefixes match whole components."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from torch import Tensor, nn
+
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch.compile, FSDP, checkpointing
+
+
+def unwrapped(name: str, wrappers: Collection[str] = WRAPPERS) -> str:
+    """A name without the wrappers' own parts."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it, `module.` in front included, which DDP adds."""
+    parts = unwrapped(name).split(".")
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def names_of(given: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[str]]:
+    """All names of every parameter, in order."""
+    pairs = given.named_parameters(remove_duplicate=False) if isinstance(given, nn.Module) else given
+    names: dict[Tensor, list[str]] = {}
+    owners: dict[str, Tensor] = {}
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError("TPGM needs the model, or pairs of name and parameter as of model.named_parameters()")
+        name, param = bare_name(pair[0]), pair[1]
+        if owners.setdefault(name, param) is not param:
+            raise ValueError(f"two parameters are called {name!r} (without what wrappers add); names must differ")
+        names.setdefault(param, []).append(name)
+    return names
+
+
+def matching(patterns: str | Sequence[str], names: Mapping[Tensor, list[str]], argument: str) -> Iterator[Tensor]:
+    """The parameters that bear a name or prefix, in the order of the patterns, then of the model."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        bare = bare_name(pattern)
+        found = [p for p, own in names.items() if any(n == bare or n.startswith(f"{bare}.") for n in own)]
+        if not found:
+            raise ValueError(
+                f"{argument}: {pattern!r} is neither a parameter's name nor a prefix of whole components of one; "
+                f"the names are {', '.join(own[0] for own in islice(names.values(), 4))} ..."
+            )
+        yield from found

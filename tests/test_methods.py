@@ -1,0 +1,224 @@
+"""Each method against what its paper says, written out in plain torch and autograd; its state; what it refuses."""
+
+import copy
+from math import inf, nan
+
+import pytest
+import torch
+from torch import nn
+
+import robustft_kernels as rft
+
+SHAPES = ((12, 7), (5,), (4, 3, 3, 3), (3, 20000))
+
+
+def model_of(dtype=torch.float64, seed=0):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+
+
+def stream(params, steps, seed=1):
+    """Gradients that lead away from the start, but for some steps."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = [p.detach().clone() for p in params]
+    for t in range(steps):
+        for p, p0 in zip(params, start, strict=True):
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            p.grad = (0.3 * noise + p0.sign()) * (-1 if t % 3 else 0.5)
+        yield t + 1
+
+
+def rows_of(tensor):
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+@pytest.mark.parametrize("k", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+def test_ftp_follows_the_paper(backend, base, k):
+    """Six steps of Algorithm 1 as the paper has it, with c and its norms kept from step to step."""
+    params = model_of()
+    if base == "adam":
+        optimizer = rft.AdamFTP(params, lr=0.05, weight_decay=0.1, k=k, radius_lr=0.3, backend=backend)
+        plain = [nn.Parameter(p.detach().clone()) for p in params]
+        inner = torch.optim.AdamW(plain, lr=0.05, weight_decay=0.1)
+    else:
+        optimizer = rft.SGDFTP(params, lr=0.05, momentum=0.9, weight_decay=0.1, k=k, radius_lr=0.3, backend=backend)
+        plain = [nn.Parameter(p.detach().clone()) for p in params]
+        inner = torch.optim.SGD(plain, lr=0.05, momentum=0.9, weight_decay=0.1)
+    start = [p.detach().clone() for p in params]
+    kept = [None] * len(params)
+    for t in stream(params, 6):
+        for p, q in zip(params, plain, strict=True):
+            q.grad = p.grad.clone()
+        inner.step()
+        optimizer.step()
+        for i, (p, q, p0) in enumerate(zip(params, plain, start, strict=True)):
+            c = rows_of(q.detach() - p0)
+            n = c.abs().sum(1) + 1e-8
+            if kept[i] is None:
+                radius, m, v = torch.tensor(1e-8), torch.zeros(()), torch.zeros(())
+            else:
+                radius, m, v, c_before, n_before = kept[i]
+                h = ((rows_of(q.grad) * c_before).sum(1) / n_before).sum()
+                h = k * h if h > 0 else h
+                m, v = 0.9 * m + 0.1 * h, 0.999 * v + 0.001 * h * h
+                radius = radius - 0.3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            radius = radius.double().clamp(min=1e-8).minimum(n.max())
+            kept[i] = radius, m, v, c, n
+            alpha = (radius / n).clamp(max=1)
+            with torch.no_grad():
+                q.copy_(p0 + (alpha[:, None] * c).reshape(q.shape))
+            assert torch.allclose(optimizer.state[p]["radius_state"][0], radius, rtol=1e-9), t
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), t
+        if t == 1:
+            assert all((p - p0).abs().max() <= 1e-8 for p, p0 in zip(params, start, strict=True))
+    assert max(float((p.detach() - p0).abs().max()) for p, p0 in zip(params, start, strict=True)) > 1e-3
+
+
+def test_ftp_cannot_do_without_its_delta(backend):
+    """After the first step the float32 weights are θ₀ again, but for a few near 0: the direction that the slope needs
+    is in the delta alone."""
+    params = model_of(torch.float32)
+    start = [p.detach().clone() for p in params]
+    optimizer = rft.AdamFTP(params, backend=backend)
+    for t in stream(params, 2):
+        optimizer.step()
+        if t == 1:
+            moved = sum(int((p != p0).sum()) for p, p0 in zip(params, start, strict=True))
+            assert moved < 0.01 * sum(p.numel() for p in params)
+            assert all(optimizer.state[p]["delta"].abs().max() > 1e-4 for p in params)
+    assert all(optimizer.state[p]["radius_state"][1] != 0 for p in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ftp_resumes_bit_for_bit(backend, dtype):
+    """Also where a parameter had no gradient for a step, and with rows that never move, which stay finite."""
+    params = model_of(dtype)
+    optimizer = rft.AdamFTP(params, lr=0.01, radius_lr=0.1, backend=backend)
+    resumed, copies = None, []
+    for t in stream(params, 6):
+        params[0].grad[3:] = 0
+        if t == 3:
+            params[1].grad = None
+        optimizer.step()
+        if resumed is not None:
+            for p, q in zip(params, copies, strict=True):
+                q.grad = None if p.grad is None else p.grad.clone()
+            resumed.step()
+        if t == 2:
+            copies = [nn.Parameter(p.detach().clone()) for p in params]
+            resumed = rft.AdamFTP(copies, backend=backend)
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(map(torch.equal, params, copies))
+    assert all(p.isfinite().all() for p in params)
+    for p, q in zip(params, copies, strict=True):
+        assert optimizer.state[p].keys() == resumed.state[q].keys() >= {"delta", "radius_state", "anchor", "step"}
+        assert all(torch.equal(optimizer.state[p][key], resumed.state[q][key]) for key in optimizer.state[p])
+    assert optimizer.state[params[1]]["step"] == 5
+
+
+@pytest.mark.parametrize("method", ["l2sp_coupled", "mars_sp"])
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+@pytest.mark.parametrize("anchor", ["initial", "zero"])
+def test_penalties_are_those_of_the_loss(backend, method, base, anchor):
+    """½·strength·‖θ − θ₀‖², or strength·maxᵢ Σ|θᵢ − θ₀ᵢ|, differentiated by autograd and given to torch.optim."""
+    params, strength = model_of(), 0.7
+    plain = [nn.Parameter(p.detach().clone()) for p in params]
+    start = [torch.zeros_like(p) if anchor == "zero" else p.detach().clone() for p in params]
+    options = {"method": method, "strength": strength, "anchor": anchor, "backend": backend, "lr": 0.05}
+    if base == "adam":
+        optimizer, inner = rft.AnchoredAdamW(params, **options), torch.optim.Adam(plain, lr=0.05)
+    else:
+        optimizer = rft.AnchoredSGD(params, momentum=0.9, **options)
+        inner = torch.optim.SGD(plain, lr=0.05, momentum=0.9)
+    for _ in stream(params, 4):
+        for p, q, p0 in zip(params, plain, start, strict=True):
+            c = rows_of(q - p0)
+            penalty = 0.5 * c.square().sum() if method == "l2sp_coupled" else c.abs().sum(1).amax()
+            (slope,) = torch.autograd.grad(strength * penalty, q)
+            q.grad = p.grad + slope
+        inner.step()
+        optimizer.step()
+    assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(params, plain, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["l2", "mars", "mars_rows"])
+def test_pgm_holds_its_radius(backend, norm):
+    """After each step n ≤ radius, a tensor that is read anew; and another group's norm is its own."""
+    params = model_of(torch.float32)
+    start = [p.detach().clone() for p in params]
+    radius = torch.tensor(0.5)
+    groups = [{"params": params[:3], "radius": radius}, {"params": params[3:], "norm": "l2", "radius": 3.0}]
+    optimizer = rft.AdamPGM(groups, lr=0.1, norm=norm, backend=backend)
+    norms = {"l2": torch.Tensor.norm, "mars": lambda c: rows_of(c).abs().sum(1).max()}
+    norms["mars_rows"] = norms["mars"]
+    for t in stream(params, 4):
+        radius.fill_(0.5 / t)
+        optimizer.step()
+        found = [norms[norm]((p.detach() - p0).double()) for p, p0 in zip(params[:3], start, strict=False)]
+        assert max(found) <= 0.5 / t * (1 + 1e-5)
+        assert max(found) >= 0.49 / t, "the radius should be made use of"
+        assert (params[3].detach() - start[3]).double().norm() <= 3 * (1 + 1e-5)
+
+
+def test_spd_by_rows_is_spd_of_each_row(backend):
+    """Rows as parameters of their own, with one element each, where Σ|·| and ‖·‖ are the same."""
+    params, alone = [nn.Parameter(torch.randn(40, 1, dtype=torch.float64))], []
+    alone = [nn.Parameter(params[0].detach()[i].clone()) for i in range(40)]
+    together = rft.AdamSPD(params, lr=0.05, norm="mars_rows", strength=1.5, backend=backend)
+    single = rft.AdamSPD(alone, lr=0.05, strength=1.5, backend=backend)
+    fired = 0
+    for _ in stream(params, 6):
+        for i, p in enumerate(alone):
+            p.grad = params[0].grad[i].clone()
+        together.step()
+        single.step()
+        fired += sum(int(of.alphas.ne(1).sum()) for of in together._plan.launches)
+    assert fired > 20
+    assert torch.allclose(params[0], torch.stack(list(alone)), rtol=1e-10)
+
+
+NAMED = {
+    "AdamSPD": "spd", "SGDSPD": "spd", "AdamL2SP": "l2sp", "SGDL2SP": "l2sp", "AdamFTP": "ftp", "SGDFTP": "ftp",
+    "AdamPGM": "project", "SGDPGM": "project",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), NAMED.items())
+def test_named_optimizers_are_a_base_with_a_method(name, method):
+    optimizer = getattr(rft, name)([nn.Parameter(torch.zeros(3))], radius=1.0)
+    assert isinstance(optimizer, rft.AnchoredAdamW if name.startswith("Adam") else rft.AnchoredSGD)
+    assert optimizer.param_groups[0]["method"] == method
+
+
+BAD = [
+    ({"method": "project"}, "needs a radius"),
+    ({"method": "project", "radius": 0.0}, "radius must be above 0"),
+    ({"method": "project", "radius": -1.0}, "radius must be finite and at least 0"),
+    ({"method": "project", "radius": nan}, "radius must be finite"),
+    ({"method": "project", "radius": inf}, "radius must be finite"),
+    ({"method": "project", "radius": torch.ones(2)}, "radius must be one number"),
+    ({"method": "project", "radius": 1.0, "norm": "l1"}, "does not go with norm='l1': choose 'l2' or 'mars'"),
+    ({"method": "spd", "norm": "mars"}, "does not go with norm='mars'"),
+    ({"method": "ftp", "k": 1.5}, r"k must be in \[0, 1\]"),
+    ({"method": "ftp", "k": -0.1}, "k must be finite and at least 0"),
+    ({"method": "ftp", "radius_betas": (0.9, 1.0)}, r"radius_betas\[1\] must be in"),
+    ({"method": "ftp", "radius_lr": nan}, "radius_lr must be finite"),
+    ({"method": "tpgm"}, "unknown method 'tpgm'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_what_is_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        rft.AnchoredAdamW([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_a_group_edited_to_project_without_a_radius_changes_nothing():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = rft.AdamSPD([param])
+    param.grad = torch.ones(3)
+    optimizer.param_groups[0]["method"] = "project"
+    with pytest.raises(ValueError, match="needs a radius above 0"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
