@@ -31,6 +31,7 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.methods
 
 codegen: install
 	$(BIN)/python -m benchmarks.codegen --out docs/codegen.md

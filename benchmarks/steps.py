@@ -11,7 +11,7 @@ import argparse
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -75,15 +75,16 @@ class LoopSPD(torch.optim.Optimizer):
                     p.copy_(p - group["strength"] * ratio * (p - start))
 
 
-def check_results(backend: str, device: str) -> None:
+def check_results(backend: str, device: str, methods: Sequence[tuple[str, str | None]] = (("spd", None),)) -> None:
     """Raises AssertionError where the backend's step is not the oracle's."""
-    got = Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=torch.device(device))
-    for _ in range(3):
-        grads, before = got.grads(), got.clone()
-        want = before.clone()
-        want.run_oracle(grads)
-        got.run(ops.PREPARE[backend]["adamw"], grads)
-        assert_same_step(got, want, before, grads)
+    for method, norm in methods:
+        got = Stepper(CASES, SETTINGS[0], method, torch.float32, device=torch.device(device), norm=norm)
+        for _ in range(3):
+            grads, before = got.grads(), got.clone()
+            want = before.clone()
+            want.run_oracle(grads)
+            got.run(ops.PREPARE[backend]["adamw"], grads)
+            assert_same_step(got, want, before, grads)
 
 
 def check_idle() -> str:
@@ -140,7 +141,7 @@ def take_turns(
     warm_up: int = 3,
 ) -> tuple[dict[str, list[Any]], float]:
     """What `timed` says of each optimizer's steps, round after round on fresh gradients, and the fraction of the
-    `watched` one's elements that fired."""
+    `watched` one's elements that fired, if there is one."""
     times: dict[str, list[Any]] = {name: [] for name in optimizers}
     fired = []
     for t in range(warm_up + rounds):
@@ -150,10 +151,12 @@ def take_turns(
             measured = timed(optimizer.step)
             if t >= warm_up:
                 times[name].append(measured)
+        if not watched:
+            continue
         (launch,) = optimizers[watched]._plan.launches  # type: ignore[attr-defined]
         sizes = torch.tensor([p.numel() for p in launch.params], dtype=torch.float64, device=launch.alphas.device)
         fired.append(float(sizes[launch.alphas < 1].sum() / sizes.sum()))
-    return times, mean(fired[warm_up:])
+    return times, mean(fired[warm_up:]) if watched else 0.0
 
 
 def ratio(of: list[float], to: list[float]) -> str:

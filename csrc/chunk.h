@@ -242,12 +242,13 @@ inline void dither(int, uint32_t, const Block&, int, double*) {}  // a float64 p
 template <class T>
 class View {
  public:
-  View(const Buffer& buffer, const Block& block) : buffer_(buffer), block_(block) {
+  // read: whether what is there is needed, or only written.
+  View(const Buffer& buffer, const Block& block, bool read = true) : buffer_(buffer), block_(block) {
     if (buffer.data == nullptr) return;
     if (buffer.dtype == kNative<T> && !block.scattered()) {
       data_ = static_cast<T*>(buffer.data) + block[0];
     } else {
-      load(buffer, block, stage_);
+      if (read) load(buffer, block, stage_);
       data_ = stage_;
     }
   }

@@ -8,10 +8,11 @@ from .param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_pr
 from .projection import deviation, interpolate_, project, project_
 from .tpgm import TPGM
 from .wise import wise_ft, wise_ft_, wise_sweep
+from .wrapper import Anchored
 
 __version__ = "0.3.0"
 __all__ = [
     "METHODS", "SGDFTP", "SGDL2SP", "SGDPGM", "SGDSPD", "TPGM", "AdamFTP", "AdamL2SP", "AdamPGM", "AdamSPD",
-    "AnchoredAdamW", "AnchoredSGD", "backends", "bitfit", "deviation", "interpolate_", "keep_requires_grad",
+    "Anchored", "AnchoredAdamW", "AnchoredSGD", "backends", "bitfit", "deviation", "interpolate_", "keep_requires_grad",
     "layerwise_decay", "linear_probe", "partial_fusion", "project", "project_", "wise_ft", "wise_ft_", "wise_sweep",
 ]  # fmt: skip

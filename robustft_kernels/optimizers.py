@@ -35,6 +35,7 @@ class AnchoredOptimizer(Optimizer):
         self.backend = backend
         self.save_anchors = save_anchors
         self._plan: Plan | None = None
+        self._found: dict[Tensor, tuple[Tensor, Tensor]] = {}  # of Plan; outlives it
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         words = anchor is None or isinstance(anchor, str)
         self._given: Anchor = None if words else anchor
@@ -94,8 +95,8 @@ class AnchoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
-            found = None if self._plan is None else self._plan.found
-            self._plan = Plan(self.base, self.param_groups, self.state, self.backend, found)
+            self._plan = Plan(self.base, self.param_groups, self.state, self.backend, self._found)
+            self._found = self._plan.found
         self._plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._plan.captured and self._plan not in self._graphed:
             self._graphed.append(self._plan)
@@ -110,7 +111,7 @@ class AnchoredOptimizer(Optimizer):
         waits for it. Before the first step, and after loading, deviations are those of the weights as they are, and the
         counts begin at 0.
         """
-        return collect(self.param_groups, self.state, self._plan.found if self._plan else {})
+        return collect(self.param_groups, self.state, self._found)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the anchors among the state; without them where `save_anchors=False`."""
@@ -187,7 +188,7 @@ class AnchoredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plan, self._found = None, {}
         self._graphed = []
         self._given = None
 

@@ -39,10 +39,10 @@ class Plan:
         groups: list[Group],
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
-        found: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None,
+        found: Mapping[Tensor, tuple[Tensor, Tensor]],
     ) -> None:
         self.base = base
-        self.found = dict(found or {})
+        self.found = dict(found)
         self.captured = False
         if _capturing():
             raise RuntimeError(

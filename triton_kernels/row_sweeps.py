@@ -22,8 +22,8 @@ def known_alpha(tensor, alphas, row, rows, V: tl.constexpr):
     i = tl.arange(0, V.TILE)
     alpha = tl.full([V.TILE], 1.0, tl.float64)
     if V.GIVEN >= 0:
-        given = (i < rows) & (tl.load(tensor + RULE) == V.GIVEN)
-        alpha = tl.load(alphas + tl.load(tensor + INDEX) + row + i, mask=given, other=1.0)
+        given = tl.where(tl.load(tensor + RULE) == V.GIVEN, rows, 0)
+        alpha = tl.load(alphas + tl.load(tensor + INDEX) + row + i, mask=i < given, other=1.0)
     return alpha
 
 
@@ -109,17 +109,15 @@ def conclude(tensor, hyper, live, partials, measures, alphas, V: tl.constexpr):
                 if rows > 0:
                     tl.store(radius, tl.minimum(tl.load(radius), n + ROW_EPS))
     else:
-        given = V.GIVEN >= 0
-        if given & (parts > 1):
-            nan = tl.full([V.LANES], float("nan"), tl.float64)
+        nan = tl.full([V.LANES], float("nan"), tl.float64)
+        if rule != V.GIVEN:
+            one = tl.full([V.LANES], 1.0, tl.float64)
+            record(measures, alphas, index + lanes, lanes < 1, nan, nan, nan, one, V)
+        elif parts > 1:
             for row in range(0, rows, V.LANES):
                 inside = row + lanes < rows
                 alpha = tl.load(alphas + index + row + lanes, mask=inside, other=1.0)
                 record(measures, alphas, index + row + lanes, inside, nan, nan, nan, alpha, V)
-        elif not given:
-            nan = tl.full([V.LANES], float("nan"), tl.float64)
-            one = tl.full([V.LANES], 1.0, tl.float64)
-            record(measures, alphas, index + lanes, lanes < 1, nan, nan, nan, one, V)
     step = tl.load(tensor + STEP)
     if step != 0:
         tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)

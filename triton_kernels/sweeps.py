@@ -157,7 +157,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTO
             new = tl.where(seed >= 0, dither(new, offsets, key), new)
         new = as_stored(new, V.P, V.T)
         if V.STILL:
-            store(param, offsets, inside & (alpha != 1), new, V.P, WIDE)
+            store(param, offsets, lane < tl.where(alpha != 1, n, 0), new, V.P, WIDE)
         else:
             store(param, offsets, inside, new, V.P, WIDE)
         if V.MEASURED > 0:

@@ -1,6 +1,9 @@
 // Measure: the sums over a segment that a rule decides from.
 #pragma once
 
+#include <limits>
+#include <type_traits>
+
 #include "../chunk.h"
 
 namespace robustft {
@@ -26,7 +29,9 @@ inline void add(Measures& to, const Measures& from) {
 // would wait for the store before it.
 template <class T>
 struct Lanes {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T Vec __attribute__((vector_size(32)));
+  typedef Bits BitVec __attribute__((vector_size(32)));
   static constexpr int kWidth = 32 / sizeof(T), kCount = kLanes / kWidth;
 
   Vec value[kCount] = {};
@@ -59,7 +64,7 @@ class BlockMeasure {
       std::memcpy(tail[1], next + i, rest * sizeof(T));
       std::memcpy(tail[2], grad + i, rest * sizeof(T));
       if (anchor) std::memcpy(tail[3], anchor + i, rest * sizeof(T));
-      add_lanes(tail[0], tail[1], tail[2], tail[3]);
+      add_lanes(tail[0], next == param ? tail[0] : tail[1], tail[2], tail[3]);
     }
   }
 
@@ -71,22 +76,25 @@ class BlockMeasure {
   using Vec = typename L::Vec;
   L grad_dot_delta_, before_, gain_;
 
-  static ROBUSTFT_INLINE Vec magnitude(Vec x) { return x < 0 ? -x : x; }
+  static constexpr typename L::Bits kSign = std::numeric_limits<typename L::Bits>::min();
+  static ROBUSTFT_INLINE Vec magnitude(Vec x) { return Vec(typename L::BitVec(x) & ~kSign); }
+  static ROBUSTFT_INLINE Vec flipped(Vec x, Vec sign) {
+    return Vec(typename L::BitVec(x) ^ (typename L::BitVec(sign) & kSign));
+  }
 
   ROBUSTFT_INLINE void add_lanes(const T* param, const T* next, const T* grad, const T* anchor) {
     for (int k = 0; k < L::kCount; ++k) {
       const int i = k * L::kWidth;
       const Vec theta = L::at(param + i), d = anchor ? theta - L::at(anchor + i) : theta;
-      const Vec u = L::at(next + i) - theta;
+      const Vec old = kMeasuring == Measuring::squares ? d * d : magnitude(d);
       grad_dot_delta_.value[k] += L::at(grad + i) * d;
-      if constexpr (kMeasuring == Measuring::squares) {
-        before_.value[k] += d * d;
+      before_.value[k] += old;
+      if (next == param) continue;  // nothing has moved
+      const Vec u = L::at(next + i) - theta;
+      if constexpr (kMeasuring == Measuring::squares)
         gain_.value[k] += u * (d + d + u);
-      } else {
-        const Vec old = magnitude(d);
-        before_.value[k] += old;
-        gain_.value[k] += magnitude(u) <= old ? (d < 0 ? -u : u) : magnitude(d + u) - old;
-      }
+      else
+        gain_.value[k] += magnitude(u) <= old ? flipped(u, d) : magnitude(d + u) - old;
     }
   }
 };

@@ -1,0 +1,216 @@
+"""What the other methods cost on the CPU, against fused AdamW, the speed of a copy, and the loops they replace.
+
+    python -m benchmarks.methods
+
+On ViT-B/16's shapes in fp32, as benchmarks/steps.py measures: contenders take turns, ratios are of the same round.
+"""
+
+import argparse
+import copy
+import platform
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import robustft_kernels as rft
+from robustft_kernels import ops
+
+from .steps import _timed, check_idle, check_results, copy_bandwidth, ratio, take_turns, vit_b16
+
+METHODS: dict[str, dict[str, Any]] = {
+    "AdamFTP": {"method": "ftp"},
+    "AdamPGM, l2": {"method": "project", "radius": 0.05},
+    "AdamPGM, mars": {"method": "project", "norm": "mars", "radius": 0.05},
+    "AdamPGM, mars_rows": {"method": "project", "norm": "mars_rows", "radius": 0.05},
+    "AdamSPD by rows": {"method": "spd", "norm": "mars_rows"},
+    "L2-SP, coupled": {"method": "l2sp_coupled"},
+    "MARS-SP": {"method": "mars_sp"},
+}
+# Bytes a parameter: those of the survey, of sweep 1 and, where it finds nothing in the cache, of sweep 2.
+BYTES = {
+    "AdamFTP": (6, 34, 0), "AdamPGM, l2": (0, 32, 12), "AdamPGM, mars": (0, 32, 12), "AdamPGM, mars_rows": (0, 32, 0),
+    "AdamSPD by rows": (0, 32, 0), "L2-SP, coupled": (0, 32, 0), "MARS-SP": (8, 32, 0),
+}  # fmt: skip
+
+
+class LoopFTP(torch.optim.Optimizer):
+    """FTP as one writes it from the formulas: a loop over parameters, and a decision on the host for each."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, anchors: list[Tensor]) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
+        self.anchors = anchors
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p, start in zip(group["params"], self.anchors, strict=True):
+                state = self.state[p]
+                if not state:
+                    state.update(
+                        step=0, m=torch.zeros_like(p), v=torch.zeros_like(p), c=torch.zeros_like(p), h=0.0, s=0.0
+                    )
+                state["step"] += 1
+                t, m, v = state["step"], state["m"], state["v"]
+                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                moved = p - group["lr"] / (1 - beta1**t) * m / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+                c = moved - start
+                rows = c.flatten(1) if c.dim() > 1 else c.reshape(1, -1)
+                n = rows.abs().sum(1) + 1e-8
+                radius = 1e-8
+                if t > 1:
+                    g = p.grad.reshape(rows.shape)
+                    slope = float(((g * state["c"]).sum(1) / state["n"]).sum())
+                    state["h"] = 0.9 * state["h"] + 0.1 * slope
+                    state["s"] = 0.999 * state["s"] + 0.001 * slope**2
+                    step = state["h"] / (1 - 0.9**t) / ((state["s"] / (1 - 0.999**t)) ** 0.5 + 1e-8)
+                    radius = min(max(state["radius"] - 0.01 * step, 1e-8), float(n.max()))
+                state.update(radius=radius, c=rows.clone(), n=n)
+                p.copy_(start + ((radius / n).clamp(max=1)[:, None] * rows).reshape(p.shape))
+
+
+def optimizers(rounds: int) -> list[str]:
+    """A line for each method: its step against fused AdamW's."""
+    lines = []
+    for name, options in tqdm(METHODS.items(), desc="optimizers", leave=False):
+        start = [torch.randn(shape) * 0.02 for shape in vit_b16()]
+        params = {who: [nn.Parameter(t.clone()) for t in start] for who in ("fused", "native")}
+        times, _ = take_turns(
+            {
+                "fused": torch.optim.AdamW(params["fused"], lr=1e-4, weight_decay=0.0, fused=True),
+                "native": rft.AnchoredAdamW(params["native"], lr=1e-4, backend="native", **options),
+            },
+            params, rounds, _timed, watched="",
+        )  # fmt: skip
+        survey, step, pull = BYTES[name]
+        say = f"{(survey + step) / 28:.2f}" + (f" … {(survey + step + pull) / 28:.2f}" if pull else "")
+        lines.append(f"| {name} | {ratio(times['native'], times['fused'])} | {say} |")
+    return lines
+
+
+def loops(rounds: int) -> list[str]:
+    """What the loop costs that AdamFTP replaces."""
+    start = [torch.randn(shape) * 0.02 for shape in vit_b16()]
+    params = {who: [nn.Parameter(t.clone()) for t in start] for who in ("loop", "native")}
+    contenders: dict[str, torch.optim.Optimizer] = {
+        "loop": LoopFTP(params["loop"], 1e-4, start),
+        "native": rft.AdamFTP(params["native"], lr=1e-4, backend="native"),
+    }
+    times, _ = take_turns(contenders, params, rounds, _timed, watched="")
+    return [f"FTP, loop / native: {ratio(times['loop'], times['native'])}"]
+
+
+def projections(rounds: int) -> list[str]:
+    """`project_` in units of what its bytes take at the speed of a copy."""
+    anchors = [torch.randn(shape) * 0.02 for shape in vit_b16()]
+    source = [a + 1e-3 * torch.randn_like(a) for a in anchors]
+    params, n = [t.clone() for t in source], sum(t.numel() for t in source)
+    flat, target = torch.randn(n), torch.empty(n)
+    lines = []
+    for norm, moved in tqdm((("l2", 20), ("mars", 20), ("mars_rows", 12)), desc="project_", leave=False):
+        projected, copied = [], []
+        for _ in range(rounds + 2):
+            torch._foreach_copy_(params, source)
+            projected.append(_timed(lambda norm=norm: rft.project_(params, anchors, 1e-2, norm)) / moved)
+            copied.append(_timed(lambda: target.copy_(flat)) / 8)
+        lines.append(f"| {norm} | {moved} | {ratio(projected[2:], copied[2:])} |")
+    return lines
+
+
+class Given(torch.autograd.Function):
+    """A loss whose gradients are there already: what is left of an update is TPGM's own work."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.grads = grads
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.grads
+
+
+def transformer() -> nn.Module:
+    """ViT-B/16's blocks; its patches are given."""
+    layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0, activation="gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+
+def loop_update(params: list[Tensor], anchors: list[Tensor], radii: list[Tensor], grads: list[Tensor]) -> None:
+    """One update of the radii as one writes it: a copy of the model, and autograd through the projection of each."""
+    projected = []
+    for p, a, radius in zip(copy.deepcopy(params), anchors, radii, strict=True):
+        c = p.detach() - a
+        projected.append(a + torch.clamp(radius / torch.norm(c), max=1) * c)
+    torch.autograd.backward(Given.apply(grads, *projected))
+    for radius in radii:
+        with torch.no_grad():
+            radius.sub_(1e-2 * radius.grad.sign())  # in place of Adam's step
+            radius.grad = None
+
+
+def tpgm(rounds: int) -> list[str]:
+    """TPGM's own work for a step on the radii, against forward and backward of the model, and against the loop."""
+    model = transformer()
+    inputs = torch.randn(8, 197, 768)
+    learner = rft.TPGM(model)
+    params = list(model.parameters())
+    anchors = [p.detach().clone() for p in params]
+    grads = [torch.randn_like(p) for p in params]
+    with torch.no_grad():
+        for p in params:
+            p.add_(1e-3 * torch.randn_like(p))
+    radii = [torch.full((), 1e-4, requires_grad=True) for _ in params]
+
+    def model_step() -> None:
+        torch.autograd.grad(model(inputs).square().mean(), params)
+
+    steps = 5
+    times: dict[str, list[float]] = {"own": [], "model": [], "loop": []}
+    contenders: dict[str, Callable[[], object]] = {
+        "own": lambda: learner.update(lambda _: Given.apply(grads, *params), [0], steps=steps),
+        "model": model_step,
+        "loop": lambda: loop_update(params, anchors, radii, grads),
+    }
+    for t in tqdm(range(rounds + 1), desc="TPGM", leave=False):
+        for name, run in contenders.items():
+            seconds = _timed(run) / (steps if name == "own" else 1)
+            if t:
+                times[name].append(seconds)
+    return [
+        f"TPGM's own work / forward and backward of 12 blocks, batch 8: {ratio(times['own'], times['model'])}",
+        f"TPGM's update, loop with deep copy / ours: {ratio(times['loop'], times['own'])}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if missing := ops.backends()["native"]:
+        raise SystemExit(f"nothing to measure: {missing}")
+    torch.set_num_threads(args.threads)
+    check_results("native", "cpu", [(name, of.get("norm")) for of in METHODS.values() for name in [of["method"]]])
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    print(
+        f"commit {commit}, torch {torch.__version__}, {ops._native.ISA}, {args.threads} threads, {platform.machine()}"
+    )
+    print(f"copy bandwidth {copy_bandwidth():.0f} GB/s")
+    if warning := check_idle():
+        print(warning)
+    print("\n| optimizer | native / fused AdamW | bytes say |\n|---|---|---|")
+    print(*optimizers(args.rounds), sep="\n", flush=True)
+    print("\n| project_ | bytes a parameter | in units of a copy of so many |\n|---|---|---|")
+    print(*projections(args.rounds), sep="\n", flush=True)
+    print()
+    print(*tpgm(max(5, args.rounds // 3)), *loops(max(5, args.rounds // 3)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What the last step did to each parameter, in numbers: read from the device only when asked, logged and drawn."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isnan, nan
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .bases import MEASURES, Group
+from .methods import METHODS, RULES, rule_of, segments_of
+from .projection import deviation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Found = Mapping[Tensor, tuple[Tensor, Tensor]]
+
+
+class Telemetry(NamedTuple):
+    """One parameter as its last step left it.
+
+    deviation: n = ‖θ − θ₀‖, the norm being that of its method: Frobenius for "l2", the largest row sum maxᵢ Σ|cᵢ| for
+        "mars" and "mars_rows" ("ftp" and "mars_sp" included). From the sums of the step, α·n before the pull, to the
+        rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp", "none") are
+        measured when asked. nan without an anchor.
+    relative_deviation: deviation / ‖θ₀‖ in the same norm; nan where θ₀ is zero.
+    alpha: α of the last step; the mean over the rows where each has its own.
+    selected: the share of segments (1, or the rows) with α ≠ 1 in the last step.
+    selections: in how many steps so far α was not 1; the mean over the segments.
+    radius: of "project", and γ as learned by "ftp"; nan for the other methods.
+    """
+
+    deviation: float
+    relative_deviation: float
+    alpha: float
+    selected: float
+    selections: float
+    radius: float
+
+
+class Writer(Protocol):
+    """As torch.utils.tensorboard.SummaryWriter."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
+
+
+@torch.no_grad()
+def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], found: Found) -> dict[str, Telemetry]:
+    """`Telemetry` of every parameter of `groups`, by name; without names by place: "0", "1", ... over all groups.
+
+    kept: what there is of each parameter: its "anchor", its "radius_state". found: of plan.Plan. A parameter that has
+    made no step has α = 1, no selections, and the deviation that it has now.
+
+    One transfer from each device, of all segments' sums. ‖θ₀‖ is measured at the first call, and kept.
+    """
+    subjects = list(_subjects(groups, kept, found))
+    told: dict[str, Telemetry] = {}
+    for device in {subject.param.device for subject in subjects}:
+        there = [subject for subject in subjects if subject.param.device == device]
+        _measure(there)
+        told.update((s.name, s.told(numbers)) for s, numbers in zip(there, _read(there), strict=True))
+    return {subject.name: told[subject.name] for subject in subjects}
+
+
+def log(telemetry: Mapping[str, Telemetry], writer: Writer, step: int, prefix: str = "") -> None:
+    """Writes each number that is not nan as the scalar "{prefix}{number}/{parameter}", so that TensorBoard shows the
+    parameters of one number together.
+
+    writer: a SummaryWriter, or anything with its `add_scalar`.
+    """
+    for name, of in telemetry.items():
+        for key, value in of._asdict().items():
+            if not isnan(value):
+                writer.add_scalar(f"{prefix}{key}/{name}", value, step)
+
+
+def draw(
+    telemetry: Mapping[str, Telemetry] | Mapping[int, Mapping[str, Telemetry]], path: str | PathLike[str] | None = None
+) -> "Figure":
+    """The picture by depth: above, deviation and radius (dashed) of each parameter in the order given, a line for each
+    kind (the last part of the name); below, how often it was selected.
+
+    Args:
+        telemetry: of one step; or a history {step: telemetry} of the same parameters, drawn from light to dark, and
+            below, in what share of the steps from one record to the next.
+        path: where to save it, in the format of its suffix.
+
+    Returns:
+        The matplotlib Figure; pyplot is not involved.
+
+    Raises ImportError without matplotlib, ValueError where there is nothing to draw.
+    Source: the kind of TPGM (Tian et al., CVPR 2023), Figures 2 and 4.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("telemetry.draw needs matplotlib: pip install matplotlib") from error
+    if not telemetry:
+        raise ValueError("there is no telemetry to draw")
+    single = isinstance(next(iter(telemetry.values())), Telemetry)
+    history = cast(Mapping[int, Mapping[str, Telemetry]], {0: telemetry} if single else telemetry)
+    steps = sorted(history)
+    names = list(history[steps[-1]])
+    if not names or any(list(history[step]) != names for step in steps):
+        raise ValueError("the telemetries of a history must be of the same parameters, and of at least one")
+
+    kinds: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        kinds.setdefault(name.rpartition(".")[2] if "." in name else "", []).append(place)
+
+    figure = Figure(figsize=(max(6.0, min(16.0, 3 + 0.2 * len(names))), 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    colours = dict(zip(steps, colormaps["viridis"](np.linspace(0.85, 0.1, len(steps))), strict=True))
+    in_legend = {steps[round(k * (len(steps) - 1) / 5)] for k in range(6)}
+    for step in steps:
+        labels = {"deviation": "deviation", "radius": "radius"} if single else {"deviation": f"step {step}"}
+        for key, style in (("deviation", ".-"), ("radius", ".--")):
+            label = labels.get(key) if step in in_legend else None
+            values = [getattr(of, key) for of in history[step].values()]
+            for places in kinds.values():
+                line = [values[place] for place in places]
+                if not all(map(isnan, line)):
+                    above.plot(places, line, style, color=colours[step], label=label)
+                    label = None
+    above.set_ylabel("deviation, radius")
+    above.grid(alpha=0.3)
+    if above.lines:
+        above.legend()
+    if single:
+        below.bar(range(len(names)), [of.selections for of in history[0].values()], color=colours[0])
+    elif len(steps) > 1:
+        counts = np.array([[of.selections for of in history[step].values()] for step in steps])
+        edges = np.arange(len(names) + 1) - 0.5
+        shares = np.diff(counts, axis=0) / np.diff(steps)[:, None]
+        mesh = below.pcolormesh(edges, steps, shares, vmin=0, vmax=1, cmap="Greys")
+        figure.colorbar(mesh, ax=(above, below), label="share of steps selected")
+    below.set_ylabel("steps selected" if single else "step")
+    below.set_xticks(range(len(names)), names, rotation=90, fontsize=max(3, min(9, 450 // len(names))))
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+@dataclass
+class _Subject:
+    """A parameter, and what is to be told of it. numbers: float64, flat, on its device."""
+
+    name: str
+    param: Tensor
+    anchor: Tensor | None
+    zero: bool  # its anchor is zero
+    norm: str  # "l2" or "mars"
+    measured: bool
+    radius: float = nan  # if the host knows it
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+
+    def told(self, numbers: dict[str, Any]) -> Telemetry:
+        """From the same numbers as numpy arrays."""
+        first = {key: float(values[0]) if len(values) else nan for key, values in numbers.items()}
+        deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
+        alpha, selected, selections = 1.0, 0.0, 0.0
+        if len(alphas := numbers.get("alphas", ())):
+            _, before, gain, times = numbers["measures"].reshape(-1, len(MEASURES)).T
+            alpha, selected, selections = float(alphas.mean()), float((alphas != 1).mean()), float(times.mean())
+            if self.measured:
+                sizes = np.maximum(before + gain, 0)
+                deviation = float(((np.sqrt(sizes) if self.norm == "l2" else sizes) * alphas).max())
+        elif self.measured:
+            deviation = 0.0  # it has no rows
+        whole = first.get("anchor", 0.0)
+        return Telemetry(deviation, deviation / whole if whole else nan, alpha, selected, selections, radius)
+
+
+def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], found: Found) -> Iterable[_Subject]:
+    place = 0
+    for group in groups:
+        method, names = group["method"], group.get("param_names")
+        rule = rule_of(method, group["norm"])
+        norm = group["norm"] or next(iter(METHODS[method].rules))
+        for k, param in enumerate(group["params"]):
+            of_param = kept.get(param, {})
+            measures, alphas = found.get(param, (torch.empty(0), torch.empty(0)))
+            known = param in found and len(measures) == segments_of(rule, param.shape)
+            subject = _Subject(
+                names[k] if names else str(place),
+                param,
+                None if group["anchor"] == "zero" else of_param.get("anchor"),
+                group["anchor"] == "zero",
+                "l2" if norm == "l2" else "mars",
+                known and RULES[rule].measured,
+            )
+            if known:
+                subject.numbers.update(measures=measures.flatten(), alphas=alphas)
+            if method == "ftp" and "radius_state" in of_param:
+                subject.numbers["radius"] = of_param["radius_state"][:1]
+            elif method == "project" and _lies_on(param.device, group["radius"]):
+                subject.numbers["radius"] = group["radius"].detach().double().reshape(1)
+            elif method == "project":
+                subject.radius = float(group["radius"])
+            yield subject
+            place += 1
+
+
+def _lies_on(device: torch.device, value: object) -> bool:
+    return isinstance(value, Tensor) and value.device == device
+
+
+def _measure(subjects: list[_Subject]) -> None:
+    """The deviations that no step found, and ‖θ₀‖; all of one device."""
+    for norm in ("l2", "mars"):
+        of_norm = [subject for subject in subjects if subject.norm == norm]
+        for zero in (False, True):
+            todo = [s for s in of_norm if not s.measured and (s.zero if zero else s.anchor is not None)]
+            if not todo:
+                continue
+            anchors = None if zero else [cast(Tensor, s.anchor) for s in todo]
+            norms = cast(Tensor, deviation([s.param for s in todo], anchors, norm))
+            for subject, size in zip(todo, norms.split(1), strict=True):
+                subject.numbers["deviation"] = size
+        anchored = [s for s in of_norm if s.anchor is not None]
+        sizes = _sizes([cast(Tensor, s.anchor) for s in anchored], norm)
+        for subject, size in zip(anchored, sizes, strict=True):
+            subject.numbers["anchor"] = size
+
+
+_known_sizes = WeakTensorKeyDictionary()  # of anchors, with the norm and version for which they hold
+
+
+def _sizes(anchors: list[Tensor], norm: str) -> list[Tensor]:
+    """‖θ₀‖ of each, measured only once."""
+    versions = [(norm, 0 if anchor.is_inference() else anchor._version) for anchor in anchors]
+    known = [_known_sizes.get(anchor, (None, None)) for anchor in anchors]
+    new = [k for k, version in enumerate(versions) if known[k][0] != version]
+    if new:
+        measured = cast(Tensor, deviation([anchors[k] for k in new], None, norm)).split(1)
+        for k, size in zip(new, measured, strict=True):
+            known[k] = _known_sizes[anchors[k]] = versions[k], size
+    return [size for _, size in known]
+
+
+def _read(subjects: list[_Subject]) -> Iterator[dict[str, Any]]:
+    """The numbers of one device on the host, brought there in one transfer."""
+    on_device = [number for subject in subjects for number in subject.numbers.values()]
+    on_host = torch.cat(on_device).cpu().numpy() if on_device else None
+    end = 0
+    for subject in subjects:
+        numbers = {}
+        for key, number in subject.numbers.items():
+            assert on_host is not None
+            numbers[key] = on_host[end : end + number.numel()]
+            end += number.numel()
+        yield numbers
