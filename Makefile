@@ -19,7 +19,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/python examples/digits.py
+	$(BIN)/python -m examples.digits.run
 
 test: install lint
 	$(BIN)/python -m pytest

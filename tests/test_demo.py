@@ -11,28 +11,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_demo_small(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "examples" / "digits.py",
-        "--seeds",
-        "2",
-        "--steps",
-        "12",
-        "--pretrain-steps",
-        "16",
-    ]
+    command = [sys.executable, "-m", "examples.digits.run", "--seeds", "2", "--steps", "12", "--pretrain-steps", "16"]
     command += ["--lr", "1e-3", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in first.stdout.splitlines() if line.startswith("| 0.001")]
-    assert [row[1].strip() for row in rows] == ["AdamW", "L2-SP, λ=10", "AdamSPD, λ=1", "AdamSPD, λ=2"]
-    deviation = [float(row[-2]) for row in rows]
-    assert 0 < deviation[3] <= deviation[2] <= deviation[0]
-    assert deviation[1] < deviation[0]
+    deviation = {row[1].strip(): float(row[-2]) for row in rows}
+    assert len(deviation) == 16
+    assert 0 < deviation["AdamSPD, λ=2"] <= deviation["AdamSPD, λ=1"] <= deviation["AdamW"]
+    for nearer in ("L2-SP, λ=10", "PGM, γ=0.3", "TPGM, each step", "FTP, k=1", "WiSE-FT, α=0.5", "LP-FT"):
+        assert deviation[nearer] < deviation["AdamW"], nearer
+    assert deviation["TPGM, once"] <= deviation["AdamW"]
+    assert deviation["LP"] == 0
     pictures = sorted((tmp_path / "out").glob("*.png"))
     assert [p.name for p in pictures] == ["digits-id-ood.png", "digits-layers.png"]
     assert all(p.stat().st_size > 10_000 for p in pictures)
     assert "pre-train" in first.stderr
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "pre-train" not in second.stderr  # cached
     scores = [row[:-1] for row in rows]
     assert scores == [line.split("|")[1:-2] for line in second.stdout.splitlines() if line.startswith("| 0.001")]

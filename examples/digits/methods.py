@@ -1,0 +1,91 @@
+"""The methods under comparison, a row each: what trains, and what happens around its steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import robustft_kernels as rft
+
+from .model import Net
+
+Build = Callable[[Net, float], torch.optim.Optimizer]
+Validation = tuple[Tensor, Tensor]
+After = Callable[[int, int], None]  # of the step, from 1, and their number
+
+
+@dataclass(frozen=True)
+class Method:
+    """phases: an optimizer for each equal share of the steps, of a model and a learning rate. around: what happens
+    after each step, of the model and validation data. wise: the α of an interpolation afterwards."""
+
+    phases: tuple[Build, ...]
+    around: Callable[[Net, Validation], After] | None = None
+    wise: float = 1.0
+
+
+def _all(model: Net) -> list[dict[str, Any]]:
+    """The features, and the fresh head, which has nothing to stay near."""
+    named = list(model.named_parameters())
+    of_head = {"params": [pair for pair in named if pair[0].startswith("head.")], "method": "none"}
+    return [{"params": [pair for pair in named if not pair[0].startswith("head.")]}, of_head]
+
+
+def anchored(optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
+    return lambda model, lr: optimizer(_all(model), lr=lr, **options)
+
+
+def chosen(groups: Callable[..., list[dict[str, Any]]]) -> Build:
+    return lambda model, lr: torch.optim.AdamW(groups(model, "head"), lr=lr, weight_decay=0.0)
+
+
+def adamw(model: Net, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def tpgm_once(model: Net, validation: Validation, **options: Any) -> After:
+    """The paper's setting for ViTs: radii learned and applied once, after training."""
+    learner = rft.TPGM(model, exclude=["head"], **options)
+
+    def after(t: int, steps: int) -> None:
+        if t == steps:
+            learner.update(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), [validation], 200, progress=False)
+            learner.project_()
+
+    return after
+
+
+def tpgm_each_step(model: Net, validation: Validation) -> After:
+    """The paper's setting for ResNets."""
+    learner = rft.TPGM(model, exclude=["head"], norm="mars")
+
+    def after(t: int, steps: int) -> None:
+        learner.step(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), [validation])
+
+    return after
+
+
+probe = chosen(rft.linear_probe)
+spd = anchored(rft.AdamSPD, strength=1.0)
+METHODS = {
+    "AdamW": Method((adamw,)),
+    "LP": Method((probe,)),
+    "LP-FT": Method((probe, adamw)),
+    "BitFit": Method((chosen(rft.bitfit),)),
+    "Partial fusion": Method((chosen(rft.partial_fusion),)),
+    "L2-SP, λ=10": Method((anchored(rft.AdamL2SP, strength=10.0),)),
+    "MARS-SP, λ=0.01": Method((anchored(rft.AnchoredAdamW, method="mars_sp", strength=0.01),)),
+    "PGM, γ=0.3": Method((anchored(rft.AdamPGM, radius=0.3),)),
+    "TPGM, once": Method((adamw,), tpgm_once),
+    "TPGM-C, μ=0.004": Method((adamw,), partial(tpgm_once, radius_penalty=4e-3)),
+    "TPGM, each step": Method((adamw,), tpgm_each_step),
+    "FTP, k=1": Method((anchored(rft.AdamFTP),)),
+    "AdamSPD, λ=1": Method((spd,)),
+    "AdamSPD, λ=2": Method((anchored(rft.AdamSPD, strength=2.0),)),
+    "WiSE-FT, α=0.5": Method((adamw,), wise=0.5),
+    "WISE-SPD, α=0.5": Method((spd,), wise=0.5),
+}
