@@ -65,7 +65,7 @@ def test_files_stay_readable():
         "triton_kernels/*.py",
         "csrc/**/*.*",
         "tests/*.py",
-        "examples/*.py",
+        "examples/**/*.py",
         "benchmarks/*.py",
     ):
         for path in ROOT.glob(pattern):
