@@ -38,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # One kernel for all of each, as groups may mix them.
-TENSOR_RULES = ("project", "spd", "keep", "l2sp", "l2sp_coupled")
+TENSOR_RULES = ("project", "spd", "keep", "l2sp")
 ROW_RULES = ("ftp", "project_mars", "project_rows", "spd_rows", "mars_sp")
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
@@ -50,7 +50,8 @@ ARGUMENTS = {
 @dataclass(frozen=True)
 class Shipped:
     """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
-    an anchor and the last of the states, some not. rows: the kernels for segments that are rows."""
+    an anchor and the last of the states, some not. coupled: with the rule "l2sp_coupled" too. rows: the kernels for
+    segments that are rows."""
 
     base: Base
     states: int
@@ -59,13 +60,15 @@ class Shipped:
     stochastic: bool = False
     options: bool = False
     mixed: bool = False
+    coupled: bool = False
     rows: bool = False
 
     @property
     def name(self) -> str:
         state = {("adamw", 3): " amsgrad", ("sgd", 1): " momentum"}.get((self.base.name, self.states), "")
         anchor = "zero" if self.anchor is None else NAMES[self.anchor]
-        extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options + ", mixed" * self.mixed
+        extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options
+        extras += ", mixed" * self.mixed + ", coupled" * self.coupled
         return f"{'rows, ' * self.rows}{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
 
     @property
@@ -88,7 +91,7 @@ class Shipped:
             self.base,
             (self.param, self.param, self.anchor or self.param),
             states=(self.states - self.mixed, self.states),
-            rules=ROW_RULES if self.rows else TENSOR_RULES,
+            rules=ROW_RULES if self.rows else TENSOR_RULES + ("l2sp_coupled",) * self.coupled,
             stochastic=self.stochastic,
             anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
         )
@@ -113,6 +116,9 @@ VARIANTS += [
     Shipped(ADAMW, 3, F32, F32, mixed=True),
     Shipped(ADAMW, 3, BF16, BF16, mixed=True),
     Shipped(SGD, 1, F32, F32, mixed=True),
+    Shipped(ADAMW, 3, F32, F32, coupled=True),
+    Shipped(ADAMW, 2, BF16, BF16, coupled=True),
+    Shipped(SGD, 1, BF16, BF16, coupled=True),
 ]
 VARIANTS += [
     Shipped(base, states, param, anchor, rows=True)

@@ -103,8 +103,9 @@ def variant_of(
     by_rows = any(RULES[rule].by_rows or rule == "mars_sp" for rule in rules)
     vector = 16 // param.itemsize
     wider = max(grad.itemsize, anchor.itemsize) > param.itemsize
-    if param.itemsize == 2 and (wider or stochastic or base is not ADAMW or most == MAX_STATES or by_rows):
-        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at 64 registers
+    registers = wider or stochastic or base is not ADAMW or most == MAX_STATES or "l2sp_coupled" in rules or by_rows
+    if param.itemsize == 2 and registers:
+        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at their registers
     c = tl.constexpr
     functions = (read, step, *(FUNCTIONS[rule] for rule in rules))
     return Variant(
