@@ -137,7 +137,7 @@ def variant_of(
         CHUNK=c(CHUNK),
         LANES=c(lanes),
         ROWS=c(by_rows),
-        TILE=c(TILE),
+        TILE=c(4 * TILE if INTERPRETED else TILE),
         VECTOR=c(vector),
         CODE=c("" if INTERPRETED else sha256("".join(f.cache_key for f in functions).encode()).hexdigest()),
     )
@@ -193,7 +193,7 @@ class Table:
             stochastic=any(e.seed is not None for e in entries),
             anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
             graded=bool(grads),
-            lanes=8 * LANES if INTERPRETED else LANES,
+            lanes=(32 if entries[0].by_rows else 8) * LANES if INTERPRETED else LANES,
         )
         counts = torch.tensor([e.chunks for e in entries], device="cpu")
         self.chunks = int(counts.sum())
