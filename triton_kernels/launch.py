@@ -36,16 +36,11 @@ class PreparedStep:
     ) -> None:
         *lists, measures, alphas, hyper, group_sizes, rules, seeds = args
         device = params[0].device if params else measures.device
+        _check_table("hyper", hyper, (len(group_sizes), len(base.hyper)), torch.device("cpu"))
         self._entries = _entries(base, params, lists, hyper, group_sizes, rules, seeds)
         segments = sum(segments_of(e.rule, e.param.shape) for e in self._entries)
-        for name, table, shape in (
-            ("measures", measures, (segments, len(MEASURES))),
-            ("alphas", alphas, (segments,)),
-            ("hyper", hyper, (len(group_sizes), len(base.hyper))),
-        ):
-            on = torch.device("cpu") if name == "hyper" else device
-            if table.device != on or table.dtype != torch.float64 or tuple(table.shape) != shape:
-                raise ValueError(f"robustft: {name} must be a float64 tensor of shape {shape} on {on}")
+        _check_table("measures", measures, (segments, len(MEASURES)), device)
+        _check_table("alphas", alphas, (segments,), device)
         self._base, self._params, self._measures, self._alphas, self._hyper = base, params, measures, alphas, hyper
         self._live, self._addresses, self._tickets = live, addresses, tickets
         self._tables: list[tuple[Table, _Tickets | None]] | None = None
@@ -195,11 +190,19 @@ class _Feed:
             raise ValueError(f"robustft: {self._name} has {len(self._entries)} entries; the groups take {self._at}")
 
 
+def _check_table(name: str, table: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if table.device != device or table.dtype != torch.float64 or tuple(table.shape) != shape:
+        raise ValueError(f"robustft: {name} must be a float64 tensor of shape {shape} on {device}")
+
+
 def _check(param: Tensor, anchor: Tensor | None, kept: dict[str, Tensor], step: Tensor | None) -> None:
     for name, tensor, dtypes in (
         ("params", param, DTYPES),
         ("anchors", anchor, DTYPES),
-        *((f"{key}s", of, (dtype_of(key, param),)) for key, of in kept.items()),
+        *(
+            ("radius_states" if key == "radius_state" else "the state", of, (dtype_of(key, param),))
+            for key, of in kept.items()
+        ),
     ):
         if tensor is None:
             continue
