@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops, state
-from .bases import MEASURES, STILL, Group
+from .bases import STILL, Group
 from .methods import rule_of, segments_of
-from .plan import CPU, label_of
+from .plan import CPU, Found, found_tables, label_of
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
 # What each method reads of its group. The other methods work on the gradient, which here is not ours.
@@ -23,8 +23,6 @@ READS: dict[str, tuple[str, ...]] = {
 LIVE = ("lr", "strength", "radius")  # those that may be tensors
 # SPD measures before and after the step by the one rule, and pulls by the other; the other rules do all after the step.
 TWICE = {"spd": ("observe", "given"), "spd_rows": ("observe_rows", "given_rows")}
-
-Found = dict[Tensor, tuple[Tensor, Tensor]]
 
 
 class Around:
@@ -111,13 +109,7 @@ class _Launch:
             if kept:
                 anchors[param] = state.beside(param, anchors[param])
             self._anchors.append(anchors[param] if kept else None)
-        self.measures = torch.zeros(sum(counts), len(MEASURES), dtype=torch.float64, device=device)
-        self.alphas = torch.ones(sum(counts), dtype=torch.float64, device=device)
-        for param, *now in zip(self._params, self.measures.split(counts), self.alphas.split(counts), strict=True):
-            for new, old in zip(now, found.get(param, ()), strict=False):
-                if old.shape == new.shape:
-                    new.copy_(old)
-            found[param] = (now[0], now[1])
+        self.measures, self.alphas = found_tables(self._params, counts, device, found)
 
         self._hyper = torch.zeros(len(self._groups), len(STILL.hyper), dtype=torch.float64, device=CPU)
         self._rows: list[list[float]] = []

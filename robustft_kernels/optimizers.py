@@ -12,7 +12,7 @@ from . import anchors, ops, state
 from .anchors import Anchor
 from .bases import ADAMW, SGD, Base, Group
 from .methods import method_of, rule_of
-from .plan import Plan, label_of
+from .plan import Found, Plan, label_of
 from .telemetry import Telemetry, collect
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -35,7 +35,7 @@ class AnchoredOptimizer(Optimizer):
         self.backend = backend
         self.save_anchors = save_anchors
         self._plan: Plan | None = None
-        self._found: dict[Tensor, tuple[Tensor, Tensor]] = {}  # of Plan; outlives it
+        self._found: Found = {}  # of Plan; outlives it
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         words = anchor is None or isinstance(anchor, str)
         self._given: Anchor = None if words else anchor

@@ -13,6 +13,7 @@ from .bases import MEASURES, Base, Group, Row
 from .methods import method_of, rule_of, segments_of
 
 CPU = torch.device("cpu")
+Found = dict[Tensor, tuple[Tensor, Tensor]]  # of a parameter, its segments' rows of measures and their alphas
 
 
 def label_of(group: Group, k: int) -> str:
@@ -24,6 +25,19 @@ def label_of(group: Group, k: int) -> str:
 def row_of(group: Group) -> Row:
     """A group as the backends ask about it: with the rule of its method and norm."""
     return {**group, "rule": rule_of(group["method"], group["norm"])}
+
+
+def found_tables(params: list[Tensor], counts: list[int], device: torch.device, found: Found) -> tuple[Tensor, Tensor]:
+    """Measures and alphas of a launch, with as many segments of each parameter as `counts` says: where `found` had them
+    stand, and what it refers to from now on."""
+    measures = torch.zeros(sum(counts), len(MEASURES), dtype=torch.float64, device=device)
+    alphas = torch.ones(sum(counts), dtype=torch.float64, device=device)
+    for param, *now in zip(params, measures.split(counts), alphas.split(counts), strict=True):
+        for new, old in zip(now, found.get(param, ()), strict=False):
+            if old.shape == new.shape:
+                new.copy_(old)
+        found[param] = (now[0], now[1])
+    return measures, alphas
 
 
 class Plan:
@@ -39,7 +53,7 @@ class Plan:
         groups: list[Group],
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
-        found: Mapping[Tensor, tuple[Tensor, Tensor]],
+        found: Found,
     ) -> None:
         self.base = base
         self.found = dict(found)
@@ -112,7 +126,7 @@ class Launch:
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
         device: torch.device,
-        found: dict[Tensor, tuple[Tensor, Tensor]],
+        found: Found,
     ) -> None:
         self.base, self.device = base, device
         self.groups = [group for group, _, _ in entries]
@@ -148,13 +162,7 @@ class Launch:
         rules = [rule_of(group["method"], group["norm"]) for group in self.groups]
         of_rule = [rule for (_, ks, _), rule in zip(entries, rules, strict=True) for _ in ks]
         counts = [segments_of(rule, p.shape) for rule, p in zip(of_rule, self.params, strict=True)]
-        self.measures = torch.zeros(sum(counts), len(MEASURES), dtype=torch.float64, device=device)
-        self.alphas = torch.ones(sum(counts), dtype=torch.float64, device=device)
-        for param, *now in zip(self.params, self.measures.split(counts), self.alphas.split(counts), strict=True):
-            for new, old in zip(now, found.get(param, ()), strict=False):
-                if old.shape == new.shape:
-                    new.copy_(old)
-            found[param] = (now[0], now[1])
+        self.measures, self.alphas = found_tables(self.params, counts, device, found)
         self.hyper = torch.zeros(len(entries), len(base.hyper), dtype=torch.float64, device=CPU)
         self._rows: list[list[float]] = []
         # Hyper-parameters that the kernels read from the user's tensors, without a word to the host.
