@@ -12,10 +12,13 @@ import copy
 import ctypes
 import json
 import math
+import os
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,28 +27,36 @@ from tqdm import tqdm
 
 from . import report
 from .data import STYLES
-from .methods import ALPHAS, HEAD, METHODS
+from .methods import HEAD, METHODS
 from .model import Encoder
-from .report import ZERO_SHOT
+from .report import BASELINE, ZERO_SHOT
 from .task import Task, evaluate, prepare
 
-LRS = {"quick": (2e-4, 1e-3), "full": (1e-4, 2e-4, 5e-4, 1e-3)}
+LRS = {"quick": (2e-4, 1e-3), "full": (1e-4, 3e-4, 1e-3)}
 SEEDS = {"quick": 2, "full": 5}
 BATCH, WARMUP = 48, 0.1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: it is fine-tuned once, and gives one row, or more where WiSE-FT follows."""
+    """One run: it is fine-tuned once, and gives one row, or more where other methods go on from it.
+
+    share: of the images to fine-tune on; the steps stay as many. sweep: whether it is no choice of the grid.
+    """
 
     method: str
     lr: float
     strength: float
     seed: int
+    share: float = 1.0
+    sweep: bool = False
 
 
 def settings(methods: list[str], lrs: tuple[float, ...], seeds: int, budget: str) -> list[Setting]:
-    """The same learning rates for every method; the quick budget takes the middle strength. Seed by seed."""
+    """Seed by seed, every method at the same learning rates. The quick budget takes the middle strength alone.
+
+    The full one adds, at the largest rate, the sweeps of strengths, and AdamW (so TPGM too) on a tenth of the images.
+    """
     grid = []
     for seed in range(seeds):
         grid.append(Setting(ZERO_SHOT, 0.0, 0.0, seed))
@@ -54,6 +65,10 @@ def settings(methods: list[str], lrs: tuple[float, ...], seeds: int, budget: str
             if budget == "quick":
                 strengths = strengths[len(strengths) // 2 :][:1]
             grid += [Setting(name, lr, strength, seed) for lr in lrs for strength in strengths]
+            if budget == "full":
+                grid += [Setting(name, max(lrs), strength, seed, sweep=True) for strength in METHODS[name].sweep]
+        if budget == "full" and BASELINE in methods:
+            grid.append(Setting(BASELINE, max(lrs), 0.0, seed, share=0.1))
     return grid
 
 
@@ -63,10 +78,10 @@ def finetune(task: Task, setting: Setting, epochs: int) -> Encoder:
     torch.manual_seed(setting.seed)
     encoder = copy.deepcopy(task.start)
     steps = epochs * (len(task.images) // BATCH)
+    images = task.images[: round(setting.share * len(task.images))]
     phases = [(HEAD, steps // 2), (method.trains, steps - steps // 2)] if method.probe else [(method.trains, steps)]
-    hook = method.around(encoder, task, setting.strength) if method.around else None
-    picks = order(len(task.images), setting.seed)
-    done = 0
+    hook = method.around(encoder, task) if method.around else None
+    picks = order(len(images), setting.seed)
     for trains, count in phases:
         named = [(name, p) for name, p in encoder.named_parameters() if name.endswith(trains)]
         encoder.requires_grad_(False)
@@ -79,66 +94,63 @@ def finetune(task: Task, setting: Setting, epochs: int) -> Encoder:
             lambda t, n=count, w=warmup: min((t + 1) / w, (1 + math.cos(math.pi * max(0, t - w) / (n - w))) / 2),
         )
         with torch.no_grad():  # what does not change is computed once
-            features = torch.cat([encoder.features(x) for x in task.images.split(128)]) if trains == HEAD else None
+            features = torch.cat([encoder.features(x) for x in images.split(128)]) if trains == HEAD else None
         for _ in range(count):
             pick = next(picks)
-            embedded = encoder(task.images[pick]) if features is None else encoder.head(features[pick])
+            embedded = encoder(images[pick]) if features is None else encoder.head(features[pick])
             loss = task.loss(embedded, task.labels[pick])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            done += 1
             if hook:
-                hook(done, steps)
+                hook()
     return encoder
 
 
 def order(images: int, seed: int) -> Iterator[Tensor]:
     """Batches without end: each epoch a new permutation, its incomplete last batch dropped."""
     g = torch.Generator().manual_seed(seed)
+    batch = min(BATCH, images)
     while True:
-        yield from torch.randperm(images, generator=g).split(BATCH)[: images // BATCH]
+        yield from torch.randperm(images, generator=g).split(batch)[: images // batch]
 
 
 @torch.no_grad()
 def deviations(encoder: Encoder, start: Encoder) -> dict[str, float]:
-    """‖θ − θ₀‖ of each block, from the input to the output, over all its parameters."""
-    squares: dict[str, float] = {}
-    for (name, p), q in zip(encoder.named_parameters(), start.parameters(), strict=True):
-        block = ".".join(name.split(".")[:2]) if name.startswith("blocks") else name.split(".")[0]
-        squares[block] = squares.get(block, 0.0) + float((p - q).square().sum())
-    return {block: math.sqrt(square) for block, square in squares.items()}
+    """‖θ − θ₀‖ of each parameter, from the input to the output."""
+    pairs = zip(encoder.named_parameters(), start.parameters(), strict=True)
+    return {name: float((p - q).norm()) for (name, p), q in pairs}
 
 
-@torch.no_grad()
-def interpolated(encoder: Encoder, start: Encoder, alpha: float) -> Encoder:
-    mixed = copy.deepcopy(start)
-    for p, q in zip(mixed.parameters(), encoder.parameters(), strict=True):
-        p.lerp_(q, alpha)
-    return mixed
+task_of = lru_cache(maxsize=1)(prepare)
 
 
-def rows_of(task: Task, setting: Setting, epochs: int) -> list[dict]:
-    began = time.perf_counter()
-    encoder = task.start if setting.method == ZERO_SHOT else finetune(task, setting, epochs)
-    seconds = time.perf_counter() - began
-    outcomes = [(setting.method, 1.0, encoder)]
-    if setting.method != ZERO_SHOT and (wise := METHODS[setting.method].wise):
-        outcomes += [(wise, alpha, interpolated(encoder, task.start, alpha)) for alpha in ALPHAS]
+def rows_of(setting: Setting, style: str, epochs: int, cache: Path) -> list[dict]:
+    task = task_of(setting.seed, style, cache)
+    method = METHODS.get(setting.method)
+    encoder = finetune(task, setting, epochs) if method else task.start
+    outcomes = [(setting.method, setting.strength, encoder)]
+    for name, further in method.afterwards.items() if method and not setting.sweep else ():
+        for strength in further.strengths:
+            changed = copy.deepcopy(encoder)
+            further.change(changed, task, strength)
+            outcomes.append((name, strength, changed))
     rows = []
-    for name, alpha, model in outcomes:
-        blocks = deviations(model, task.start)
+    for name, strength, model in outcomes:
+        moved = deviations(model, task.start)
         rows.append({
-            "method": name, "lr": setting.lr, "strength": setting.strength, "alpha": alpha, "seed": setting.seed,
-            **evaluate(model, task), "tests": len(task.test_labels), "seconds": seconds,
-            "deviation": math.hypot(*blocks.values()), "blocks": blocks,
+            **vars(setting), "method": name, "strength": strength, **evaluate(model, task),
+            "base": 0.0 if name == setting.method else setting.strength,
+            "tests": len(task.test_labels), "deviation": math.hypot(*moved.values()), "tensors": moved,
         })  # fmt: skip
     return rows
 
 
-def collect(grid: list[Setting], style: str, epochs: int, cache: Path) -> list[dict]:
+def collect(grid: list[Setting], style: str, epochs: int, cache: Path, workers: int) -> list[dict]:
     """The rows of all settings: those of earlier runs from the cache, the others made and added to it one by one.
+
+    Each is made by one process on one thread, so that its bits do not depend on how many there are.
 
     Runs are known by setting, style and epochs; after a change to the code, delete the file.
     """
@@ -149,18 +161,24 @@ def collect(grid: list[Setting], style: str, epochs: int, cache: Path) -> list[d
             run = json.loads(line)
             known[Setting(**run["setting"])] = run["rows"]
     missing = [setting for setting in grid if setting not in known]
-    tasks = {seed: prepare(seed, style, cache) for seed in sorted({setting.seed for setting in missing})}
-    bar = tqdm(missing, desc="fine-tune", unit="run", mininterval=0.5)
-    for setting in bar:
-        bar.set_postfix_str(f"{setting.method}, lr {setting.lr:g}, λ {setting.strength:g}, seed {setting.seed}")
-        known[setting] = rows_of(tasks[setting.seed], setting, epochs)
-        with file.open("a") as out:
-            out.write(json.dumps({"setting": vars(setting), "rows": known[setting]}) + "\n")
+    for seed in sorted({setting.seed for setting in missing}):
+        prepare(seed, style, cache)  # pre-trained here, so that every worker finds it
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=alone) as pool, file.open("a") as out:
+        runs = {pool.submit(rows_of, setting, style, epochs, cache): setting for setting in missing}
+        try:
+            for run in tqdm(as_completed(runs), desc="fine-tune", unit="run", total=len(runs), smoothing=0.05):
+                known[runs[run]] = run.result()
+                out.write(json.dumps({"setting": vars(runs[run]), "rows": run.result()}) + "\n")
+                out.flush()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [row for setting in grid for row in known[setting]]
 
 
-def keep_memory() -> None:
-    """Lets glibc keep what is freed: giving activations back and faulting them in again takes a tenth of the time."""
+def alone() -> None:
+    """A worker has one thread. glibc is to keep what is freed: faulting it in again takes a tenth of the time."""
+    torch.set_num_threads(1)
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -174,14 +192,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", help="the grid of learning rates")
     parser.add_argument("--style", choices=STYLES, default=STYLES[0], help="the one fine-tuned in")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a run's bits depend on it")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="packages, images, encoders, runs")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the tables and pictures go")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_memory()
     grid = settings(args.methods, tuple(args.lr or LRS[args.budget]), args.seeds or SEEDS[args.budget], args.budget)
-    rows = collect(grid, args.style, args.epochs, args.cache)
+    rows = collect(grid, args.style, args.epochs, args.cache, args.workers)
     print("\n" + report.write(rows, args.style, args.out))
 
 
