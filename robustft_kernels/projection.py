@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .bases import MEASURES, STILL
-from .methods import NORMS, segments_of
+from .methods import NORMS, rule_of, segments_of
 from .state import beside, is_dense
 
 Radius = float | Tensor | Sequence[float | Tensor]
@@ -63,8 +63,8 @@ def project_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, radius:
     Source: TPGM (Tian et al., CVPR 2023), Eq. 3 and 4; by rows, the radial scaling of Gouk et al., ICLR 2021.
     """
     params, anchors = as_lists(params, anchors)
-    ball, radii = Ball(params, norm), _radii(radius, params)
-    ball.pull_(params, anchors, ball.alphas(radii, ball.norms(params, anchors)))
+    check_norm(norm)
+    _still(rule_of("project", norm), params, anchors, radii=_radii(radius, params))
 
 
 def project(
@@ -114,7 +114,8 @@ class Ball:
         self.norm = norm
         self.rows = norm != "l2"
         self.alpha_by_row = norm == "mars_rows"
-        self.counts = _counts(params, self.rows)
+        rule = "observe_rows" if self.rows else "observe"
+        self.counts = [segments_of(rule, param.shape) for param in params]
         self.lengths = (
             torch.tensor(self.counts, dtype=torch.int64).to(_device_of(params), non_blocking=True)
             if self.rows
@@ -212,38 +213,53 @@ def _measure(
     params: Sequence[Tensor], anchors: Sequence[Tensor] | None, grads: Sequence[Tensor] | None, rows: bool
 ) -> tuple[Tensor, Tensor | None]:
     """‖c‖², or Σ|c| where segments are rows, and ⟨grad, c⟩ if there are grads: flat, float64, over all segments."""
-    alphas = torch.ones(sum(_counts(params, rows)), dtype=torch.float64, device=_device_of(params))
-    dots, sizes, _, _ = _still("observe_rows" if rows else "observe", params, anchors, grads or [], alphas)
+    dots, sizes, _, _ = _still("observe_rows" if rows else "observe", params, anchors, grads or [])
     return sizes, None if grads is None else dots
 
 
 def _pull(params: Sequence[Tensor], anchors: Sequence[Tensor] | None, alphas: Tensor, rows: bool) -> None:
     """θ ← θ₀ + α·c with one α a segment, flat in float64; 1 leaves the bits, 0 gives θ₀ whatever c is."""
-    _still("given_rows" if rows else "given", params, anchors, [], alphas.detach().clone())
+    _still("given_rows" if rows else "given", params, anchors, alphas=alphas.detach().clone())
 
 
 def _still(
-    rule: str, params: Sequence[Tensor], anchors: Sequence[Tensor] | None, grads: Sequence[Tensor], alphas: Tensor
+    rule: str,
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor] | None,
+    grads: Sequence[Tensor] = (),
+    alphas: Tensor | None = None,
+    radii: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """A step without a base, by the fastest backend; the columns of what it measured."""
+    """A step without a base, by the fastest backend; the columns of what it measured.
+
+    alphas: one a segment, for a rule that is given them. radii: one a tensor, for a rule that reads them; the group of
+    each then is its own, and on a GPU its radius stays where it is.
+    """
     device = _device_of(params)
+    if alphas is None:
+        segments = sum(segments_of(rule, param.shape) for param in params)
+        alphas = torch.ones(segments, dtype=torch.float64, device=device)
     measures = torch.zeros(len(alphas), len(MEASURES), dtype=torch.float64, device=device)
-    if params:
-        beside_params = [beside(p, a) for p, a in zip(params, anchors, strict=True)] if anchors is not None else []
-        dtypes = {t.dtype for t in (*params, *beside_params, *grads)}
-        hyper = torch.zeros(1, len(STILL.hyper), dtype=torch.float64, device="cpu")
-        hyper[0, STILL.hyper.index("anchored")] = anchors is not None
-        with torch.no_grad():
-            ops.prepare(
-                ops.choose_backend("auto", device, dtypes), STILL, list(params), beside_params, [], measures, alphas,
-                hyper, [len(params)], [rule], [],
-            )(list(grads))  # fmt: skip
+    if not params:
+        return measures.unbind(1)
+    beside_params = [beside(p, a) for p, a in zip(params, anchors, strict=True)] if anchors is not None else []
+    backend = ops.choose_backend("auto", device, {t.dtype for t in (*params, *beside_params, *grads)})
+    groups = [len(params)] if radii is None else [1] * len(params)
+    hyper = torch.zeros(len(groups), len(STILL.hyper), dtype=torch.float64, device="cpu")
+    hyper[:, STILL.hyper.index("anchored")] = anchors is not None
+    live = {}
+    if radii is not None:
+        column, radii = STILL.hyper.index("radius"), radii.detach().clamp(min=0)
+        if ops.keeps_addresses(backend):
+            live["live"] = {k * len(STILL.hyper) + column: radius for k, radius in enumerate(radii.unbind())}
+        else:
+            hyper[:, column] = radii
+    with torch.no_grad():
+        ops.prepare(
+            backend, STILL, list(params), beside_params, [], measures, alphas, hyper, groups, [rule] * len(groups), [],
+            **live,
+        )(list(grads))  # fmt: skip
     return measures.unbind(1)
-
-
-def _counts(params: Sequence[Tensor], rows: bool) -> list[int]:
-    """How many segments each tensor has."""
-    return [segments_of("observe_rows" if rows else "observe", param.shape) for param in params]
 
 
 def _outside(radii: Tensor, norms: Tensor) -> Tensor:

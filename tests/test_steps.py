@@ -167,6 +167,44 @@ def test_pull_by_given_alphas(backend, device, rule, dtype):
         first += k
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["project", "project_mars", "project_rows"])
+def test_projection_without_a_step(backend, device, rule, dtype):
+    """The base "still": within the radius of each tensor, from the table or where a tensor on the device holds it."""
+    cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[12:]
+    of = Stepper(cases, SETTINGS[0], "none", dtype, torch.float32, device=device)
+    of.rule, before = rule, [p.clone() for p in of.params]
+    segments, wanted, inside, radii = sum(of.segments), [], [], []
+    for k, (p, a) in enumerate(zip(before, of.anchors, strict=True)):
+        c = p.double() - a.double()
+        rows = reference.segments(c, "project_rows").abs().sum(1)
+        n = {"project": c.square().sum().sqrt(), "project_mars": max(rows, default=c.sum()), "project_rows": rows}[rule]
+        radii.append(float(n.sum()) / max(n.numel(), 1) * (0.0, 0.6, 1.01)[k % 3])
+        alpha = (radii[-1] / n).clamp(max=1)
+        by_row = rule == "project_rows" and p.dim() > 0
+        alpha = alpha.reshape([-1, *[1] * (p.dim() - 1)] if by_row else [])
+        wanted.append(torch.where(alpha == 1, p.double(), a.double() + alpha * c))
+        inside.append(alpha == 1)
+    hyper = torch.zeros(len(cases), len(STILL.hyper), dtype=torch.float64)
+    hyper[:, STILL.hyper.index("anchored")] = 1
+    column = STILL.hyper.index("radius")
+    live = {}
+    if ops.keeps_addresses(backend):
+        held = torch.tensor(radii, dtype=torch.float64, device=device)
+        live["live"] = {k * len(STILL.hyper) + column: radius for k, radius in enumerate(held.unbind())}
+    else:
+        hyper[:, column] = torch.tensor(radii, dtype=torch.float64)
+    measures = torch.zeros(segments, 4, dtype=torch.float64, device=device)
+    alphas = torch.ones(segments, dtype=torch.float64, device=device)
+    n = len(cases)
+    ops.prepare(backend, STILL, of.params, of.anchors, [], measures, alphas, hyper, [1] * n, [rule] * n, [], **live)([])
+    of_sums = 64 * torch.finfo(arithmetic_of(dtype)).eps  # a lane adds 64 elements of a block
+    for case, p, p0, a, want, kept in zip(cases, of.params, before, of.anchors, wanted, inside, strict=True):
+        slack = torch.finfo(dtype).eps * want.abs() + of_sums * (want.abs() + a.double().abs())
+        assert ((p.double() - want).abs() <= slack).all(), case.name
+        assert torch.equal(torch.where(kept, p, 0), torch.where(kept, p0, 0)), case.name
+
+
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=lambda s: s.name)
 def test_mixed_dtypes_in_one_call(backend, settings):
     """A gradient dtype other than the parameter's, and all parameter dtypes side by side."""
