@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
 RESULTS ?= benchmarks/results/gpu.md
 
-.PHONY: install demo test lint bench codegen test-gpu bench-gpu clean
+.PHONY: install demo experiment-emoji experiment-linear test lint bench codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
 
@@ -20,6 +20,14 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/python -m examples.digits.run
+
+# Some two hours on two cores, and 100 MB of packages; it can be stopped, and goes on where it was.
+experiment-emoji: install
+	$(BIN)/python -m pip install --quiet --no-deps -r examples/emoji/requirements.txt
+	$(BIN)/python -m examples.emoji.run $(ARGS)
+
+experiment-linear: install
+	$(BIN)/python -m examples.linear.run $(ARGS)
 
 test: install lint
 	$(BIN)/python -m pytest

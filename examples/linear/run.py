@@ -143,11 +143,13 @@ def picture(rows: list[dict], file: Path) -> None:
         left.plot(ALPHAS, losses, color=f"C{k}", label=f"ε = {epsilon:g}")
         left.plot(ALPHAS, bounds, ":", color=f"C{k}")
     left.set(xlabel="α", ylabel="expected loss out of distribution; dotted: bound", yscale="log")
-    left.legend()
+    left.legend(loc="upper left", bbox_to_anchor=(1, 1))
     for key, style in (("best", "o-"), ("best of bound", "s:"), ("learned", "^-")):
         heights = [mean(row[key] for row in rows if row["ε"] == epsilon) for epsilon in EPSILONS]
         right.plot(EPSILONS, heights, style, label={"learned": "learned by TPGM"}.get(key, key))
     right.set(xlabel="ε = ‖θ_ood − θ₀‖", ylabel="α", xscale="log", ylim=(0, 1))
+    right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
+    right.minorticks_off()
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -167,8 +169,9 @@ def main() -> None:
     picture(rows, args.out / "linear.png")
     (args.out / "linear.md").write_text(
         f"# A linear model: {args.problems} random problems, {args.draws} draws of the noise\n\n"
-        f"Written by `python -m examples.linear.run --out {args.out}`. Losses are means over problems and draws, "
-        f"α's mean ± standard deviation over problems.\n\n{text}\n\n![losses and the best α](linear.png)\n"
+        f"Written by `python -m examples.linear.run --out {args.out}`, which states the setting and derives the bound. "
+        f"Losses are means over problems and draws, α's mean ± standard deviation over problems.\n\n{text}\n\n"
+        "![losses and the best α](linear.png)\n"
     )
     print(f"\n{text}\n\npicture: {args.out / 'linear.png'}")
 
