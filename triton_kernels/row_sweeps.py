@@ -13,7 +13,7 @@ from .base import power, read_hyper
 from .chunk import FIRST, GROUP, INDEX, NUMEL, RADIUS, ROWS, RULE, SEED, STEP, WIDTH, rounding_key
 from .decide import ROW_EPS, learn
 from .rows import chunks_of, fold_rows, piece, pull_rows, step_rows, survey_rows, wide
-from .sweeps import MEASURES, decide_segment, penalty, record, step_count
+from .sweeps import MEASURES, decide_segment, penalty, record, step_count, step_scalars
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, measures, al
     """Sweep 1 on one chunk, and sweep 2 on rows that need nothing more."""
     row, count, begin, n, parts = piece(chunk, tensor, V)
     t = step_count(tensor) + 1
-    factor, scalars = V.READ(hyper, live, tl.load(tensor + GROUP) * V.HYPERS, t, V.T)
-    if grad_scale is not None:
-        factor = factor / tl.load(grad_scale).to(V.T)
+    factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     sign = penalty(tensor, hyper, live, V.SIGNED, V)
     seed, rule, index = tl.load(tensor + SEED), tl.load(tensor + RULE), tl.load(tensor + INDEX)
     key, pull_key = rounding_key(seed, t, 0), rounding_key(seed, t, 1)
@@ -137,11 +135,8 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
     if (rule != V.LEARNED) & (rule != V.SIGNED):
         return
     grad = tl.load(grads + i)
-    group = tl.load(tensor + GROUP) * V.HYPERS
     t = step_count(tensor) + 1
-    factor, _scalars = V.READ(hyper, live, group, t, V.T)
-    if grad_scale is not None:
-        factor = factor / tl.load(grad_scale).to(V.T)
+    factor, _scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     row, count, begin, n, parts = piece(chunk, tensor, V)
     slope = tl.full((), 0.0, tl.float64)
     size = tl.full((), -1.0, tl.float64)
@@ -198,6 +193,7 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
         tl.store(largest + i, which.to(tl.int64))
         if rule == V.LEARNED:
             radius = tl.load(tensor + RADIUS).to(tl.pointer_type(tl.float64))
+            group = tl.load(tensor + GROUP) * V.HYPERS
             k, lr = read_hyper(hyper, live, group + V.LEARN), read_hyper(hyper, live, group + V.LEARN + 1)
             beta1, beta2 = read_hyper(hyper, live, group + V.LEARN + 2), read_hyper(hyper, live, group + V.LEARN + 3)
             new, m, v = learn(tl.load(radius), tl.load(radius + 1), tl.load(radius + 2), slope, t, k, lr, beta1, beta2,

@@ -189,6 +189,15 @@ def pull_span(tensor, begin, n, alpha, key, VECTOR: tl.constexpr, V: tl.constexp
 
 
 @triton.jit
+def step_scalars(tensor, hyper, live, t, grad_scale, V: tl.constexpr):
+    """What the gradient is multiplied with, and the base's scalars at step t."""
+    factor, scalars = V.READ(hyper, live, tl.load(tensor + GROUP) * V.HYPERS, t, V.T)
+    if grad_scale is not None:
+        factor = factor / tl.load(grad_scale).to(V.T)
+    return factor, scalars
+
+
+@triton.jit
 def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas, grad_scale,
                V: tl.constexpr):  # fmt: skip
     """Sweep 1 on one chunk."""
@@ -196,9 +205,7 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     tensor = tensors + i.to(tl.int64) * WIDTH
     begin, n = extent(chunk, tensor, V)
     t = step_count(tensor) + 1
-    factor, scalars = V.READ(hyper, live, tl.load(tensor + GROUP) * V.HYPERS, t, V.T)
-    if grad_scale is not None:
-        factor = factor / tl.load(grad_scale).to(V.T)
+    factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     nan = tl.full((), float("nan"), tl.float64)
     known = decide_segment(tensor, hyper, live, nan, nan, nan, V)
     if V.GIVEN >= 0:
