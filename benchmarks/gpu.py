@@ -25,7 +25,8 @@ import robustft_kernels as rft
 from robustft_kernels import ops
 from robustft_kernels.testing import CHUNK
 
-from .steps import LoopSPD, Shapes, check_results, ratio, take_turns, vit_b16, vit_shapes
+from .loops import LoopSPD
+from .steps import Shapes, check_results, ratio, take_turns, vit_b16, vit_shapes
 
 FORMS = {"two launches": "triton", "one launch": "triton_tickets"}
 

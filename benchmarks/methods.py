@@ -6,19 +6,19 @@ On ViT-B/16's shapes in fp32, as benchmarks/steps.py measures: contenders take t
 """
 
 import argparse
-import copy
 import platform
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import robustft_kernels as rft
 from robustft_kernels import ops
 
+from .loops import Given, LoopFTP, loop_update
 from .steps import _timed, check_idle, check_results, copy_bandwidth, ratio, take_turns, vit_b16
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -35,43 +35,6 @@ BYTES = {
     "AdamFTP": (6, 34, 0), "AdamPGM, l2": (0, 32, 12), "AdamPGM, mars": (0, 32, 12), "AdamPGM, mars_rows": (0, 32, 0),
     "AdamSPD by rows": (0, 32, 0), "L2-SP, coupled": (0, 32, 0), "MARS-SP": (8, 32, 0),
 }  # fmt: skip
-
-
-class LoopFTP(torch.optim.Optimizer):
-    """FTP as one writes it from the formulas: a loop over parameters, and a decision on the host for each."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, anchors: list[Tensor]) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
-        self.anchors = anchors
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p, start in zip(group["params"], self.anchors, strict=True):
-                state = self.state[p]
-                if not state:
-                    state.update(
-                        step=0, m=torch.zeros_like(p), v=torch.zeros_like(p), c=torch.zeros_like(p), h=0.0, s=0.0
-                    )
-                state["step"] += 1
-                t, m, v = state["step"], state["m"], state["v"]
-                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                moved = p - group["lr"] / (1 - beta1**t) * m / ((v / (1 - beta2**t)).sqrt() + group["eps"])
-                c = moved - start
-                rows = c.flatten(1) if c.dim() > 1 else c.reshape(1, -1)
-                n = rows.abs().sum(1) + 1e-8
-                radius = 1e-8
-                if t > 1:
-                    g = p.grad.reshape(rows.shape)
-                    slope = float(((g * state["c"]).sum(1) / state["n"]).sum())
-                    state["h"] = 0.9 * state["h"] + 0.1 * slope
-                    state["s"] = 0.999 * state["s"] + 0.001 * slope**2
-                    step = state["h"] / (1 - 0.9**t) / ((state["s"] / (1 - 0.999**t)) ** 0.5 + 1e-8)
-                    radius = min(max(state["radius"] - 0.01 * step, 1e-8), float(n.max()))
-                state.update(radius=radius, c=rows.clone(), n=n)
-                p.copy_(start + ((radius / n).clamp(max=1)[:, None] * rows).reshape(p.shape))
 
 
 def optimizers(rounds: int) -> list[str]:
@@ -122,41 +85,10 @@ def projections(rounds: int) -> list[str]:
     return lines
 
 
-class Given(torch.autograd.Function):
-    """A loss whose gradients are there already: what is left of an update is TPGM's own work."""
-
-    @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *params: Tensor) -> Tensor:
-        ctx.grads = grads
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.grads
-
-
 def transformer() -> nn.Module:
     """ViT-B/16's blocks; its patches are given."""
     layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0, activation="gelu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
-
-
-def loop_update(model: nn.Module, anchors: list[Tensor], adam: torch.optim.Optimizer, grads: list[Tensor]) -> None:
-    """One step on the radii as the authors' algorithm goes: a deep copy of the model, into which each parameter's
-    projection is copied with its graph; the radius is checked on the host, and the deviation taken twice."""
-    projected = list(copy.deepcopy(model).parameters())
-    for p, a, radius in zip(projected, anchors, adam.param_groups[0]["params"], strict=True):
-        p.requires_grad_(False)
-        n = torch.norm(p - a) + 1e-8
-        with torch.no_grad():
-            if radius <= 0:
-                radius.fill_(1e-8)
-            if radius > n:
-                radius.copy_(n)
-        p.copy_(torch.clamp(radius / n, max=1) * (p - a) + a)
-    adam.zero_grad()
-    torch.autograd.backward(Given.apply(grads, *projected))
-    adam.step()
 
 
 def tpgm(rounds: int) -> list[str]:

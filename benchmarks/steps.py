@@ -23,6 +23,8 @@ import robustft_kernels as rft
 from robustft_kernels import ops
 from robustft_kernels.testing import CASES, SETTINGS, Stepper, assert_same_step
 
+from .loops import LoopSPD
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -44,35 +46,6 @@ MODELS: dict[str, tuple[Shapes, str]] = {
     "LoRA-like, 256 × 32,768": ([(32768,)] * 256, "zero"),
     "2,000 × 256": ([(256,)] * 2000, "initial"),
 }
-
-
-class LoopSPD(torch.optim.Optimizer):
-    """SPD as one writes it from the formulas: a loop over parameters, and a decision on the host for each."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, anchors: list[Tensor | None]) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "strength": 1.0})
-        self.anchors = anchors
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p, anchor in zip(group["params"], self.anchors, strict=True):
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                start = torch.zeros_like(p) if anchor is None else anchor
-                m, v, before = state["m"], state["v"], p.clone()
-                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                denominator = (v / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
-                p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
-                condition = -torch.sum(p.grad * (before - start))
-                if condition < 0:
-                    now, then = torch.norm(p - start), torch.norm(before - start)
-                    ratio = torch.clamp((now - then) / now, min=0)
-                    p.copy_(p - group["strength"] * ratio * (p - start))
 
 
 def check_results(backend: str, device: str, methods: Sequence[tuple[str, str | None]] = (("spd", None),)) -> None:
