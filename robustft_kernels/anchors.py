@@ -31,7 +31,8 @@ def resolve(
         return kind, [copy_beside(param, param) for param in params]
     given = _by_name(spec, names) if isinstance(spec, Mapping) else _in_order(spec, params)
     for anchor, param, label in zip(given, params, labels, strict=True):
-        _check(anchor, param, label)
+        check_fits(anchor, param, label)
+        _check_apart(anchor, param, label)
     return "given", [beside(param, anchor.detach()) for anchor, param in zip(given, params, strict=True)]
 
 
@@ -56,7 +57,8 @@ def _in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
     return given
 
 
-def _check(anchor: Tensor, param: Tensor, label: str) -> None:
+def check_fits(anchor: Tensor, param: Tensor, label: str) -> None:
+    """Raises ValueError, or TypeError for no tensor, where `anchor` cannot be that of `param`, called `label`."""
     if not isinstance(anchor, Tensor):
         raise TypeError(f"the anchor of {label} is a {type(anchor).__name__}, not a tensor")
     if anchor.shape != param.shape:
@@ -65,6 +67,9 @@ def _check(anchor: Tensor, param: Tensor, label: str) -> None:
         raise ValueError(f"the anchor of {label} is on {anchor.device}, the parameter on {param.device}; move it there")
     if not anchor.is_floating_point():
         raise ValueError(f"the anchor of {label} is {anchor.dtype}; a floating-point tensor is needed")
+
+
+def _check_apart(anchor: Tensor, param: Tensor, label: str) -> None:
     if anchor.numel() and anchor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr():
         raise ValueError(f"the anchor of {label} shares its memory with a parameter and would move along; clone it")
 

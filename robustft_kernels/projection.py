@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .anchors import check_fits
 from .bases import MEASURES, STILL
 from .methods import NORMS, rule_of, segments_of
 from .state import beside, is_dense
@@ -288,12 +289,7 @@ def as_lists(params: Iterable[Tensor], anchors: Iterable[Tensor] | None) -> tupl
         first = min(len(anchors), len(params))
         raise ValueError(f"{len(anchors)} anchors for {len(params)} params: there is no {lacking}[{first}]")
     for k, (param, anchor) in enumerate(zip(params, anchors, strict=True)):
-        if anchor.shape != param.shape:
-            raise ValueError(f"anchors[{k}] has shape {tuple(anchor.shape)}, params[{k}] {tuple(param.shape)}")
-        if anchor.device != param.device:
-            raise ValueError(f"anchors[{k}] is on {anchor.device}, params[{k}] on {param.device}; move it there")
-        if not anchor.is_floating_point():
-            raise ValueError(f"anchors[{k}] is {anchor.dtype}; a real floating-point tensor is needed")
+        check_fits(anchor, param, f"params[{k}]")
     return params, anchors
 
 
