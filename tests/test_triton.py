@@ -13,6 +13,7 @@ from robustft_kernels import ops
 from robustft_kernels.testing import CASES, SETTINGS, Stepper
 
 from .test_steps import assert_bits, prepare_of, settled
+from .test_wrapper import far, make, run
 
 pytestmark = pytest.mark.skipif(bool(ops.backends()["triton"]), reason=ops.backends()["triton"] or "ready")
 
@@ -205,3 +206,23 @@ def test_the_whole_host_side_up_to_the_driver():
 
 def _uninterpreted():
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+@pytest.mark.parametrize("pull", [{"strength": 1.3}, {"method": "project", "radius": 0.1, "norm": "mars_rows"}])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_telemetry_and_the_wrapper(device, wrap, pull):
+    """As the reference has them, to the roundings that the two do in different orders."""
+    options = {"method": "spd", **pull}
+    found = {}
+    for backend in ("triton", "reference"):
+        params = [nn.Parameter(p.detach().to(device)) for p in make(torch.float32)]
+        if wrap:
+            optimizer = rft.Anchored(torch.optim.AdamW(params, lr=1e-2), backend=backend, **options)
+        else:
+            optimizer = rft.AnchoredAdamW(params, lr=1e-2, weight_decay=1e-2, backend=backend, **options)
+        run(optimizer, params, steps=4)
+        found[backend] = params, optimizer.telemetry()
+    assert far(found["triton"][0], found["reference"][0]) <= 16
+    for name, of in found["reference"][1].items():
+        assert found["triton"][1][name] == pytest.approx(of, abs=1e-4, rel=1e-4, nan_ok=True), name
+    assert any(float(of.selections) > 0 for of in found["triton"][1].values())

@@ -60,7 +60,7 @@ def give_grads(params, t, maximize=False):
     for k, p in enumerate(params):
         fixed, noise = torch.Generator().manual_seed(k), torch.Generator().manual_seed(1000 * t + k)
         away = torch.randn(p.shape, generator=fixed) + 0.1 * torch.randn(p.shape, generator=noise)
-        p.grad = (TURNS[t % len(TURNS)] * (-away if maximize else away)).to(p.dtype)
+        p.grad = (TURNS[t % len(TURNS)] * (-away if maximize else away)).to(p)
 
 
 def run(optimizer, params, steps=8, start=0, maximize=False):
