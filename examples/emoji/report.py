@@ -49,7 +49,14 @@ def write(rows: list[Row], style: str, folder: Path) -> str:
         "## The same, style by style",
         table([styles(method, runs[config]) for method, config in best.items()]),
         "## At each learning rate, strength chosen by validation",
-        table([differences(runs, at_lr(runs, lr), method) for lr in lrs for method in best if method != ZERO_SHOT]),
+        table(
+            [
+                differences(runs, at, method)
+                for at in (at_lr(runs, lr) for lr in lrs)
+                for method in at
+                if method != ZERO_SHOT
+            ]
+        ),
         "## Deviation and OOD accuracy over the strengths",
         sweeps(runs | swept, lrs[-1]) or "No method was run at more strengths than the grid's.",
         "## Where the learned radii hold back",
