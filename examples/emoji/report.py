@@ -38,6 +38,7 @@ def write(rows: list[Row], style: str, folder: Path) -> str:
     runs, swept, tenth = by_config(rows), by_config(rows, sweep=True), by_config(rows, share=0.1)
     best = chosen(runs)
     lrs = sorted({config.lr for config in runs if config.lr})
+    by_lr = [at_lr(runs, lr) for lr in lrs]
     seeds = len({row["seed"] for row in rows})
     sections = [
         f"# Emoji: fine-tuned in the style {style}, {seeds} seeds",
@@ -49,14 +50,7 @@ def write(rows: list[Row], style: str, folder: Path) -> str:
         "## The same, style by style",
         table([styles(method, runs[config]) for method, config in best.items()]),
         "## At each learning rate, strength chosen by validation",
-        table(
-            [
-                differences(runs, at, method)
-                for at in (at_lr(runs, lr) for lr in lrs)
-                for method in at
-                if method != ZERO_SHOT
-            ]
-        ),
+        table([differences(runs, at, method) for at in by_lr for method in at if method != ZERO_SHOT]),
         "## Deviation and OOD accuracy over the strengths",
         sweeps(runs | swept, lrs[-1]) or "No method was run at more strengths than the grid's.",
         "## Where the learned radii hold back",
