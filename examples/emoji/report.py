@@ -29,6 +29,7 @@ class Config(NamedTuple):
 
 Runs = dict[Config, list[Row]]  # the rows of each seed
 CURVES = {name: origin for origin, method in METHODS.items() for name in method.afterwards}
+FIXED = {name for name, method in METHODS.items() if len(method.strengths) == 1} | {LEARNED, ZERO_SHOT}
 
 
 def write(rows: list[Row], style: str, folder: Path) -> str:
@@ -123,7 +124,7 @@ def name_of(config: Config) -> dict[str, str]:
     return {
         "method": config.method + origin,
         "lr": f"{config.lr:g}" if config.lr else "–",
-        "strength": f"{config.strength:g}" if config.strength else "–",
+        "strength": "–" if config.method in FIXED else f"{config.strength:g}",
     }
 
 
