@@ -87,7 +87,7 @@ def test_report(tmp_path):
     assert report.paired(runs[Config("SPD", 1e-3, 1.0)], runs[Config(BASELINE, 1e-3, 0.0)], "ood").startswith("+9.0 [+")
     text = report.write(rows, STYLES[0], tmp_path)
     assert "| SPD | 0.001 | 1 | 61.0 |" in text
-    assert "SPD at learning rate 0.001; 0 is AdamW" in text
+    assert "SPD at learning rate 0.001; the first row is AdamW" in text
     assert "| all | lower | 10.000 | 5.000 | 0.50 |" in text
     assert "| a tenth | upper | 10.000 | 5.000 | 0.50 |" in text
     pictures = {file.name for file in tmp_path.glob("*.png")}
