@@ -158,8 +158,8 @@ def sweeps(runs: Runs, lr: float) -> str:
         found = [config for config in runs if config[:2] == (BASELINE, lr)] + found
         deviation, ood = ([average(runs[config], key) for config in found] for key in ("deviation", "ood"))
         parts.append(
-            f"{method} at learning rate {lr:g}; the first row is {BASELINE}. Pearson's r of deviation and OOD accuracy over the "
-            f"strengths: {correlation(deviation, ood):+.2f}"
+            f"{method} at learning rate {lr:g}; the first row is {BASELINE}. Pearson's r of deviation and OOD accuracy "
+            f"over the strengths: {correlation(deviation, ood):+.2f}"
         )
         parts.append(table([line(config, runs[config]) | {"method": method} for config in found]))
     return "\n\n".join(parts)
