@@ -114,7 +114,7 @@ def main() -> None:
     (args.out / "digits.md").write_text(
         f"# Digits: {args.seeds} seeds, {args.steps} steps\n\n"
         f"Written by `python -m examples.digits.run --out {args.out}` with {made}. Accuracies in percent, mean ± "
-        f"standard deviation over seeds.\n\n{text}\n"
+        f"standard deviation over seeds.\n\n{text}\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
     )
     print("pictures:", *files)
 
