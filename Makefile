@@ -21,7 +21,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python -m examples.digits.run
 
-# Some two hours on two cores, and 100 MB of packages; it can be stopped, and goes on where it was.
+# Some 90 minutes on two cores, and 100 MB of packages; it can be stopped, and goes on where it was.
 experiment-emoji: install
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/emoji/requirements.txt
 	$(BIN)/python -m examples.emoji.run $(ARGS)

@@ -122,16 +122,11 @@ def tpgm(rounds: int) -> list[str]:
             seconds = _timed(run) / steps
             if t:
                 times[name].append(seconds)
-    return [
-        f"TPGM's own work, a step of {steps} / {of}: {ratio(*(times[name] for name in pair))}"
-        for pair, of, steps in (
-            (("one", "model"), "forward and backward of 12 blocks, batch 8", 1),
-            (("twenty", "model"), "forward and backward of 12 blocks, batch 8", 20),
-        )
-    ] + [
-        f"TPGM, the authors' loop / ours, a step of {steps}: {ratio(times['loop'], times[name])}"
-        for name, steps in (("one", 1), ("twenty", 20))
-    ]
+    model_work, lines = "forward and backward of 12 blocks, batch 8", []
+    for name, steps in (("one", 1), ("twenty", 20)):
+        lines.append(f"TPGM's own work, a step of {steps} / {model_work}: {ratio(times[name], times['model'])}")
+        lines.append(f"TPGM, the authors' loop / ours, a step of {steps}: {ratio(times['loop'], times[name])}")
+    return lines
 
 
 def main() -> None:
