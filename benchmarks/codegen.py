@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from robustft_kernels.triton_kernels import row_sweeps, sweeps
+from robustft_kernels.triton_kernels import norm, row_sweeps, sweeps
 from robustft_kernels.triton_kernels.table import options_of, variant_of
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -43,7 +43,7 @@ ROW_RULES = ("ftp", "project_mars", "project_rows", "spd_rows", "mars_sp")
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
     "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "measures": "*fp64", "alphas": "*fp64",
-    "grad_scale": "*fp32", "found_inf": "*fp32", "largest": "*i64",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "largest": "*i64", "counter": "*i32", "squared": "*fp64",
 }  # fmt: skip
 
 
@@ -51,7 +51,8 @@ ARGUMENTS = {
 class Shipped:
     """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
     an anchor and the last of the states, some not. coupled: with the rule "l2sp_coupled" too. rows: the kernels for
-    segments that are rows."""
+    segments that are rows. low: bfloat16 moments. master: float32 master weights. norm: the kernel for the gradients'
+    norm."""
 
     base: Base
     states: int
@@ -62,13 +63,19 @@ class Shipped:
     mixed: bool = False
     coupled: bool = False
     rows: bool = False
+    low: bool = False
+    master: bool = False
+    norm: bool = False
 
     @property
     def name(self) -> str:
         state = {("adamw", 3): " amsgrad", ("sgd", 1): " momentum"}.get((self.base.name, self.states), "")
         anchor = "zero" if self.anchor is None else NAMES[self.anchor]
+        if self.norm:
+            return f"norm of {NAMES[self.param]} gradients"
         extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options
         extras += ", mixed" * self.mixed + ", coupled" * self.coupled
+        extras += ", bf16 moments" * self.low + ", master" * self.master
         return f"{'rows, ' * self.rows}{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
 
     @property
@@ -76,12 +83,18 @@ class Shipped:
         """What the sweeps move for a parameter: read θ, g, θ₀ and the state, write θ and the state; pull. By rows with
         FTP, which has the most: survey g and the delta; write that too."""
         size, anchor = self.param.itemsize, 0 if self.anchor is None else self.anchor.itemsize
-        moment, delta = (8, 8) if self.param == F64 else (4, 2)
+        moment, delta = (8, 8) if self.param == F64 else (2 if self.low else 4, 2)
         step, pull = 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
+        if self.norm:
+            return (size,)
+        if self.master:  # read and written beside the weights; the pull reads it alone
+            step, pull = step + 8, 8 + size + anchor
         return (size + delta, step + delta, pull) if self.rows else (step, pull)
 
     @property
     def kernels(self) -> dict[str, Any]:
+        if self.norm:
+            return {"norm_sweep": norm.norm_sweep}
         if self.rows:
             return {name: getattr(row_sweeps, name) for name in ("row_survey", "row_step", "row_pull")}
         return {name: getattr(sweeps, name) for name in ("step_sweep", "pull_sweep", "ticket_sweep")}
@@ -89,7 +102,13 @@ class Shipped:
     def variant(self) -> sweeps.Variant:
         return variant_of(
             self.base,
-            (self.param, self.param, self.anchor or self.param),
+            (
+                F32 if self.master else self.param,
+                self.param,
+                self.anchor or self.param,
+                BF16 if self.low else F64 if self.param == F64 else F32,
+                self.param if self.master else None,
+            ),
             states=(self.states - self.mixed, self.states),
             rules=ROW_RULES if self.rows else TENSOR_RULES + ("l2sp_coupled",) * self.coupled,
             stochastic=self.stochastic,
@@ -133,6 +152,17 @@ VARIANTS += [
     Shipped(STILL, 0, F32, F32, rows=True),
     Shipped(STILL, 0, F32, F32),
 ]
+VARIANTS += [
+    Shipped(ADAMW, 2, F32, BF16, low=True),
+    Shipped(ADAMW, 3, BF16, BF16, low=True, stochastic=True),
+    Shipped(ADAMW, 2, BF16, BF16, master=True),
+    Shipped(ADAMW, 2, F16, F16, master=True, options=True),
+    Shipped(ADAMW, 2, BF16, BF16, low=True, master=True),
+    Shipped(SGD, 1, BF16, BF16, low=True, master=True),
+    Shipped(ADAMW, 2, BF16, BF16, low=True, master=True, rows=True),
+    Shipped(ADAMW, 2, F32, F32, low=True, rows=True),
+]
+VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F64)]
 
 
 def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
@@ -206,7 +236,7 @@ def table(found: list[dict[str, Any]]) -> str:
         if row["target"] == "sm_90":
             by_variant.setdefault(row["variant"], {})[row["kernel"]] = row
     for name, kernels in by_variant.items():
-        step = kernels.get("row_step") or kernels["step_sweep"]
+        step = next(kernels[k] for k in ("row_step", "step_sweep", "norm_sweep") if k in kernels)
         lines.append(
             f"| {name} | {' + '.join(map(str, step['bytes']))} | "
             f"{', '.join(str(kernel['registers']) for kernel in kernels.values())} | "

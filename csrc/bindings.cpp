@@ -75,13 +75,13 @@ void bump_version(const Tensor& tensor) {
 template <class Hyper>
 class PreparedStep {
  public:
-  // What each state list is called, and whether the parameters of a group with this row have an entry in it.
+  // What each list of moments is called, and whether the parameters of a group with this row have an entry in it.
   struct StateList {
     const char* name;
     bool (*drawn)(const Hyper&);
   };
 
-  // states: as `lists` has them, then deltas and radius_states.
+  // states: as `lists` has them, then deltas, radius_states and masters.
   PreparedStep(BaseSweep<Hyper> sweep, const std::vector<StateList>& lists, bool (*counted)(const Hyper&), Tensors params,
                const Tensors& anchors, const std::vector<Tensors>& states, const Tensors& steps, Tensor measures,
                Tensor alphas, Tensor hyper, const std::vector<int64_t>& group_sizes,
@@ -98,7 +98,9 @@ class PreparedStep {
     const bool learning = states.size() > lists.size();
     Feed<Tensor> delta_feed(learning ? states[lists.size()] : none, "deltas");
     Feed<Tensor> radius_feed(learning ? states[lists.size() + 1] : none, "radius_states");
-    Feed<int64_t> seed_feed(seeds, "seeds");
+    Feed<Tensor> master_feed(learning ? states[lists.size() + 2] : none, "masters");
+    TORCH_CHECK(seeds.empty() || seeds.size() == params.size(), "robustft: seeds has ", seeds.size(), " entries for ",
+                params.size(), " params; give one each, or none");
     int64_t segments = 0;
     for (int row = 0; row < groups; ++row) {
       const Rule& rule = rule_of(rules[row]);
@@ -122,10 +124,14 @@ class PreparedStep {
                       "robustft: the step count of params[", i, "] must be one float32 on the CPU");
         }
         Job job{};
-        if (h.stochastic_rounding) {
-          const int64_t seed = seed_feed.next();
-          if (held.param.scalar_type() == at::kBFloat16) job.param.seed = seed;
+        if (h.master_weights && held.param.element_size() == 2) {
+          held.master = master_feed.next();
+          TORCH_CHECK(held.master.scalar_type() == at::kFloat, "robustft: masters are float32");
         }
+        job.param.seed = seeds.empty() ? 0 : seeds[i];
+        job.param.dithered =
+            h.stochastic_rounding && held.param.scalar_type() == at::kBFloat16 && !held.master.defined();
+        job.param.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
         job.rule = &rule;
         job.row = row;
         job.param.rows = rows_of(held.param, rule.rows || rule.survey != Survey::none);
@@ -135,10 +141,32 @@ class PreparedStep {
       }
     }
     param_feed.check_all_taken(), anchor_feed.check_all_taken(), step_feed.check_all_taken();
-    seed_feed.check_all_taken(), delta_feed.check_all_taken(), radius_feed.check_all_taken();
+    delta_feed.check_all_taken(), radius_feed.check_all_taken(), master_feed.check_all_taken();
     for (const auto& feed : state_feeds) feed.check_all_taken();
     check_table(measures_, {segments, kMeasures}, "measures");
     check_table(alphas_, {segments}, "alphas");
+  }
+
+  // The sum of all squares of gradients, in an order of its own that does not depend on the threads.
+  Tensor squared_norm(const Tensors& grads) const {
+    static const Rule& rule = rule_of("observe");
+    Tensors dense;  // alive until the sweep is done
+    std::vector<Job> jobs(grads.size());
+    std::vector<double> measures(kMeasures * grads.size()), alphas(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      dense.push_back(grads[i].is_non_overlapping_and_dense() ? grads[i] : grads[i].contiguous());
+      Job& job = jobs[i];
+      job.param.rows = rows_of(dense[i], false);
+      job.param.param = buffer_of(dense[i], dense[i], "grads");
+      job.rule = &rule, job.measures = &measures[kMeasures * i], job.alphas = &alphas[i];
+    }
+    py::gil_scoped_release release;
+    robustft::run(jobs, [](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring, Measures* found) {
+      sweeps().still(job.param, {}, 0, alpha, piece, measuring, found);
+    });
+    double sum = 0;
+    for (size_t i = 0; i < grads.size(); ++i) sum += measures[kMeasures * i + 1];
+    return at::scalar_tensor(sum, at::kDouble);
   }
 
   void run(const Tensors& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
@@ -165,7 +193,7 @@ class PreparedStep {
 
  private:
   struct Held {
-    Tensor param, anchor, state[3], delta, radius, step;
+    Tensor param, anchor, state[3], delta, radius, master, step;
   };
 
   // Thousands of small tensors: their headers are scattered, and waiting for them would cost as much as the step.
@@ -194,6 +222,7 @@ class PreparedStep {
     p.sign = (h.maximize ? -1 : 1) / scale;
     p.penalty = job.rule->penalty(h.strength);
     p.param = buffer_of(held.param, held.param, "params");
+    if (held.master.defined()) p.working = p.param, p.param = buffer_of(held.master, held.param, "masters");
     if (grad && same_layout(*grad, held.param)) {
       p.grad = buffer_of(*grad, held.param, "grads");
     } else if (grad) {
@@ -223,22 +252,22 @@ using Names = std::vector<std::string>;
 
 AdamWStep prepare_adamw(Tensors params, const Tensors& anchors, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                         const Tensors& max_exp_avg_sqs, const Tensors& deltas, const Tensors& radius_states,
-                        const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper, const Sizes& group_sizes,
-                        const Names& rules, const Sizes& seeds) {
+                        const Tensors& masters, const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper,
+                        const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
   const auto always = [](const AdamWHyper&) { return true; };
   const auto amsgrad = [](const AdamWHyper& h) { return h.amsgrad != 0; };
   return {sweeps().adamw, {{"exp_avgs", always}, {"exp_avg_sqs", always}, {"max_exp_avg_sqs", amsgrad}}, always,
-          std::move(params), anchors, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, deltas, radius_states}, steps,
+          std::move(params), anchors, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, deltas, radius_states, masters}, steps,
           std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 
 SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momentum_buffers, const Tensors& deltas,
-                    const Tensors& radius_states, const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper,
-                    const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
+                    const Tensors& radius_states, const Tensors& masters, const Tensors& steps, Tensor measures,
+                    Tensor alphas, Tensor hyper, const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
   const auto momentum = [](const SGDHyper& h) { return h.momentum != 0; };
   const auto counted = [](const SGDHyper& h) { return h.momentum != 0 || h.stochastic_rounding != 0; };
   return {sweeps().sgd, {{"momentum_buffers", momentum}}, counted, std::move(params), anchors,
-          {momentum_buffers, deltas, radius_states}, steps, std::move(measures), std::move(alphas), std::move(hyper),
+          {momentum_buffers, deltas, radius_states, masters}, steps, std::move(measures), std::move(alphas), std::move(hyper),
           group_sizes, rules, seeds};
 }
 
@@ -303,8 +332,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace robustft;
   const py::arg grads("grads");
   const py::arg_v grad_scale = py::arg("grad_scale") = py::none(), found_inf = py::arg("found_inf") = py::none();
-  py::class_<AdamWStep>(m, "AdamWStep").def("__call__", &AdamWStep::run, grads, grad_scale, found_inf);
-  py::class_<SGDStep>(m, "SGDStep").def("__call__", &SGDStep::run, grads, grad_scale, found_inf);
+  py::class_<AdamWStep>(m, "AdamWStep")
+      .def("__call__", &AdamWStep::run, grads, grad_scale, found_inf)
+      .def("squared_norm", &AdamWStep::squared_norm, grads);
+  py::class_<SGDStep>(m, "SGDStep")
+      .def("__call__", &SGDStep::run, grads, grad_scale, found_inf)
+      .def("squared_norm", &SGDStep::squared_norm, grads);
   py::class_<StillStep>(m, "StillStep").def("__call__", &StillStep::run, grads, grad_scale, found_inf);
   m.def("prepare_adamw", &prepare_adamw);
   m.def("prepare_sgd", &prepare_sgd);

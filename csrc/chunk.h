@@ -42,13 +42,16 @@ struct Penalty {
 struct Param {
   Rows rows;
   Buffer param;
+  Buffer working;   // where param is the float32 master of 16-bit weights: those
   Buffer grad;      // absent, where the base needs none
   Buffer anchor;    // absent: the anchor is zero
   Buffer state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGD: momentum_buffer
   Buffer delta;     // where c goes, if anywhere
   Penalty penalty;
-  double sign = 1;        // what turns the gradient into that of what the step minimizes
-  int64_t seed = -1;      // of a bf16 param's stochastic rounding; negative: round to nearest
+  double sign = 1;          // what turns the gradient into that of what the step minimizes
+  int64_t seed = 0;         // of what is rounded stochastically:
+  bool dithered = false;    // a bf16 param
+  bool low_state = false;   // bf16 moments
 };
 
 // A part of a Param: rows from `row`, and of each the elements [begin, end).
@@ -190,16 +193,26 @@ void store(const T* from, const Block& block, const Buffer& to) {
 
 // What values become once they are stored.
 template <class S, class T>
-void round_as(int n, T* values) {
+void round_as(int n, const T* values, T* to) {
   alignas(64) S stored[kTile];
   store_as<S>(values, n, stored, 0);
-  load_as<S>(stored, 0, n, values);
+  load_as<S>(stored, 0, n, to);
 }
 
 template <class T>
 void round_to(DType dtype, int n, T* values) {
-  if (dtype == DType::bf16) round_as<bf16>(n, values);
-  if (dtype == DType::f16) round_as<f16>(n, values);
+  if (dtype == DType::bf16) round_as<bf16>(n, values, values);
+  if (dtype == DType::f16) round_as<f16>(n, values, values);
+}
+
+// A master weight counts as long as it rounds to the weight that is worked with: who writes that, writes both.
+template <class T>
+void reconcile(DType dtype, int n, const T* working, T* master) {
+  alignas(64) T shown[kTile];
+  std::memcpy(shown, master, n * sizeof(T));
+  round_to(dtype, n, shown);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) master[i] = shown[i] == working[i] ? master[i] : working[i];
 }
 
 // MurmurHash3's finalizer: every bit sways every bit of the result.
@@ -209,33 +222,47 @@ inline uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The key of one stochastic rounding of a tensor: of its seed, the step and, within the step, the sweep.
-inline uint32_t rounding_key(int64_t seed, double t, uint32_t phase) {
-  return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 2 + phase)) ^ uint32_t(seed));
+// What is rounded stochastically within a step, each with bits of its own.
+enum class Phase : uint32_t { step, pull, moments };
+
+inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
+  return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
 }
 
-// Values become a bf16 neighbour, the upper one with the probability of their distance from the lower; the counter is
-// the element's place in memory, from `offset`, and all must share its upper 32 bits.
-ROBUSTFT_INLINE void dither_within(int n, uint32_t key, int64_t offset, float* values) {
+// A finite value becomes a bf16 neighbour, the upper one with the probability of its distance from the lower.
+ROBUSTFT_INLINE float dithered(float value, uint32_t chance) {
+  const uint32_t bits = bit_cast<uint32_t>(value), moved = (bits + chance) & 0xffff0000u;
+  return bit_cast<float>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
+}
+
+// The counter is the element's place in memory, from `offset`, and all must share its upper 32 bits. The second values,
+// if there are any, take the other half of the random bits.
+template <bool kTwo>
+ROBUSTFT_INLINE void dither_within(int n, uint32_t key, int64_t offset, float* values, float* second) {
   const uint32_t low = uint32_t(offset), high = mix(key + uint32_t(offset >> 32));
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const uint32_t bits = bit_cast<uint32_t>(values[i]);
-    const uint32_t moved = (bits + (mix(mix((low + uint32_t(i)) ^ key) + high) >> 16)) & 0xffff0000u;
-    values[i] = bit_cast<float>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
+    const uint32_t random = mix(mix((low + uint32_t(i)) ^ key) + high);
+    values[i] = dithered(values[i], random >> 16);
+    if constexpr (kTwo) second[i] = dithered(second[i], random & 0xffff);
   }
 }
 
-ROBUSTFT_INLINE void dither(int n, uint32_t key, const Block& block, int i, float* values) {
+template <bool kTwo>
+ROBUSTFT_INLINE void dither_all(int n, uint32_t key, const Block& block, int i, float* values, float* second) {
   const int64_t first = block[i], ahead = (int64_t(1) << 32) - (first & 0xffffffff);
-  if (block.scattered())
-    for (int k = 0; k < n; ++k) dither_within(1, key, block[i + k], values + k);
-  else if (n <= ahead)
-    dither_within(n, key, first, values);
-  else
-    dither_within(int(ahead), key, first, values), dither_within(int(n - ahead), key, first + ahead, values + ahead);
+  const int near = block.scattered() ? 0 : int(n <= ahead ? n : ahead);
+  if (near) dither_within<kTwo>(near, key, first, values, second);
+  for (int k = near; k < n; ++k) dither_within<kTwo>(1, key, block[i + k], values + k, kTwo ? second + k : nullptr);
 }
-inline void dither(int, uint32_t, const Block&, int, double*) {}  // a float64 param is never bf16
+
+ROBUSTFT_INLINE void dither(int n, uint32_t key, const Block& block, int i, float* values, float* second = nullptr) {
+  if (second)
+    dither_all<true>(n, key, block, i, values, second);
+  else
+    dither_all<false>(n, key, block, i, values, nullptr);
+}
+inline void dither(int, uint32_t, const Block&, int, double*, double* = nullptr) {}  // float64 keeps its state alike
 
 // A block of a buffer as numbers of the arithmetic type: the memory itself where it already holds that type
 // (no copy), otherwise a staged conversion.

@@ -1,39 +1,146 @@
-"""Where θ₀ lives: a copy of the weights at construction, nowhere (zero), or tensors of the user's."""
+"""Where θ₀ lives: a copy of the weights at construction, nowhere (zero), a file, or tensors of the user's; on the
+parameters' device or in host memory."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .state import beside, copy_beside
+from .state import is_dense, is_reachable, keep_anchor
 
-Anchor = str | Sequence[Tensor] | Mapping[str, Tensor] | None
-KINDS = ("initial", "zero")
+Path_ = str | PathLike[str]
+Anchor = Path_ | Sequence[Tensor] | Mapping[str, Tensor] | None
+KINDS = ("initial", "zero", "file", "given")
+EXACT = "exact"
+NARROWER = (torch.bfloat16, torch.float16, torch.float32)  # what may hold wider weights exactly, best first
+PIECE = 2**20  # elements
+INDEX = "model.safetensors.index.json"
 
 
 def resolve(
-    spec: Anchor, params: list[Tensor], names: list[str] | None, labels: list[str], *, anchored: bool
+    spec: Anchor,
+    params: list[Tensor],
+    names: list[str] | None,
+    labels: list[str],
+    *,
+    anchored: bool,
+    dtype: torch.dtype | str | None = EXACT,
+    device: str | None = None,
 ) -> tuple[str, list[Tensor] | None]:
-    """What a group's `anchor` means: its kind ("initial", "zero" or "given"), and one tensor for each parameter.
+    """What a group's `anchor` means: its kind (of `KINDS`), and one tensor for each parameter.
 
-    spec: "initial" copies the weights as they are now; "zero", or None, keeps nothing; a sequence is parallel to
-        `params`; a mapping goes by `names`. Given tensors are used as they are, and copied only if their memory
-        layout differs from the parameter's. They are never written.
-    anchored: whether the group's method needs them; if not, "initial" copies nothing.
+    spec: "initial" copies the weights as they are now; "zero", or None, keeps nothing; a path names a safetensors file,
+        its index, or the directory of either, and is mapped into memory, by `names`; a sequence is parallel to
+        `params`; a mapping goes by `names`. What is given is used as it is, and copied only if its memory layout,
+        `dtype` or `device` asks for it. It is never written.
+    anchored: whether the group's method needs them; if not, nothing is copied or read.
+    dtype: of the anchors; "exact" copies the weights in the smallest dtype that holds all of the group exactly, and
+        leaves what is given as it is; None is the parameter's.
+    device: None is the parameter's; "cpu" keeps them in host memory, pinned where a GPU is to read them.
 
-    Raises ValueError for an unknown word, a missing or surplus entry, or a tensor that cannot anchor its parameter.
+    Raises ValueError for an unknown word, a missing entry, or a tensor that cannot anchor its parameter; ImportError
+    for a file without safetensors.
     """
-    if spec is None or isinstance(spec, str):
-        kind = "zero" if spec is None else spec
-        if kind not in KINDS:
-            raise ValueError(f"unknown anchor {spec!r}: use 'initial', 'zero', a list of tensors or a mapping by name")
-        if kind == "zero" or not anchored:
-            return kind, None
-        return kind, [copy_beside(param, param) for param in params]
-    given = _by_name(spec, names) if isinstance(spec, Mapping) else _in_order(spec, params)
+    kind = "zero" if spec is None else spec if isinstance(spec, str) and spec in KINDS[:2] else "given"
+    if kind == "zero" or (not anchored and (kind == "initial" or isinstance(spec, str | PathLike))):
+        return ("initial" if kind == "given" else kind), None
+    if kind == "initial":
+        dtypes = exact_dtypes(params) if dtype == EXACT else [_asked(dtype, param) for param in params]
+        copies = zip(params, dtypes, strict=True)
+        return kind, [keep_anchor(param, param, own, device, copy=True) for param, own in copies]
+    if isinstance(spec, str | PathLike):
+        kind, spec = "file", read(spec)
+    given = _by_name(spec, names) if isinstance(spec, Mapping) else _in_order(spec or (), params)
     for anchor, param, label in zip(given, params, labels, strict=True):
-        check_fits(anchor, param, label)
+        check_fits(anchor, param, label, anywhere=kind == "file" or device is not None)
         _check_apart(anchor, param, label)
-    return "given", [beside(param, anchor.detach()) for anchor, param in zip(given, params, strict=True)]
+    return kind, [
+        keep_anchor(param, anchor.detach(), None if dtype == EXACT else _asked(dtype, param), device)
+        for param, anchor in zip(params, given, strict=True)
+    ]
+
+
+def exact_dtypes(params: Sequence[Tensor]) -> list[torch.dtype]:
+    """For each of these weights the smallest dtype that holds all of them exactly, if it is smaller than its own."""
+    for dtype in NARROWER:
+        wider = [param.detach() for param in params if param.dtype.itemsize > dtype.itemsize]
+        if wider and all(_holds(dtype, param) for param in wider):
+            return [dtype if param.dtype.itemsize > dtype.itemsize else param.dtype for param in params]
+    return [param.dtype for param in params]
+
+
+def _holds(dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether `dtype` holds these weights exactly; looked at piece by piece, until one does not fit."""
+    flat = param.as_strided((param.numel(),), (1,)) if is_dense(param) else param.flatten()
+    return all(torch.equal(piece.to(dtype).to(piece.dtype), piece) for piece in flat.split(PIECE))
+
+
+def check_options(dtype: object, device: object) -> None:
+    """Raises ValueError for an `anchor_dtype` or `anchor_device` that `resolve` does not know."""
+    if not (dtype is None or dtype == EXACT or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"anchor_dtype must be 'exact', None or a floating-point torch.dtype, got {dtype!r}")
+    if device not in (None, "cpu"):
+        raise ValueError(f"anchor_device must be None (the parameters') or 'cpu', got {device!r}")
+
+
+def _asked(dtype: torch.dtype | str | None, param: Tensor) -> torch.dtype:
+    assert not isinstance(dtype, str)
+    return dtype or param.dtype
+
+
+def read(path: Path_) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, mapped into memory: their pages are the file's, read when they are
+    touched, and shared by all processes that map it.
+
+    Args:
+        path: a `.safetensors` file; the `.index.json` of several; or a directory with a `model.safetensors` or its
+            index, as Hugging Face's `save_pretrained` makes it.
+
+    Raises FileNotFoundError, ValueError for what is no such file, ImportError without safetensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / INDEX if (path / INDEX).exists() else path / "model.safetensors"
+    if not path.exists() and path.suffix not in (".safetensors", ".json"):
+        raise ValueError(
+            f"unknown anchor {str(path)!r}: use 'initial', 'zero', a list of tensors, a mapping by name, or the path "
+            "of a safetensors file"
+        )
+    if path.name.endswith(".safetensors.index.json"):
+        files = sorted({path.parent / name for name in json.loads(path.read_text())["weight_map"].values()})
+    elif path.suffix == ".safetensors":
+        files = [path]
+    else:
+        raise ValueError(f"anchors are read from .safetensors files, or their .index.json, not {path.name!r}")
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError("anchors in a file need safetensors: pip install safetensors") from error
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+    return tensors
+
+
+_digests = WeakTensorKeyDictionary()  # of anchors, with the version for which they hold
+
+
+def digest(anchor: Tensor) -> Tensor:
+    """SHA-256 of an anchor's dtype, shape and elements in the order of their indices: 32 bytes. Computed once."""
+    version = 0 if anchor.is_inference() else anchor._version
+    known: tuple[int, Tensor] | None = _digests.get(anchor)
+    if known is None or known[0] != version:
+        content = anchor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
+        sha.update(content.data)
+        known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
+    return known[1]
 
 
 def check_no_surplus(spec: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -57,14 +164,26 @@ def _in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
     return given
 
 
-def check_fits(anchor: Tensor, param: Tensor, label: str) -> None:
-    """Raises ValueError, or TypeError for no tensor, where `anchor` cannot be that of `param`, called `label`."""
+def check_digest(anchor: Tensor | None, saved: Tensor, label: str) -> None:
+    """Raises ValueError where `anchor` is not what a checkpoint was made with."""
+    if anchor is None:
+        raise ValueError(f"the checkpoint leaves the anchor of {label} to a file; make the optimizer with that anchor")
+    if not torch.equal(digest(anchor), saved.cpu()):
+        raise ValueError(f"the anchor of {label} is not the one that the checkpoint was made with: another file?")
+
+
+def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = False) -> None:
+    """Raises ValueError, or TypeError for no tensor, where `anchor` cannot be that of `param`, called `label`.
+    anywhere: whether it may still be on another device."""
     if not isinstance(anchor, Tensor):
         raise TypeError(f"the anchor of {label} is a {type(anchor).__name__}, not a tensor")
     if anchor.shape != param.shape:
         raise ValueError(f"the anchor of {label} has shape {tuple(anchor.shape)}, the parameter {tuple(param.shape)}")
-    if anchor.device != param.device:
-        raise ValueError(f"the anchor of {label} is on {anchor.device}, the parameter on {param.device}; move it there")
+    if not anywhere and not is_reachable(anchor, param):
+        raise ValueError(
+            f"the anchor of {label} is on {anchor.device}, the parameter on {param.device}; move it there, or give "
+            "anchor_device='cpu' to keep it in host memory"
+        )
     if not anchor.is_floating_point():
         raise ValueError(f"the anchor of {label} is {anchor.dtype}; a floating-point tensor is needed")
 

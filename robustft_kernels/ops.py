@@ -5,8 +5,10 @@ One op a base, one overload a backend:
     robustft::adamw_.native(Tensor(a!)[] params, Tensor[] grads, Tensor[] anchors, Tensor(b!)[] exp_avgs, ...) -> ()
 
 Each does a whole step for all its tensors: base step, measure, decide, pull. `group_sizes` says how many consecutive
-params share a row of `hyper` (float64, on the CPU, columns `Base.hyper`) and a rule. A list that only some groups need
-(anchors, max_exp_avg_sqs, seeds, ...) has entries for the params of those groups alone, in their order. What the step
+params share a row of `hyper` (float64, on the CPU, columns `Base.hyper`) and a rule. A list that only some params need
+(anchors, max_exp_avg_sqs, ...) has entries for those params alone, in their order; seeds has one for each param, or
+none where nothing is rounded stochastically. Where a param has a master, that is stepped, and the param shows it,
+rounded; a param that is not its master rounded has been written by somebody, and counts. What the step
 found goes to `measures` (float64, one row ⟨g,d⟩, |d|, |c|−|d| a segment, |·| being ‖·‖² of a tensor and Σ|·| of a row;
 nan where the rule needs none; then a count that grows where α ≠ 1) and `alphas`, segment after segment; rules "given"
 read `alphas` instead. Gradients are divided by `grad_scale`; where `found_inf` is not 0, nothing is written. The base
@@ -21,7 +23,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +39,17 @@ except ImportError as error:
 else:
     NATIVE_MISSING = ""
 
-Run = Callable[..., None]  # of grads, grad_scale, found_inf
+
+class Run(Protocol):
+    """A step prepared."""
+
+    def __call__(
+        self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None: ...
+
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """Σ g² over all gradients, a float64 on their device; the host does not wait for it. ("still" has none.)"""
+        ...
 
 
 def _prepare_triton(
@@ -53,7 +65,7 @@ def _prepare_triton(
 PREPARE: dict[str, dict[str, Callable[..., Run]]] = {
     "triton": {base.name: partial(_prepare_triton, base, False) for base in BASES},
     "triton_tickets": {base.name: partial(_prepare_triton, base, True) for base in BASES},
-    "reference": {base.name: partial(reference.prepare, base) for base in BASES},
+    "reference": {base.name: partial(reference.PreparedStep, base) for base in BASES},
 }
 if _native is not None:
     PREPARE["native"] = {base.name: getattr(_native, f"prepare_{base.name}") for base in BASES}

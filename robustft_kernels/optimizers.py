@@ -1,7 +1,6 @@
 """torch.optim optimizers that hold each parameter near its anchor θ₀. The only file that knows torch.optim."""
 
 from collections.abc import Callable, Iterable, Mapping
-from math import isfinite
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 
 from . import anchors, ops, state
 from .anchors import Anchor
-from .bases import ADAMW, SGD, Base, Group
+from .bases import ADAMW, SGD, Base, Group, check_hyper
 from .methods import method_of, rule_of
 from .plan import Found, Plan, label_of
 from .telemetry import Telemetry, collect
@@ -20,6 +19,8 @@ Betas = tuple[float | Tensor, float | Tensor]
 
 # Keys of torch.optim's own groups that choose an implementation, not a formula.
 _TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+# What is the optimizer's own rather than a group's, and goes with copies but not with checkpoints.
+_OWN = ("backend", "save_anchors", "max_grad_norm")
 
 
 class AnchoredOptimizer(Optimizer):
@@ -29,15 +30,27 @@ class AnchoredOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf around a step
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], *, anchor: Anchor, backend: str, save_anchors: bool
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        anchor: Anchor,
+        backend: str,
+        save_anchors: bool | str,
+        max_grad_norm: float | Tensor | None,
     ) -> None:
         ops.check_backend(backend)
-        self.backend = backend
+        if save_anchors not in (True, False, "digest"):
+            raise ValueError(f"save_anchors must be True, False or 'digest', got {save_anchors!r}")
+        if max_grad_norm is not None and not float(max_grad_norm) > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+        self.backend, self.max_grad_norm = backend, max_grad_norm
+        self.grad_norm: Tensor | None = None
         self.save_anchors = save_anchors
         self._plan: Plan | None = None
         self._found: Found = {}  # of Plan; outlives it
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
-        words = anchor is None or isinstance(anchor, str)
+        words = anchor is None or anchor in ("initial", "zero")
         self._given: Anchor = None if words else anchor
         super().__init__(params, {**defaults, "anchor": anchor if words else "initial"})
         if isinstance(self._given, Mapping):
@@ -76,12 +89,17 @@ class AnchoredOptimizer(Optimizer):
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
             if group["stochastic_rounding"] and param.dtype == torch.float16:
                 raise ValueError(f"{label} is float16; stochastic_rounding is for bfloat16 (float32 needs none)")
-        _check_hyper(group)
+            if group["stochastic_rounding"] and group["master_weights"] and param.dtype == torch.bfloat16:
+                raise ValueError(f"{label} would have stochastic_rounding and master_weights; choose one of them")
+        check_hyper(group)
+        anchors.check_options(group["anchor_dtype"], group["anchor_device"])
         rule_of(group["method"], group["norm"])
         anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
-        group["anchor"], tensors = anchors.resolve(spec, params, names, labels, anchored=anchored)
+        group["anchor"], tensors = anchors.resolve(
+            spec, params, names, labels, anchored=anchored, dtype=group["anchor_dtype"], device=group["anchor_device"]
+        )
         if not shared and isinstance(spec, Mapping):
             anchors.check_no_surplus(spec, names or ())
         for param, tensor in zip(params, tensors or (), strict=tensors is not None):
@@ -97,7 +115,8 @@ class AnchoredOptimizer(Optimizer):
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
             self._plan = Plan(self.base, self.param_groups, self.state, self.backend, self._found)
             self._found = self._plan.found
-        self._plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.grad_norm = self._plan.run(*scaler, self.max_grad_norm)
         if self._plan.captured and self._plan not in self._graphed:
             self._graphed.append(self._plan)
         return loss
@@ -114,11 +133,17 @@ class AnchoredOptimizer(Optimizer):
         return collect(self.param_groups, self.state, self._found)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the anchors among the state; without them where `save_anchors=False`."""
+        """As torch's, with the anchors among the state; with their SHA-256 where they are in a file or
+        `save_anchors="digest"`, without either where `save_anchors=False`."""
         saved = super().state_dict()
-        if not self.save_anchors:
-            kept = {key: {k: v for k, v in of.items() if k != "anchor"} for key, of in saved["state"].items()}
-            saved["state"] = {key: of for key, of in kept.items() if of}
+        kinds = {key: group["anchor"] for group in saved["param_groups"] for key in group["params"]}
+        for key, of in saved["state"].items():
+            by_digest = self.save_anchors == "digest" or (self.save_anchors and kinds[key] == "file")
+            if "anchor" in of and (by_digest or not self.save_anchors):
+                kept = saved["state"][key] = {k: v for k, v in of.items() if k != "anchor"}
+                if by_digest:
+                    kept["anchor_digest"] = anchors.digest(of["anchor"])
+        saved["state"] = {key: of for key, of in saved["state"].items() if of}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +158,10 @@ class AnchoredOptimizer(Optimizer):
             saved = {**saved, "param_groups": self._complete(saved["param_groups"], saved["state"])}
             for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
                 for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
-                    state.check_loadable(param, label_of(group, k), saved["state"].get(key, {}))
+                    label, of_param = label_of(group, k), saved["state"].get(key, {})
+                    state.check_loadable(param, label, of_param)
+                    if "anchor_digest" in of_param:
+                        anchors.check_digest(self.state[param].get("anchor"), of_param["anchor_digest"], label)
             incoming.update(saved)
             return saved
 
@@ -142,7 +170,7 @@ class AnchoredOptimizer(Optimizer):
         def restore(_: Optimizer) -> None:  # torch has cast every floating state to its parameter's dtype
             for group, theirs in zip(self.param_groups, incoming["param_groups"], strict=True):
                 for param, key in zip(group["params"], theirs["params"], strict=True):
-                    loaded = state.load(param, incoming["state"].get(key, {}))
+                    loaded = state.load(param, incoming["state"].get(key, {}), group, present.get(param))
                     if group["anchor"] != "zero" and "anchor" not in loaded and present.get(param) is not None:
                         loaded["anchor"] = present[param]
                     if loaded:
@@ -184,11 +212,11 @@ class AnchoredOptimizer(Optimizer):
         return complete + saved[len(complete) :]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "save_anchors": self.save_anchors}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._found = None, {}
+        self._plan, self._found, self.grad_norm = None, {}, None
         self._graphed = []
         self._given = None
 
@@ -213,7 +241,7 @@ class AnchoredAdamW(AnchoredOptimizer):
     - "ftp": α = min(1, γ/(nᵢ + 1e-8)) of each row, with γ learned: 1e-8 at the first step; then one Adam step
       (radius_lr, radius_betas) on h = Σᵢ⟨gᵢ, c'ᵢ⟩/n'ᵢ, c' being the previous c; k·h where h > 0; and γ ≤ maxᵢ nᵢ.
 
-    Every argument up to `anchor` can be set per group, `method` included.
+    Every argument up to `capturable` can be set per group, `method` included.
 
     Args:
         params: parameters of any floating dtype and dense layout, `model.named_parameters()`, or groups of either.
@@ -226,20 +254,35 @@ class AnchoredAdamW(AnchoredOptimizer):
         k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius; 1 holds most, 0 lets radii only grow.
         radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
         anchor: "initial" (a copy of the weights now), "zero" (for adapters: no memory, no reads), a list of tensors
-            parallel to `params`, or a mapping from parameter name to tensor.
+            parallel to `params`, a mapping from parameter name to tensor, or the path of a safetensors file (or of its
+            index, or a directory with either), whose memory map all processes of a machine share.
+        anchor_dtype: "exact" copies the weights in the smallest dtype that holds those of the group exactly (a model
+            that was stored in bfloat16 costs 2 bytes a parameter), and leaves given anchors as they are; a torch.dtype
+            rounds to it; None is the parameter's.
+        anchor_device: "cpu" keeps the anchors in (pinned) host memory, from which a GPU reads them at each step, at the
+            speed of its bus; None keeps them on the parameters' device.
+        state_dtype: torch.float32, or torch.bfloat16, of the moments. Those are rounded stochastically (as below),
+            since to nearest a decay of 0.001 of the second moment would always be lost.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters, which the steps go on from; the
+            parameters show it, rounded. Where somebody else has written a parameter, that counts.
         stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value, so that
             updates below half a unit in the last place are not lost. Other dtypes are rounded to nearest.
         seed: 0 ≤ seed < 2³¹, of that rounding, which is a function of seed, parameter, step and place: a run repeats
             itself, and replicas agree. Saved with the group.
         capturable: permit the capture of `step` in a CUDA graph (Triton backend, after a step outside it). What is to
             change between replays (lr, strength ...) must then be a tensor on the device; numbers are frozen.
+        max_grad_norm: scale all gradients together down to this 2-norm, as torch.nn.utils.clip_grad_norm_, but inside
+            the step: one more reading of the gradients, which stay as they are, and no wait for the device. The norm
+            they had is then `optimizer.grad_norm`, a tensor.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
-        save_anchors: whether `state_dict` carries the anchors.
+        save_anchors: whether `state_dict` carries the anchors (True), their SHA-256 that loading compares ("digest";
+            so it always is for a file), or neither (False).
 
-    State: float32 (float64 for float64 parameters) exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, a float32
-    step (on the device with the Triton backend), and the anchor; with "ftp" the delta c, in bfloat16 (float64), and
-    radius_state, γ and the moments of its gradient in float64. Arithmetic is float32 for every parameter dtype but
-    float64. With torch.amp.GradScaler, gradients are unscaled in the kernel, which writes nothing if one is infinite.
+    State: exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, all in `state_dtype` (float64 for float64 parameters); a
+    float32 step (on the device with the Triton backend); the anchor; with master_weights the float32 master; with "ftp"
+    the delta c, in bfloat16 (float64), and radius_state, γ and the moments of its gradient in float64. Arithmetic is
+    float32 for every parameter dtype but float64. With torch.amp.GradScaler, gradients are unscaled in the kernel,
+    which writes nothing if one is infinite.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an anchor that does not fit; the message names it.
@@ -271,19 +314,28 @@ class AnchoredAdamW(AnchoredOptimizer):
         radius_lr: float = 1e-2,
         radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
+        anchor_dtype: torch.dtype | str | None = "exact",
+        anchor_device: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
         capturable: bool = False,
+        max_grad_norm: float | Tensor | None = None,
         backend: str = "auto",
-        save_anchors: bool = True,
+        save_anchors: bool | str = True,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "method": method, "norm": norm, "strength": strength, "radius": radius, "k": k,
             "radius_lr": radius_lr, "radius_betas": radius_betas,
-            "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
+            "anchor_dtype": anchor_dtype, "anchor_device": anchor_device, "state_dtype": state_dtype,
+            "master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "seed": seed,
+            "capturable": capturable,
         }  # fmt: skip
-        super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
+        super().__init__(
+            params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors, max_grad_norm=max_grad_norm
+        )
 
 
 class AnchoredSGD(AnchoredOptimizer):
@@ -321,42 +373,25 @@ class AnchoredSGD(AnchoredOptimizer):
         radius_lr: float = 1e-2,
         radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
+        anchor_dtype: torch.dtype | str | None = "exact",
+        anchor_device: str | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
         capturable: bool = False,
+        max_grad_norm: float | Tensor | None = None,
         backend: str = "auto",
-        save_anchors: bool = True,
+        save_anchors: bool | str = True,
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize, "method": method, "norm": norm, "strength": strength,
             "radius": radius, "k": k, "radius_lr": radius_lr, "radius_betas": radius_betas,
-            "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
+            "anchor_dtype": anchor_dtype, "anchor_device": anchor_device, "state_dtype": state_dtype,
+            "master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "seed": seed,
+            "capturable": capturable,
         }  # fmt: skip
-        super().__init__(params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors)
-
-
-def _check_hyper(group: Group) -> None:
-    """Raises ValueError naming the first hyper-parameter of a group that is out of its range."""
-    for key in ("lr", "eps", "weight_decay", "strength", "momentum", "dampening", "radius", "k", "radius_lr"):
-        if group.get(key) is None:
-            continue
-        if isinstance(group[key], Tensor) and group[key].numel() != 1:
-            raise ValueError(f"{key} must be one number, got a tensor of shape {tuple(group[key].shape)}")
-        value = float(group[key])
-        if not isfinite(value) or (value < 0 and key != "dampening"):
-            raise ValueError(f"{key} must be finite and at least 0, got {value}")
-        if (key == "radius" and value == 0) or (key == "k" and value > 1):
-            raise ValueError(f"{key} must be {'above 0' if key == 'radius' else 'in [0, 1]'}, got {value}")
-    if group["method"] == "project" and group["radius"] is None:
-        raise ValueError("method 'project' needs a radius: how far from its anchor a segment may go")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
-        raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
-    for key in ("betas", "radius_betas"):
-        for i, beta in enumerate(group.get(key, ())):
-            if not 0 <= float(beta) < 1:
-                raise ValueError(f"{key}[{i}] must be in [0, 1), got {float(beta)}")
-        if len(group.get(key, (0, 0))) != 2:
-            raise ValueError(f"{key} must be two numbers, got {group[key]}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("nesterov needs a momentum above 0 and dampening=0")
+        super().__init__(
+            params, defaults, anchor=anchor, backend=backend, save_anchors=save_anchors, max_grad_norm=max_grad_norm
+        )

@@ -13,6 +13,8 @@ from .bases import MEASURES, Base, Group, Row
 from .methods import method_of, rule_of, segments_of
 
 CPU = torch.device("cpu")
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+STRUCTURE = ("rule", "anchor", "stochastic_rounding", "seed", "state_dtype", "capturable")  # a plan is made for these
 Found = dict[Tensor, tuple[Tensor, Tensor]]  # of a parameter, its segments' rows of measures and their alphas
 
 
@@ -86,24 +88,45 @@ class Plan:
         """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
         return self._key == self._key_of(groups, kept)
 
-    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0.
+    def run(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        max_grad_norm: float | Tensor | None = None,
+    ) -> Tensor | None:
+        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0. With `max_grad_norm` the
+        gradients of all parameters, divided, are scaled down to that norm; returns the norm they had.
 
         While a CUDA graph is captured it becomes part of it, and whoever replays that needs this plan's memory.
         """
         capturing = _capturing()
+        grad_norm = None
+        if max_grad_norm is not None and self.launches:
+            grad_scale, grad_norm = self._clip(grad_scale, max_grad_norm)
         for launch in self.launches:
             if capturing and launch.device.type == "cuda":
                 launch.check_capturable()
             launch(grad_scale, found_inf)
         self.captured |= capturing
+        return grad_norm
+
+    def _clip(self, grad_scale: Tensor | None, max_grad_norm: float | Tensor) -> tuple[Tensor, Tensor]:
+        """What to divide the gradients by, and their norm, on the device of the first launch."""
+        device = self.launches[0].device
+        squares = [launch.squared_norm().to(device, non_blocking=True) for launch in self.launches]
+        norm = torch.stack(squares).sum().sqrt()
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device, torch.float64, non_blocking=True)
+            norm = norm / grad_scale
+        excess = ((norm + CLIP_EPS) / max_grad_norm).clamp(min=1)
+        return (excess if grad_scale is None else excess * grad_scale).float(), norm
 
     def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = [
             (
-                *(row[key] for key in ("rule", "anchor", "stochastic_rounding", "seed", "capturable")),
+                *(row[key] for key in STRUCTURE),
                 len(row["params"]),
-                *(drawn(row) for _, drawn in self.base.state),
+                *(drawn(row, torch.bfloat16) for _, drawn in self.base.state),
                 *((name, id(t), t.data_ptr()) for name, t in _tensors(row, self.base).items()),
             )
             for row in map(row_of, groups)
@@ -152,12 +175,11 @@ class Launch:
                         )
                     anchors.append(of_param["anchor"])
                 for key, drawn in base.state:
-                    if drawn(row):
+                    if drawn(row, group["params"][k].dtype):
                         lists[key].append(of_param[key])
-                if base.counted(row):
+                if base.counted(row, group["params"][k].dtype):
                     steps.append(of_param["step"])
-                if group["stochastic_rounding"]:
-                    seeds.append(group["seed"] << 32 | start + k)
+                seeds.append(group["seed"] << 32 | start + k)
 
         rules = [rule_of(group["method"], group["norm"]) for group in self.groups]
         of_rule = [rule for (_, ks, _), rule in zip(entries, rules, strict=True) for _ in ks]
@@ -185,6 +207,11 @@ class Launch:
         self._refresh()
         scaler = (None if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         self._run([param.grad for param in self.params], *scaler)
+
+    def squared_norm(self) -> Tensor:
+        """Σ g² over all gradients, in float64."""
+        self._refresh()
+        return self._run.squared_norm([param.grad for param in self.params])
 
     def check_capturable(self) -> None:
         """Raises RuntimeError where a CUDA graph must not hold this launch."""

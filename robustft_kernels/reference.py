@@ -198,15 +198,17 @@ def mix(x: Tensor) -> Tensor:
 def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | None, phase: int) -> Tensor:
     """A bfloat16 neighbour of each value, the upper with the probability of the distance from the lower.
 
-    Adds 16 random bits below the last bit that stays; they are a hash of seed, step, phase (0: θ̃, 1: the pull) and the
-    element's place in `param`'s memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep
-    Learning with Limited Numerical Precision", ICML 2015, Section 3.
+    Adds 16 random bits below the last bit that stays; they are a hash of seed, step, phase (0: θ̃, 1: the pull; 2 and 3:
+    the first moment and the second, of one hash the upper half and the lower) and the element's place in `param`'s
+    memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep Learning with Limited Numerical
+    Precision", ICML 2015, Section 3.
     """
     count = torch.zeros((), dtype=torch.int64, device=param.device) if t is None else t.to(torch.int64)
-    key = mix(mix(seed >> 32 ^ mix(count * 2 + phase)) ^ (seed & 0xFFFFFFFF)).to(param.device)
+    key = mix(mix(seed >> 32 ^ mix(count * 4 + min(phase, 2))) ^ (seed & 0xFFFFFFFF)).to(param.device)
     places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
     places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
-    chance = mix(mix(places & 0xFFFFFFFF ^ key) + mix(key + (places >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF) >> 16
+    bits = mix(mix(places & 0xFFFFFFFF ^ key) + mix(key + (places >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF)
+    chance = bits & 0xFFFF if phase == 3 else bits >> 16
     single = values.to(torch.float32)
     bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     moved = (bits + chance & 0xFFFF0000).to(torch.int32).view(torch.float32)
@@ -226,16 +228,16 @@ def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor
 
 
 class _Rounding:
-    """How a step's values become what `param` can store: rounded to nearest, or with a seed, stochastically."""
+    """How a step's values become what `stored` can hold: rounded to nearest, or with a seed, stochastically."""
 
-    def __init__(self, param: Tensor, seed: int | None, t: Tensor | None) -> None:
-        self.param, self.t = param, t
-        self.seed = seed if param.dtype == torch.bfloat16 else None
+    def __init__(self, stored: Tensor, seed: int | None, t: Tensor | None) -> None:
+        self.stored, self.t = stored, t
+        self.seed = seed if stored.dtype == torch.bfloat16 else None
 
     def __call__(self, values: Tensor, phase: int) -> Tensor:
         if self.seed is not None:
-            values = round_stochastically(values, self.param, self.seed, self.t, phase)
-        return values.to(self.param.dtype).to(values.dtype)
+            values = round_stochastically(values, self.stored, self.seed, self.t, phase)
+        return values.to(self.stored.dtype).to(values.dtype)
 
 
 class _Writer:
@@ -261,7 +263,7 @@ class _Entry:
     anchor: Tensor | None
     kept: dict[str, Tensor]
     step: Tensor | None
-    seed: int | None
+    seed: int
     segments: slice
 
 
@@ -293,9 +295,9 @@ def _entries(
                 param,
                 next(grad_feed) if grads else None,
                 next(anchor_feed) if h["anchored"] else None,
-                {key: next(feed) for key, (feed, drawn) in state_feeds.items() if drawn(row)},
-                next(step_feed) if base.counted(row) else None,
-                next(seed_feed) if h["stochastic_rounding"] else None,
+                {key: next(feed) for key, (feed, drawn) in state_feeds.items() if drawn(row, param.dtype)},
+                next(step_feed) if base.counted(row, param.dtype) else None,
+                next(seed_feed, 0),
                 slice(first, last),
             )
             first = last
@@ -323,6 +325,10 @@ def step_(
         t = None if e.step is None else e.step + 1
         work = {key: of.to(torch.float64 if key == "radius_state" else dtype, copy=True) for key, of in e.kept.items()}
         theta = e.param.to(dtype)
+        stored = e.param
+        if (master := e.kept.get("master")) is not None:  # it counts as long as it is what the parameter shows
+            stored = master
+            theta = torch.where(master.to(e.param.dtype) == e.param, master.to(dtype), theta)
         theta_0 = torch.zeros_like(theta) if e.anchor is None else e.anchor.to(dtype)
         g = torch.zeros_like(theta)
         if e.grad is not None:
@@ -333,7 +339,7 @@ def step_(
             h = {**h, "radius": work["radius_state"][0]}  # type: ignore[dict-item]
         moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
 
-        rounded = _Rounding(e.param, e.seed, t)
+        rounded = _Rounding(stored, e.seed if h["stochastic_rounding"] else None, t)
         *_, selected = measures[e.segments].T
         found = torch.full_like(measures[e.segments].T[:3], torch.nan)
         if contract[rule].measured:
@@ -354,7 +360,12 @@ def step_(
             new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
         else:
             new = rounded(pulled, phase=0)
-        write(e.param, new)
+        write(e.param, new.to(stored.dtype))
+        if master is not None:
+            work["master"] = new
+        for phase, key in enumerate(base.moments[:2], start=2):
+            if key in work and e.kept[key].dtype == torch.bfloat16:
+                work[key] = round_stochastically(work[key], e.kept[key], e.seed, t, phase)
         write(measures[e.segments], torch.stack([*found, selected + (alpha != 1)], dim=1))
         write(alphas[e.segments], alpha)
         for key, of in e.kept.items():
@@ -363,10 +374,16 @@ def step_(
             write(e.step, t)  # type: ignore[arg-type]
 
 
-def prepare(base: Base, params: list[Tensor], *args: Any) -> Callable[..., None]:
+class PreparedStep:
     """`step_` with everything taken in but the gradients and what the gradient scaler says of them."""
 
-    def run(grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def __init__(self, base: Base, params: list[Tensor], *args: Any) -> None:
+        self._taken_in = base, params, args
+
+    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        base, params, args = self._taken_in
         step_(base, params, grads, *args, grad_scale=grad_scale, found_inf=found_inf)
 
-    return run
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """Σ g² over all gradients, in float64."""
+        return torch.stack([(g.double() ** 2).sum() for g in grads]).sum()

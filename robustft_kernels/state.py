@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import RADIUS_STATE, Base, Row, arithmetic_of, delta_dtype_of
+from .bases import RADIUS_STATE, Base, Row, delta_dtype_of, moment_dtype_of
 
 ParamState = dict[str, Any]
 
@@ -39,42 +39,70 @@ def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty_like(param, dtype=dtype or value.dtype, requires_grad=False).copy_(value.detach())
 
 
+def is_reachable(anchor: Tensor, param: Tensor) -> bool:
+    """Whether a step on `param` can read `anchor` where it is: on its device, or in host memory pinned for it."""
+    return anchor.device == param.device or (anchor.device.type == "cpu" and anchor.is_pinned())
+
+
+def keep_anchor(
+    param: Tensor, anchor: Tensor, dtype: torch.dtype | None, device: str | None, *, copy: bool = False
+) -> Tensor:
+    """`anchor` in `param`'s memory layout, on its device (None) or in host memory ("cpu"), pinned where a GPU is to
+    read it, and of `dtype` (None: its own); itself where it is so already, else, or with `copy`, a copy."""
+    dtype = dtype or anchor.dtype
+    there = param.device if device is None else torch.device(device)
+    pin = there.type == "cpu" and param.device.type == "cuda"
+    fits = anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
+    if fits and not copy and (not pin or anchor.is_pinned()):
+        return anchor
+    kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
+    return kept.copy_(anchor.detach())
+
+
 def prepare(param: Tensor, kept: ParamState, base: Base, row: Row, steps_on: torch.device) -> None:
-    """Gives `kept` what `base` keeps for a parameter of a group: zeros at first, later brought to its layout.
+    """Gives `kept` what `base` keeps for a parameter of a group: zeros, or of the master the weights, at first; later
+    brought to its layout.
 
     The step count is a float32 on `steps_on`.
     """
     for key, drawn in base.state:
-        if not drawn(row):
+        if not drawn(row, param.dtype):
+            if key == "master":
+                kept.pop(key, None)
             continue
+        dtype = dtype_of(key, param.dtype, row["state_dtype"])
         if key == "radius_state":
-            zeros = torch.zeros(len(RADIUS_STATE), dtype=torch.float64, device=param.device)
+            zeros = torch.zeros(len(RADIUS_STATE), dtype=dtype, device=param.device)
             kept[key] = kept.get(key, zeros).to(param.device)
         elif key in kept:
-            kept[key] = beside(param, kept[key])
+            kept[key] = beside(param, kept[key].to(dtype))
+        elif key == "master":
+            kept[key] = copy_beside(param, param, dtype)
         else:
-            kept[key] = torch.zeros_like(param, dtype=dtype_of(key, param), requires_grad=False)
+            kept[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             if key == "momentum_buffer":
                 kept.pop("step", None)  # it counts the updates of the buffer
-    if base.counted(row):
+    if base.counted(row, param.dtype):
         count = kept.get("step", torch.zeros((), dtype=torch.float32, device=steps_on))
         kept["step"] = count.to(steps_on)
     if "anchor" in kept:
-        kept["anchor"] = beside(param, kept["anchor"])
+        kept["anchor"] = keep_anchor(param, kept["anchor"], None, row["anchor_device"])
 
 
-def dtype_of(key: str, param: Tensor) -> torch.dtype:
-    """In what the state `key` of a parameter is kept: moments in float32 (float64), FTP's delta in bfloat16 (float64),
-    a learned radius in float64."""
+def dtype_of(key: str, dtype: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
+    """In what the state `key` of a parameter of `dtype` is kept: moments in `state_dtype` (float64), FTP's delta in
+    bfloat16 (float64), a learned radius in float64, master weights in float32."""
     if key == "radius_state":
         return torch.float64
-    return delta_dtype_of(param.dtype) if key == "delta" else arithmetic_of(param.dtype)
+    if key == "delta":
+        return delta_dtype_of(dtype)
+    return torch.float32 if key == "master" else moment_dtype_of(dtype, state_dtype)
 
 
 def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
     """Raises ValueError where a saved tensor does not have the shape of its parameter."""
     for key, value in saved.items():
-        expected = (len(RADIUS_STATE),) if key == "radius_state" else tuple(param.shape)
+        expected = {"radius_state": (len(RADIUS_STATE),), "anchor_digest": (32,)}.get(key, tuple(param.shape))
         if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != expected:
             raise ValueError(
                 f"loaded state {key!r} of {label} has shape {tuple(value.shape)}, the parameter's is {expected}: "
@@ -82,19 +110,23 @@ def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
             )
 
 
-def load(param: Tensor, saved: Mapping[str, Any]) -> ParamState:
+def load(param: Tensor, saved: Mapping[str, Any], group: Row, present: Tensor | None) -> ParamState:
     """A copy of one parameter's saved state, in the dtypes kept here: moments as `prepare` makes them, the anchor as
-    it was saved. Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count."""
+    it was saved, or `present` where it is that, since who only moves a state must not double it. Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count."""
     loaded: ParamState = {}
     for key, value in saved.items():
-        if value is None:
+        if value is None or key == "anchor_digest":
             continue
         if key == "step":
             loaded[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key == "radius_state":
             loaded[key] = value.to(param.device, torch.float64, copy=True)
+        elif key == "anchor" and present is not None and value.data_ptr() == present.data_ptr():
+            loaded[key] = present
+        elif key == "anchor":
+            loaded[key] = keep_anchor(param, value, None, group["anchor_device"], copy=True)
         elif isinstance(value, Tensor) and value.is_floating_point():
-            loaded[key] = copy_beside(param, value, value.dtype if key == "anchor" else dtype_of(key, param))
+            loaded[key] = copy_beside(param, value, dtype_of(key, param.dtype, group["state_dtype"]))
         else:
             loaded[key] = value
     if "momentum_buffer" in loaded:

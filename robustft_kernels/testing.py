@@ -76,26 +76,31 @@ CASES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of a base, with the options that change its formula."""
+    """Hyper-parameters of a base, with the options that change its formula or what it stores."""
 
     name: str
     base: Base
     hyper: dict[str, float]
+    state_dtype: torch.dtype = torch.float32
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(self.hyper["stochastic_rounding"])
 
 
 # Radii in the midst of what the cases' norms are.
 _METHODS = dict(strength=1.3, radius=1.0, k=0.7, radius_lr=1.0, radius_beta1=0.9, radius_beta2=0.99)
-_FLAGS = dict(maximize=0, stochastic_rounding=0)
+_FLAGS = dict(maximize=0, stochastic_rounding=0, master_weights=0)
 
 
-def _adamw(name: str, **other: float) -> Settings:
+def _adamw(name: str, state_dtype: torch.dtype = torch.float32, **other: float) -> Settings:
     defaults = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0, amsgrad=0)
-    return Settings(name, ADAMW, {**defaults, **_METHODS, **_FLAGS, **other})
+    return Settings(name, ADAMW, {**defaults, **_METHODS, **_FLAGS, **other}, state_dtype)
 
 
-def _sgd(name: str, **other: float) -> Settings:
+def _sgd(name: str, state_dtype: torch.dtype = torch.float32, **other: float) -> Settings:
     defaults = dict(lr=1e-2, momentum=0, dampening=0, weight_decay=0, nesterov=0)
-    return Settings(name, SGD, {**defaults, **_METHODS, **_FLAGS, **other})
+    return Settings(name, SGD, {**defaults, **_METHODS, **_FLAGS, **other}, state_dtype)
 
 
 SETTINGS = (
@@ -107,6 +112,9 @@ SETTINGS = (
     _sgd("sgd, nesterov, maximize", momentum=0.9, nesterov=1, maximize=1),
     _adamw("adamw, stochastic", stochastic_rounding=1),
     _sgd("sgd, stochastic", stochastic_rounding=1),
+    _adamw("adamw, amsgrad, bf16 state", torch.bfloat16, amsgrad=1, stochastic_rounding=1),
+    _sgd("sgd, bf16 state, master", torch.bfloat16, momentum=0.9, master_weights=1),
+    _adamw("adamw, master", master_weights=1, weight_decay=0.1),
 )
 
 
@@ -143,8 +151,8 @@ class Stepper:
         ]
         base = settings.base
         row = {**settings.hyper, "rule": self.rule}
-        self.states = {key: self._zeros(key) if drawn(row) else [] for key, drawn in base.state}
-        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(row) else []
+        self.states = {key: self._first(key) if drawn(row, dtype) else [] for key, drawn in base.state}
+        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(row, dtype) else []
         n = sum(self.segments)
         self.measures = torch.full((n, len(MEASURES)), -7.0, dtype=torch.float64, device=device)
         self.alphas = torch.full((n,), -7.0, dtype=torch.float64, device=device)
@@ -154,11 +162,23 @@ class Stepper:
         """How many each tensor has."""
         return [segments_of(self.rule, p.shape) for p in self.params]
 
-    def _zeros(self, key: str) -> list[Tensor]:
+    @property
+    def weights(self) -> list[Tensor]:
+        """What a step begins from, and leaves: the master weights that still are what the parameters show, or those."""
+        masters = self.states.get("master") or self.params
+        return [torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)) for m, p in zip(masters, self.params, strict=True)]
+
+    def _first(self, key: str) -> list[Tensor]:
         if key == "radius_state":
             return [torch.zeros(len(RADIUS_STATE), dtype=torch.float64, device=self.device) for _ in self.cases]
+        if key == "master":  # between the weights and their neighbours; some no longer what their parameter shows
+            beyond = (
+                1 + 0.6 * torch.finfo(self.params[0].dtype).eps * self._randn(case).to(self.device)
+                for case in self.cases
+            )
+            return [case.lay(p.float() * b) for case, p, b in zip(self.cases, self.params, beyond, strict=True)]
         return [
-            case.lay(torch.zeros_like(p, dtype=dtype_of(key, p)))
+            case.lay(torch.zeros_like(p, dtype=dtype_of(key, p.dtype, self.settings.state_dtype)))
             for case, p in zip(self.cases, self.params, strict=True)
         ]
 
@@ -198,7 +218,7 @@ class Stepper:
         return [
             self.anchors if self.anchored else [], *self.states.values(), self.steps, self.measures, self.alphas,
             torch.tensor(row, dtype=torch.float64, device="cpu"), [len(self.params)], [self.rule],
-            [SEED << 32 | i for i in range(len(self.params))] if hyper["stochastic_rounding"] else [],
+            [SEED << 32 | i for i in range(len(self.params))],
         ]  # fmt: skip
 
     def run(self, prepare: Callable[..., Callable[[list[Tensor]], None]], grads: list[Tensor]) -> None:
@@ -248,17 +268,19 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
     unpulled = before.clone()
     unpulled.rule = rule if rule in PENALTIES else "keep"
     unpulled.states = {key: of if key not in ("delta", "radius_state") else [] for key, of in unpulled.states.items()}
+    start = before.weights
     n = sum(unpulled.segments)
     unpulled.measures, unpulled.alphas = unpulled.measures.new_zeros(n, len(MEASURES)), unpulled.alphas.new_zeros(n)
-    unpulled.steps = unpulled.steps if want.settings.base.counted({**hyper, "rule": "keep"}) else []
+    dtype = want.params[0].dtype
+    unpulled.steps = unpulled.steps if want.settings.base.counted({**hyper, "rule": "keep"}, dtype) else []
     unpulled.run_oracle(grads)
     firsts = [sum(want.segments[:i]) for i in range(len(want.cases))]
     for i, case in enumerate(want.cases):
         of = slice(firsts[i], firsts[i] + want.segments[i])
-        storage = want.params[i].dtype
+        storage = start[i].dtype
         eps = torch.finfo(arithmetic_of(storage)).eps
         theta, theta_0, g, tilde, new = (
-            t.double() for t in (before.params[i], want.anchors[i], grads[i] * sign, unpulled.params[i], want.params[i])
+            t.double() for t in (start[i], want.anchors[i], grads[i] * sign, unpulled.weights[i], want.weights[i])
         )
         d, c, u = theta - theta_0, tilde - theta_0, tilde - theta
         alpha, alpha_slack = want.alphas[of], torch.full_like(want.alphas[of], eps)
@@ -296,14 +318,18 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         if rule in PENALTIES and want.settings.base is ADAMW:  # g + penalty may cancel, and Adam divides by its size
             rms = (want.states["exp_avg_sq"][i].double() / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
             allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
-        _assert_within(got.params[i], new, allowed, f"{case.name}: param")
+        _assert_within(got.weights[i], new, allowed, f"{case.name}: weights")
+        shown = want.params[i].double()
+        _assert_within(got.params[i], shown, allowed + 2 * ulp(shown, dtype), f"{case.name}: param")
         for key, states in want.states.items():
-            if states and key != "radius_state":
+            if states and key not in ("radius_state", "master"):
                 exact = states[i].double()
                 near = (
                     8 * eps * (exact.abs() + size_of_g.clamp(min=size_of_g.square()) + 0.01 * theta.abs())
                     + torch.finfo(states[i].dtype).tiny
                 )
+                if states[i].dtype == torch.bfloat16:
+                    near += ulp(exact, torch.bfloat16)
                 if key == "delta":
                     near = ulp(exact, states[i].dtype) + ulp(tilde, storage) + 16 * eps * scale
                 _assert_within(got.states[key][i], exact, near, f"{case.name}: {key}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from math import isfinite
+from os import PathLike
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class TPGM:
         norm: "l2" (Frobenius), "mars" (the largest row sum of |c|), or "mars_rows" (each row scaled by its own, as the
             released code does).
         anchor: θ₀: "initial" (a copy of the weights now), "zero", or a mapping by name with an entry for every
-            parameter that takes part, such as the pretrained model's state dict; other entries are passed over. Its
-            tensors are used as they are.
+            parameter that takes part, such as the pretrained model's state dict (other entries are passed over, and
+            its tensors used as they are), or the path of a safetensors file.
         lr: of Adam on γ. It is absolute: a step moves γ by about lr, whatever the size of n. With lr = 1e-2 and a
             layer that deviates by 0.02, two steps end the constraint. From γ ≥ n on the loss has no slope in γ: only
             the penalties, what is left of Adam's momentum, or a growing n bind the layer again.
@@ -77,7 +78,7 @@ class TPGM:
         model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
         *,
         norm: str = "l2",
-        anchor: str | Mapping[str, Tensor] = "initial",
+        anchor: str | PathLike[str] | Mapping[str, Tensor] = "initial",
         lr: float = 1e-2,
         init: float | str = FLOOR,
         radius_penalty: float = 0.0,
@@ -108,8 +109,8 @@ class TPGM:
             bare = {bare_name(name): value for name, value in anchor.items()}
             aliases = {names[p][0]: next((n for n in names[p] if n in bare), None) for p in self._params}
             anchor = {name: bare[alias] for name, alias in aliases.items() if alias is not None}
-        elif not isinstance(anchor, str):
-            raise TypeError(f"anchor must be 'initial', 'zero' or a mapping by name, not a {type(anchor).__name__}")
+        elif not isinstance(anchor, str | PathLike):
+            raise TypeError(f"anchor must be 'initial', 'zero', a path or a mapping, not a {type(anchor).__name__}")
         labels = [f"parameter {name!r}" for name in self.names]
         self._anchor, self._anchors = anchors.resolve(anchor, self._params, self.names, labels, anchored=True)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ class Anchored(Optimizer):
         strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp".
         radius: γ > 0 of "project", in units of the weights. Like `strength` and lr, it may be a tensor.
         anchor: θ₀: "initial" (a copy of the weights now), "zero" (no memory, no reads), a list of tensors parallel to
-            the parameters of all groups (but for those with an anchor of their own), or a mapping from parameter name
-            to tensor, if the wrapped optimizer was made with names.
+            the parameters of all groups (but for those with an anchor of their own), or, if the wrapped optimizer was
+            made with names, a mapping from parameter name to tensor or the path of a safetensors file.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
         save_anchors: whether `state_dict` carries the anchors.
 
@@ -100,7 +101,7 @@ class Anchored(Optimizer):
             raise ValueError(f"{name} has a hyper-parameter {clashing[0]!r} of its own, which its groups need for it")
         ops.check_backend(backend)
         rule_around(method, norm)
-        word = anchor is None or isinstance(anchor, str)
+        word = anchor is None or isinstance(anchor, str | PathLike)
         settings = {"method": method, "norm": norm, "strength": strength, "radius": radius}
         super().__setstate__({
             "defaults": {}, "optimizer": optimizer, "backend": backend, "save_anchors": save_anchors,
@@ -290,7 +291,7 @@ class Anchored(Optimizer):
 
 def _specs(anchor: Anchor, groups: list[Group]) -> list[Anchor]:
     """What is the anchor of each group: its own, or what it has of the one for all."""
-    if anchor is None or isinstance(anchor, str | Mapping):
+    if anchor is None or isinstance(anchor, str | PathLike | Mapping):
         return [group.get("anchor", anchor) for group in groups]
     given, counts = list(anchor), [0 if "anchor" in group else len(group["params"]) for group in groups]
     if len(given) != sum(counts):

@@ -59,7 +59,7 @@ def test_native_table_has_the_contract_columns():
         (lambda s, a: a.__setitem__(-4, torch.zeros(1, 2, dtype=torch.float64)), "hyper must be"),
         (lambda s, a: a.__setitem__(-3, [7]), "params has 8 entries; the groups take 7"),
         (lambda s, a: a.__setitem__(-2, ["magic"]), "no rule 'magic'"),
-        (lambda s, a: a.__setitem__(-1, [1, 2]), "seeds has 2 entries; the groups take 0"),
+        (lambda s, a: a.__setitem__(-1, [1, 2]), "seeds has 2 entries for 8 params; give one each, or none"),
         (lambda s, a: s.params.__setitem__(3, s.params[3].to(torch.int32)), r"does not take (torch\.i|I)nt"),
     ],
 )

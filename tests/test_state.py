@@ -206,10 +206,10 @@ import torch, robustft_kernels as rft
 def peak():  # of this process alone: ru_maxrss begins with that of the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 n = 24 * 2**20
-small = torch.nn.Parameter(torch.zeros(1000))
+small = torch.nn.Parameter(torch.full((1000,), 0.1))
 small.grad = torch.ones(1000)
 rft.AdamSPD([small], backend="native").step()
-params = [torch.nn.Parameter(torch.full((n // 2,), 1.0)) for _ in range(2)]
+params = [torch.nn.Parameter(torch.full((n // 2,), 1.1)) for _ in range(2)]
 for p in params:
     p.grad = torch.full_like(p, 0.5)
 before = peak()

@@ -20,7 +20,7 @@ STACK = (
     "__init__", "named", "wrapper", "around", "optimizers", "telemetry", "plan", "tpgm", "wise", "param_groups",
     "evaluation", "prefixes", "projection", "ops", "anchors", "testing", "reference", "state", "bases", "methods",
 )  # fmt: skip
-TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "pull", "decide", "measure", "base", "chunk")
+TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "norm", "pull", "decide", "measure", "base", "chunk")
 needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
 
 

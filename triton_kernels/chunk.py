@@ -11,11 +11,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # The columns of a tensor's row in the table, int64: addresses first (0: absent), then where its parts lie.
 COLUMNS = (
-    "param", "anchor", "state0", "state1", "state2", "delta", "radius", "step",
-    "numel", "rows", "stride", "first", "group", "rule", "seed", "index",
+    "param", "working", "anchor", "state0", "state1", "state2", "delta", "radius", "step",
+    "numel", "rows", "stride", "first", "chunks", "group", "rule", "seed", "dithered", "index",
 )  # fmt: skip
 WIDTH = tl.constexpr(len(COLUMNS))
 PARAM = tl.constexpr(COLUMNS.index("param"))
+WORKING = tl.constexpr(COLUMNS.index("working"))  # where param is the float32 master of 16-bit weights: those
 ANCHOR = tl.constexpr(COLUMNS.index("anchor"))
 STATE = tl.constexpr(COLUMNS.index("state0"))
 DELTA = tl.constexpr(COLUMNS.index("delta"))
@@ -25,9 +26,11 @@ NUMEL = tl.constexpr(COLUMNS.index("numel"))
 ROWS = tl.constexpr(COLUMNS.index("rows"))  # indices of dimension 0, where the rule goes by rows
 STRIDE = tl.constexpr(COLUMNS.index("stride"))  # of dimension 0
 FIRST = tl.constexpr(COLUMNS.index("first"))  # chunk of the class
+CHUNKS = tl.constexpr(COLUMNS.index("chunks"))
 GROUP = tl.constexpr(COLUMNS.index("group"))  # row of hyper
 RULE = tl.constexpr(COLUMNS.index("rule"))  # of the kernel's RULES
-SEED = tl.constexpr(COLUMNS.index("seed"))  # of stochastic rounding; negative: round to nearest
+SEED = tl.constexpr(COLUMNS.index("seed"))  # of what is rounded stochastically
+DITHERED = tl.constexpr(COLUMNS.index("dithered"))  # whether that are the weights
 INDEX = tl.constexpr(COLUMNS.index("index"))  # of its first segment in measures and alphas
 
 # Which tensors of a launch have something.
@@ -92,18 +95,62 @@ def mix(x):
 
 
 @triton.jit
+def load_weights(param, working, offsets, mask, WIDE: tl.constexpr, V: tl.constexpr):
+    """What a step begins from. A master weight counts as long as it rounds to the weight that is worked with: who
+    writes that, writes both."""
+    theta = load(param, offsets, mask, V.P, V.T, WIDE)
+    if V.MASTERED:
+        shown = load(working, offsets, mask, V.W, V.T, WIDE)
+        theta = tl.where(as_stored(theta, V.W, V.T) == shown, theta, shown)
+    return theta
+
+
+@triton.jit
+def store_weights(param, working, offsets, mask, values, WIDE: tl.constexpr, V: tl.constexpr):
+    """Weights, as `as_stored` makes them, where they belong."""
+    store(param, offsets, mask, values, V.P, WIDE)
+    if V.MASTERED:
+        store(working, offsets, mask, as_stored(values, V.W, V.T), V.W, WIDE)
+
+
+STEP_KEY, PULL_KEY, MOMENTS_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
 def rounding_key(seed, t, PHASE: tl.constexpr):
-    """The key of one rounding of a tensor: of its seed, the step and, within the step, the sweep."""
-    turn = mix(t.to(tl.uint32) * 2 + PHASE)
+    """The key of what is rounded stochastically in one phase of a step."""
+    turn = mix(t.to(tl.uint32) * 4 + PHASE)
     return mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ mix((seed >> 32).to(tl.uint32) ^ turn))
 
 
 @triton.jit
-def dither(values, offsets, key):
-    """float32 values rounded to a bfloat16 neighbour, up with the probability of their distance from the lower one;
-    the counter is the element's place in memory. Inf and nan stay."""
+def rounding_keys(tensor, t):
+    """The keys of a tensor's step t: of its θ̃, its pull and its moments."""
+    seed = tl.load(tensor + SEED)
+    return rounding_key(seed, t, STEP_KEY), rounding_key(seed, t, PULL_KEY), rounding_key(seed, t, MOMENTS_KEY)
+
+
+@triton.jit
+def random_bits(offsets, key):
+    """32 for each element; the counter is its place in memory."""
     low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
-    chance = mix(mix(low ^ key) + mix(key + high)) >> 16
+    return mix(mix(low ^ key) + mix(key + high))
+
+
+@triton.jit
+def dither(values, chance):
+    """float32 values rounded to a bfloat16 neighbour, by 16 random bits up with the probability of their distance from
+    the lower one. Inf and nan stay."""
     bits = values.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     return tl.where(finite, (bits + chance) & 0xFFFF0000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keep_moments(s0, s1, s2, offsets, keys, V: tl.constexpr):
+    """Moments as they can be stored: in bfloat16 the first two rounded stochastically, or small changes were lost."""
+    if V.S != V.T:
+        bits = random_bits(offsets, keys[MOMENTS_KEY])
+        s0, s1 = dither(s0, bits >> 16), dither(s1, bits & 0xFFFF)
+        s2 = as_stored(s2, V.S, V.T)
+    return s0, s1, s2

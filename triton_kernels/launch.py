@@ -10,8 +10,8 @@ from torch import Tensor
 from ..bases import MEASURES, STILL, Base
 from ..methods import RULES, segments_of
 from ..state import dtype_of, same_layout
-from . import row_sweeps, sweeps
-from .table import DTYPES, Addresses, Entry, Table, options_of
+from . import norm, row_sweeps, sweeps
+from .table import DTYPES, Addresses, Dtypes, Entry, Table, options_of
 
 PROGRAMS = 4  # of the one-launch form, on each SM
 LAG = 2  # in that form, rounds of all programs between a segment's last chunk of sweep 1 and its first of sweep 2
@@ -62,13 +62,24 @@ class PreparedStep:
                     self._draw(table, tickets, grad_scale, found_inf)
         torch.autograd.graph.increment_version(self._params)
 
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """Σ g² over all gradients, a float64 on their device: one launch more for each dtype class."""
+        with self._guard:
+            if self._tables is None:
+                self._tables = self._build(grads)
+            for t, _ in self._tables:
+                t.upload(grads, self._hyper, self._addresses)
+                launch(
+                    norm.norm_sweep, t.chunks, t.tensors, t.grads, t.owners, t.partials, t.counter, t.squared, table=t
+                )
+            return torch.stack([t.squared for t, _ in self._tables]).sum()
+
     def _build(self, grads: list[Tensor]) -> list[tuple[Table, "_Tickets | None"]]:
-        classes: dict[tuple[tuple[torch.dtype, ...], bool], list[Entry]] = {}
+        classes: dict[tuple[Dtypes, bool], list[Entry]] = {}
         for entry, grad in zip(self._entries, grads or self._params, strict=True):
             if grad.dtype not in DTYPES or grad.device != entry.param.device or grad.shape != entry.param.shape:
                 raise ValueError("robustft: a gradient has not the device and shape of its param, or is not of floats")
-            dtypes = entry.param.dtype, grad.dtype, entry.anchor_dtype
-            classes.setdefault((dtypes, entry.by_rows), []).append(entry)
+            classes.setdefault((entry.dtypes(grad.dtype), entry.by_rows), []).append(entry)
         tables = [Table(self._base, dtypes, of, grads, self._hyper, self._live) for (dtypes, _), of in classes.items()]
         return [(table, _Tickets(table) if self._tickets and not table.by_rows else None) for table in tables]
 
@@ -145,8 +156,10 @@ def _entries(
 ) -> list[Entry]:
     """The tensors of the op's lists one by one. Raises ValueError where a list does not fit."""
     anchors, *states, steps = lists
-    names = ("params", "anchors", *(f"{key}s" for key, _ in base.state), "steps", "seeds")
-    feeds = {name: _Feed(name, of) for name, of in zip(names, (params, anchors, *states, steps, seeds), strict=True)}
+    names = ("params", "anchors", *(f"{key}s" for key, _ in base.state), "steps")
+    feeds = {name: _Feed(name, of) for name, of in zip(names, (params, anchors, *states, steps), strict=True)}
+    if seeds and len(seeds) != len(params):
+        raise ValueError(f"robustft: seeds has {len(seeds)} entries for {len(params)} params; give one each, or none")
     out: list[Entry] = []
     segment = 0
     for group, (values, size, rule) in enumerate(zip(hyper.tolist(), group_sizes, rules, strict=True)):
@@ -156,15 +169,14 @@ def _entries(
         for _ in range(size):
             param = feeds["params"].next()
             anchor = feeds["anchors"].next() if row["anchored"] else None
-            kept = {key: feeds[f"{key}s"].next() for key, drawn in base.state if drawn(row)}
-            step = feeds["steps"].next() if base.counted(row) else None
-            seed = feeds["seeds"].next() if row["stochastic_rounding"] else None
+            kept = {key: feeds[f"{key}s"].next() for key, drawn in base.state if drawn(row, param.dtype)}
+            step = feeds["steps"].next() if base.counted(row, param.dtype) else None
             _check(param, anchor, kept, step)
-            if param.dtype != torch.bfloat16:
-                seed = None
-            delta, radius = kept.pop("delta", None), kept.pop("radius_state", None)
+            delta, radius, master = (kept.pop(key, None) for key in ("delta", "radius_state", "master"))
             out.append(Entry(
-                param, anchor, tuple(kept.values()), delta, radius, step, group=group, rule=rule, seed=seed,
+                param if master is None else master, None if master is None else param, anchor, tuple(kept.values()),
+                delta, radius, step, group=group, rule=rule, seed=seeds[len(out)] if seeds else 0,
+                dithered=bool(row["stochastic_rounding"]) and param.dtype == torch.bfloat16 and master is None,
                 index=len(out), segment=segment,
             ))  # fmt: skip
             segment += segments_of(rule, param.shape)
@@ -200,7 +212,11 @@ def _check(param: Tensor, anchor: Tensor | None, kept: dict[str, Tensor], step: 
         ("params", param, DTYPES),
         ("anchors", anchor, DTYPES),
         *(
-            ("radius_states" if key == "radius_state" else "the state", of, (dtype_of(key, param),))
+            (
+                "radius_states" if key == "radius_state" else "the state",
+                of,
+                {dtype_of(key, param.dtype, moments) for moments in (torch.float32, torch.bfloat16)},
+            )
             for key, of in kept.items()
         ),
     ):

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .base import power, read_hyper
-from .chunk import FIRST, GROUP, INDEX, NUMEL, RADIUS, ROWS, RULE, SEED, STEP, WIDTH, rounding_key
+from .chunk import CHUNKS, FIRST, GROUP, INDEX, NUMEL, RADIUS, ROWS, RULE, STEP, WIDTH, rounding_keys
 from .decide import ROW_EPS, learn
-from .rows import chunks_of, fold_rows, piece, pull_rows, step_rows, survey_rows, wide
+from .rows import fold_rows, piece, pull_rows, step_rows, survey_rows, wide
 from .sweeps import MEASURES, decide_segment, penalty, record, step_count, step_scalars
 
 
@@ -35,14 +35,14 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, measures, al
     t = step_count(tensor) + 1
     factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     sign = penalty(tensor, hyper, live, V.SIGNED, V)
-    seed, rule, index = tl.load(tensor + SEED), tl.load(tensor + RULE), tl.load(tensor + INDEX)
-    key, pull_key = rounding_key(seed, t, 0), rounding_key(seed, t, 1)
+    rule, index = tl.load(tensor + RULE), tl.load(tensor + INDEX)
+    keys = rounding_keys(tensor, t)
     if parts > 1:
         known = tl.full([1], 1.0, tl.float64)
         if V.GIVEN >= 0:
             if rule == V.GIVEN:
                 known = tl.load(alphas + index + row + tl.arange(0, 1))
-        a, b, c = step_rows(tensor, grad, row, 1, begin, n, factor, known, sign, largest, key, scalars, 1, VECTOR, V)
+        a, b, c = step_rows(tensor, grad, row, 1, begin, n, factor, known, sign, largest, keys, scalars, 1, VECTOR, V)
         part = partials + (chunk + tl.arange(0, 1)) * 3
         tl.store(part, a)
         tl.store(part + 1, b)
@@ -52,7 +52,7 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, measures, al
         for first in range(0, count, V.TILE):
             rows = count - first
             known = known_alpha(tensor, alphas, row + first, rows, V)
-            a, b, c = step_rows(tensor, grad, row + first, rows, 0, n, factor, known, sign, largest, key, scalars,
+            a, b, c = step_rows(tensor, grad, row + first, rows, 0, n, factor, known, sign, largest, keys, scalars,
                                 V.TILE, VECTOR, V)  # fmt: skip
             segment = index + row + first + i
             if rule < V.MEASURED:
@@ -61,7 +61,7 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, measures, al
                     alpha = alpha * 0 + 1
                 record(measures, alphas, segment, i < rows, a, b, c, alpha, V)
                 tl.debug_barrier()  # what one thread has stored another may pull
-                pull_rows(tensor, row + first, rows, 0, n, alpha, pull_key, V.TILE, VECTOR, V)
+                pull_rows(tensor, row + first, rows, 0, n, alpha, keys, V.TILE, VECTOR, V)
             elif V.GIVEN >= 0:
                 nan = tl.full([V.TILE], float("nan"), tl.float64)
                 if rule == V.GIVEN:
@@ -167,7 +167,7 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
     tl.store(partials + chunk * 3 + 1, size)
     tl.store(partials + chunk * 3 + 2, which)
     tl.debug_barrier()
-    chunks = chunks_of(tensor, V)
+    chunks = tl.load(tensor + CHUNKS)
     if tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1:
         tl.store(counters + i, 0)
         all_rows = tl.load(tensor + ROWS)
@@ -222,7 +222,7 @@ def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, m
     else:
         step_piece(chunk, tensor, grad, hyper, live, partials, largest_row, measures, alphas, grad_scale, 1, V)
     tl.debug_barrier()
-    if tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks_of(tensor, V) - 1:
+    if tl.atomic_add(counters + i, 1, sem="acq_rel") == tl.load(tensor + CHUNKS) - 1:
         tl.store(counters + i, 0)
         conclude(tensor, hyper, live, partials, measures, alphas, V)
 
@@ -236,13 +236,13 @@ def row_pull(tensors, owners, alphas, found_inf, V: tl.constexpr):
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tensors + tl.load(owners + chunk).to(tl.int64) * WIDTH
     row, count, begin, n, _parts = piece(chunk, tensor, V)
-    key = rounding_key(tl.load(tensor + SEED), step_count(tensor), 1)
+    keys = rounding_keys(tensor, step_count(tensor))
     i = tl.arange(0, V.TILE)
     for first in range(0, count, V.TILE):
         rows = count - first
         alpha = tl.load(alphas + tl.load(tensor + INDEX) + row + first + i, mask=i < rows, other=1.0)
         if tl.min(tl.where(alpha != 1, 0, 1)) == 0:
             if wide(tensor, 0, V) & (n % V.VECTOR == 0):
-                pull_rows(tensor, row + first, rows, begin, n, alpha, key, V.TILE, V.VECTOR, V)
+                pull_rows(tensor, row + first, rows, begin, n, alpha, keys, V.TILE, V.VECTOR, V)
             else:
-                pull_rows(tensor, row + first, rows, begin, n, alpha, key, V.TILE, 1, V)
+                pull_rows(tensor, row + first, rows, begin, n, alpha, keys, V.TILE, 1, V)

@@ -7,20 +7,27 @@ from .chunk import (
     ALL,
     ANCHOR,
     DELTA,
+    DITHERED,
     FIRST,
     NONE,
     NUMEL,
     PARAM,
+    PULL_KEY,
     ROWS,
-    SEED,
     SOME,
     STATE,
+    STEP_KEY,
     STRIDE,
+    WORKING,
     as_stored,
     dither,
+    keep_moments,
     load,
+    load_weights,
     present,
+    random_bits,
     store,
+    store_weights,
 )  # fmt: skip
 from .measure import measure_rows, row_sums
 from .pull import pull
@@ -39,17 +46,6 @@ def piece(chunk, tensor, V: tl.constexpr):
     begin = tl.where(parts > 1, place % parts * V.CHUNK, 0)
     count = tl.minimum(rows - row, together).to(tl.int32)
     return row, count, begin, tl.minimum(length - begin, V.CHUNK).to(tl.int32), parts
-
-
-@triton.jit
-def chunks_of(tensor, V: tl.constexpr):
-    """How many chunks a tensor has."""
-    rows = tl.load(tensor + ROWS)
-    length = tl.load(tensor + NUMEL) // tl.maximum(rows, 1)
-    together = V.CHUNK // tl.maximum(length, 1)
-    whole = (rows + tl.maximum(together, 1) - 1) // tl.maximum(together, 1)
-    split = rows * ((length + V.CHUNK - 1) // V.CHUNK)
-    return tl.maximum(tl.where(length > V.CHUNK, split, whole), 1)
 
 
 @triton.jit
@@ -72,22 +68,23 @@ def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, 
 @triton.jit
 def wide(tensor, grad, V: tl.constexpr):
     """Whether every row of a tensor begins at a multiple of 16 bytes and has a multiple of VECTOR elements."""
-    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
+    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + WORKING)
+    addresses |= tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     rows, stride = tl.load(tensor + ROWS), tl.load(tensor + STRIDE)
     return (addresses % 16 == 0) & (stride % V.VECTOR == 0) & (stride * rows == tl.load(tensor + NUMEL))
 
 
 @triton.jit
-def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, key, scalars,
+def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, keys, scalars,
               TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """The base step on n elements from `begin` of TILE rows from `row`, of which `rows` exist; what it measured."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
-    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
-    delta = tl.load(tensor + DELTA)
+    delta, dithered = tl.load(tensor + DELTA), tl.load(tensor + DITHERED) != 0
     i = tl.arange(0, TILE)
     anchored = i < present(anchor, rows, V.ANCHORED)
     kept0 = i < present(state0, rows, V.KEPT if V.STATES == 1 else ALL)
@@ -99,7 +96,7 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
     for at in range(0, n, SHARE * VECTOR):
         offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
-        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
         if V.GRADED:
             g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
@@ -113,26 +110,27 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
             penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.T, V.T, WIDE)
+            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.S, V.T, WIDE)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.T, V.T, WIDE)
+            s1 = load(state1, offsets, inside, V.S, V.T, WIDE)
         if V.STATES > 2:
-            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.T, V.T, WIDE)
+            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.S, V.T, WIDE)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
+        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.T, WIDE)
+            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.S, WIDE)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.T, WIDE)
+            store(state1, offsets, inside, s1, V.S, WIDE)
         if V.STATES > 2:
-            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.T, WIDE)
+            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.S, WIDE)
         new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.T)[:, None]))
         if V.STOCHASTIC:
-            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+            new = tl.where(dithered, dither(new, random_bits(offsets, keys[STEP_KEY]) >> 16), new)
         new = as_stored(new, V.P, V.T)
+        written = inside
         if V.STILL:
-            store(param, offsets, inside & (known != 1)[:, None], new, V.P, WIDE)
-        else:
-            store(param, offsets, inside, new, V.P, WIDE)
+            written = inside & (known != 1)[:, None]
+        store_weights(param, working, offsets, written, new, WIDE, V)
         if V.LEARNED >= 0:
             store(delta, offsets, kept_delta[:, None] & columns[None, :], as_stored(new - theta_0, V.D, V.T), V.D, WIDE)
         if V.MEASURED > 0:
@@ -143,12 +141,13 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
 
 
 @triton.jit
-def pull_rows(tensor, row, rows, begin, n, alpha, key, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
+def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """The pull of such rows by their alphas, of which those that are 1 leave their row alone."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
-    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
+    dithered = tl.load(tensor + DITHERED) != 0
     i = tl.arange(0, TILE)
     pulled = (i < rows) & (alpha != 1)
     anchored = i < present(anchor, rows, V.ANCHORED)
@@ -161,8 +160,8 @@ def pull_rows(tensor, row, rows, begin, n, alpha, key, TILE: tl.constexpr, VECTO
             theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
         new = pull(theta, theta_0, alpha.to(V.T)[:, None])
         if V.STOCHASTIC:
-            new = tl.where(seed >= 0, dither(new, offsets, key), new)
-        store(param, offsets, inside, as_stored(new, V.P, V.T), V.P, WIDE)
+            new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
+        store_weights(param, working, offsets, inside, as_stored(new, V.P, V.T), WIDE, V)
 
 
 @triton.jit
@@ -171,7 +170,8 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
-    param, anchor, delta = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + DELTA)
+    param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
+    delta = tl.load(tensor + DELTA)
     i = tl.arange(0, TILE)
     anchored = i < present(anchor, rows, V.ANCHORED)
     SHARE: tl.constexpr = V.LANES // TILE
@@ -184,7 +184,7 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
             dots += row_sums(c * (load(grad, offsets, inside, V.G, V.T, WIDE) * factor), VECTOR)
             sizes += row_sums(tl.abs(c), VECTOR)
         else:
-            d = load(param, offsets, inside, V.P, V.T, WIDE)
+            d = load_weights(param, working, offsets, inside, WIDE, V)
             if V.ANCHORED > NONE:
                 d -= load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
             sizes += row_sums(tl.abs(d), VECTOR)

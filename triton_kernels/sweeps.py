@@ -17,24 +17,32 @@ from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars, still, sti
 from .chunk import (
     ALL,
     ANCHOR,
+    CHUNKS,
+    DITHERED,
     FIRST,
     GROUP,
     INDEX,
     NONE,
     NUMEL,
     PARAM,
+    PULL_KEY,
     RADIUS,
     RULE,
-    SEED,
     STATE,
     STEP,
+    STEP_KEY,
     WIDTH,
+    WORKING,
     as_stored,
     dither,
+    keep_moments,
     load,
+    load_weights,
     present,
-    rounding_key,
+    random_bits,
+    rounding_keys,
     store,
+    store_weights,
 )
 from .decide import decide
 from .measure import fold, measure, total
@@ -52,8 +60,9 @@ class Variant:
     columns of a group's row; LR, STRENGTH, RADIUS, and LEARN, the first of four for learning a radius: places in it.
     STATES: the tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor
     (NONE, SOME or ALL). RULES: those in use, first the MEASURED ones that wait for measures; GIVEN, COUPLED, SIGNED,
-    TIED, LEARNED: the places among them of those that are special, or −1. STOCHASTIC: whether any tensor is so.
-    P, G, A, D, T: dtypes of param, grad, anchor, delta, and the arithmetic. CHUNK: elements of a program. LANES:
+    TIED, LEARNED: the places among them of those that are special, or −1. STOCHASTIC: whether any tensor's weights are
+    rounded so. MASTERED: whether param is the master of weights to work with. P, W, G, A, S, D, T: dtypes of param,
+    those weights, grad, anchor, moments, delta, and the arithmetic. CHUNK: elements of a program. LANES:
     accumulators. ROWS: whether segments are rows; TILE: how many of them share the accumulators. VECTOR: neighbours
     that one thread takes at once. CODE: names the source, so that no older code is taken for it.
     """
@@ -77,10 +86,13 @@ class Variant:
     TIED: Any
     LEARNED: Any
     STOCHASTIC: Any
+    MASTERED: Any
     ANCHORED: Any
     P: Any
+    W: Any
     G: Any
     A: Any
+    S: Any
     D: Any
     T: Any
     CHUNK: Any
@@ -109,7 +121,7 @@ def step_count(tensor):
 
 
 @triton.jit
-def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
+def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
     """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of what it measured.
 
     With VECTOR above 1 every address is a multiple of 16 and n of VECTOR: all accesses are 16 bytes wide under their
@@ -118,8 +130,9 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTO
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR  # tells the compiler
-    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
+    dithered = tl.load(tensor + DITHERED) != 0
     anchored = present(anchor, n, V.ANCHORED)
     kept0 = present(state0, n, V.KEPT if V.STATES == 1 else ALL)
     kept2 = present(state2, n, V.KEPT)
@@ -128,7 +141,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTO
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
         if V.GRADED:
             g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
@@ -140,26 +153,27 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTO
             penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, lane < kept0, V.T, V.T, WIDE)
+            s0 = load(state0, offsets, lane < kept0, V.S, V.T, WIDE)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.T, V.T, WIDE)
+            s1 = load(state1, offsets, inside, V.S, V.T, WIDE)
         if V.STATES > 2:
-            s2 = load(state2, offsets, lane < kept2, V.T, V.T, WIDE)
+            s2 = load(state2, offsets, lane < kept2, V.S, V.T, WIDE)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
+        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, lane < kept0, s0, V.T, WIDE)
+            store(state0, offsets, lane < kept0, s0, V.S, WIDE)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.T, WIDE)
+            store(state1, offsets, inside, s1, V.S, WIDE)
         if V.STATES > 2:
-            store(state2, offsets, lane < kept2, s2, V.T, WIDE)
+            store(state2, offsets, lane < kept2, s2, V.S, WIDE)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
-            new = tl.where(seed >= 0, dither(new, offsets, key), new)
+            new = tl.where(dithered, dither(new, random_bits(offsets, keys[STEP_KEY]) >> 16), new)
         new = as_stored(new, V.P, V.T)
+        written = inside
         if V.STILL:
-            store(param, offsets, lane < tl.where(alpha != 1, n, 0), new, V.P, WIDE)
-        else:
-            store(param, offsets, inside, new, V.P, WIDE)
+            written = lane < tl.where(alpha != 1, n, 0)
+        store_weights(param, working, offsets, written, new, WIDE, V)
         if V.MEASURED > 0:
             new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
             grad_dot_delta, before, gain = measure(theta, new, g, theta_0, grad_dot_delta, before, gain, V.LANES)
@@ -167,12 +181,13 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, key, scalars, VECTO
 
 
 @triton.jit
-def pull_span(tensor, begin, n, alpha, key, VECTOR: tl.constexpr, V: tl.constexpr):
+def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constexpr):
     """The pull on n elements from `begin`; VECTOR as in `step_span`."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
-    param, anchor, seed = tl.load(tensor + PARAM), tl.load(tensor + ANCHOR), tl.load(tensor + SEED)
+    param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
+    dithered = tl.load(tensor + DITHERED) != 0
     anchored = present(anchor, n, V.ANCHORED)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
@@ -184,8 +199,8 @@ def pull_span(tensor, begin, n, alpha, key, VECTOR: tl.constexpr, V: tl.constexp
             theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
         new = pull(theta, theta_0, alpha)
         if V.STOCHASTIC:
-            new = tl.where(seed >= 0, dither(new, offsets, key), new)
-        store(param, offsets, inside, as_stored(new, V.P, V.T), V.P, WIDE)
+            new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
+        store_weights(param, working, offsets, inside, as_stored(new, V.P, V.T), WIDE, V)
 
 
 @triton.jit
@@ -212,14 +227,14 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
         known = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + tl.load(tensor + INDEX)), known)
     known = known.to(V.T)
     linear = penalty(tensor, hyper, live, V.COUPLED, V)
-    key = rounding_key(tl.load(tensor + SEED), t, 0)
+    keys = rounding_keys(tensor, t)
     grad = tl.load(grads + i)
-    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
+    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + WORKING) | tl.load(tensor + ANCHOR)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, key, scalars, V.VECTOR, V)
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
     else:
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, key, scalars, 1, V)
+        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, 1, V)
     grad_dot_delta, before, gain = nan, nan, nan
     if V.MEASURED > 0:
         grad_dot_delta, before, gain = total(a), total(b), total(c)
@@ -232,7 +247,7 @@ def settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials
            V: tl.constexpr):  # fmt: skip
     """The last chunk of a segment to finish decides for it and counts the step; a segment of one chunk is pulled at
     once. Reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
-    chunks = tl.maximum((tl.load(tensor + NUMEL) + V.CHUNK - 1) // V.CHUNK, 1)
+    chunks = tl.load(tensor + CHUNKS)
     last = chunks == 1
     if chunks > 1:
         tl.store(partials + chunk * 3, grad_dot_delta)
@@ -308,12 +323,12 @@ def penalty(tensor, hyper, live, RULE_OF: tl.constexpr, V: tl.constexpr):
 def pull_chunk(chunk, tensor, alpha, V: tl.constexpr):
     """Sweep 2 on one chunk."""
     begin, n = extent(chunk, tensor, V)
-    key = rounding_key(tl.load(tensor + SEED), step_count(tensor), 1)
-    addresses = tl.load(tensor + PARAM) | tl.load(tensor + ANCHOR)
+    keys = rounding_keys(tensor, step_count(tensor))
+    addresses = tl.load(tensor + PARAM) | tl.load(tensor + WORKING) | tl.load(tensor + ANCHOR)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
-        pull_span(tensor, begin, n, alpha.to(V.T), key, V.VECTOR, V)
+        pull_span(tensor, begin, n, alpha.to(V.T), keys, V.VECTOR, V)
     else:
-        pull_span(tensor, begin, n, alpha.to(V.T), key, 1, V)
+        pull_span(tensor, begin, n, alpha.to(V.T), keys, 1, V)
 
 
 @triton.jit

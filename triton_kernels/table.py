@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..bases import ADAMW, STILL, Base, delta_dtype_of
+from ..bases import ADAMW, STILL, Base, arithmetic_of, delta_dtype_of
 from ..methods import RULES
 from ..state import same_layout
 from .chunk import ALL, CHUNK, COLUMNS, INTERPRETED, LANES, NONE, SOME, TILE, WIDTH
@@ -25,14 +25,17 @@ DTYPES = {
 }
 MAX_STATES = 3
 Addresses = Callable[[list[Tensor], Tensor], None]
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]  # P, G, A, S, W of Variant
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a step. states: up to the last that it has. group: its row of hyper; index: among the params;
-    segment: its first of measures and alphas. seed: of its stochastic rounding, None to round to nearest."""
+    """One tensor of a step. param: its weights, or their master, and then working: its weights. states: the moments, up
+    to the last that it has. dithered: whether its weights are rounded stochastically, by bits of the seed. group: its
+    row of hyper; index: among the params; segment: its first of measures and alphas."""
 
     param: Tensor
+    working: Tensor | None
     anchor: Tensor | None
     states: tuple[Tensor, ...]
     delta: Tensor | None
@@ -40,13 +43,21 @@ class Entry:
     step: Tensor | None
     group: int
     rule: str
-    seed: int | None
+    seed: int
+    dithered: bool
     index: int
     segment: int
 
-    @property
-    def anchor_dtype(self) -> torch.dtype:
-        return (self.param if self.anchor is None else self.anchor).dtype
+    def dtypes(self, grad: torch.dtype) -> "Dtypes":
+        """What its launch is compiled for. What is absent goes with what is there."""
+        param = self.param.dtype
+        return (
+            param,
+            grad,
+            param if self.anchor is None else self.anchor.dtype,
+            self.states[0].dtype if self.states else arithmetic_of(param),
+            None if self.working is None else self.working.dtype,
+        )
 
     @property
     def by_rows(self) -> bool:
@@ -80,7 +91,7 @@ class Entry:
 @cache
 def variant_of(
     base: Base,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: Dtypes,
     *,
     states: tuple[int, int],
     rules: tuple[str, ...],
@@ -89,7 +100,7 @@ def variant_of(
     graded: bool = True,
     lanes: int = LANES,
 ) -> Variant:
-    """The kernels for tensors of such dtypes (of param, grad, anchor); see Variant.
+    """The kernels for tensors of such dtypes; see Variant.
 
     states: the least and the most that any of them keeps. anchored: whether all of them are, whether any.
     """
@@ -97,7 +108,7 @@ def variant_of(
     def place(*names: str) -> Any:
         return c(next((k for k, rule in enumerate(rules) if rule in names), -1))
 
-    param, grad, anchor = dtypes
+    param, grad, anchor, state, working = dtypes
     read, step = BASES[base.name]
     fewest, most = states
     by_rows = any(RULES[rule].by_rows or rule == "mars_sp" for rule in rules)
@@ -128,10 +139,13 @@ def variant_of(
         TIED=place("project_mars"),
         LEARNED=place("ftp"),
         STOCHASTIC=c(stochastic),
+        MASTERED=c(working is not None),
         ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,
         P=c(DTYPES[param]),
+        W=c(DTYPES[working or param]),
         G=c(DTYPES[grad]),
         A=c(DTYPES[anchor]),
+        S=c(DTYPES[state]),
         D=c(DTYPES[delta_dtype_of(param)]),
         T=c(tl.float64 if param == torch.float64 else tl.float32),
         CHUNK=c(CHUNK),
@@ -167,7 +181,7 @@ def gpu_of(device: torch.device) -> tuple[str, int]:
 
 
 class Table:
-    """The entries of one class of dtypes (of param, grad, anchor) as the kernels see them.
+    """The entries of one class of dtypes as the kernels see them.
 
     Tensors that sweep 2 may pull come first, so that its programs are those of the first `pulled` chunks.
     """
@@ -175,7 +189,7 @@ class Table:
     def __init__(
         self,
         base: Base,
-        dtypes: tuple[torch.dtype, ...],
+        dtypes: Dtypes,
         entries: list[Entry],
         grads: list[Tensor],
         hyper: Tensor,
@@ -190,7 +204,7 @@ class Table:
             dtypes,
             states=(min(len(e.states) for e in entries), max(len(e.states) for e in entries)),
             rules=tuple(used),
-            stochastic=any(e.seed is not None for e in entries),
+            stochastic=any(e.dithered for e in entries),
             anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
             graded=bool(grads),
             lanes=(32 if entries[0].by_rows else 8) * LANES if INTERPRETED else LANES,
@@ -209,6 +223,8 @@ class Table:
         )
         self.partials = torch.full((3 * self.chunks,), torch.nan, dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
+        self.counter = torch.zeros((), dtype=torch.int32, device=device)  # of all chunks
+        self.squared = torch.zeros((), dtype=torch.float64, device=device)
         self.by_rows = entries[0].by_rows
         self.surveyed = any(e.rule in ("ftp", "mars_sp") for e in entries)
         self.largest = torch.zeros(len(entries) if self.by_rows else 0, dtype=torch.int64, device=device)
@@ -295,16 +311,18 @@ def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
     states = [s.data_ptr() for s in entry.states]
     return [
         entry.param.data_ptr(),
-        0 if entry.anchor is None else entry.anchor.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (entry.working, entry.anchor)),
         *states, *[0] * (MAX_STATES - len(states)),
         *(0 if t is None else t.data_ptr() for t in (entry.delta, entry.radius, entry.step)),
         entry.param.numel(),
         entry.rows,
         entry.param.stride(0) if entry.rows > 1 and entry.param.numel() else max(entry.length, 1),
         first,
+        entry.chunks,
         entry.group,
         rules.index(entry.rule),
-        -1 if entry.seed is None else entry.seed,
+        entry.seed,
+        entry.dithered,
         entry.segment,
     ]  # fmt: skip
 

@@ -14,7 +14,8 @@ namespace robustft {
   X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) ROBUSTFT_METHOD_HYPER(X)
 #define ROBUSTFT_STILL_HYPER(X) X(lr) ROBUSTFT_METHOD_HYPER(X)
 #define ROBUSTFT_METHOD_HYPER(X) \
-  X(strength) X(radius) X(k) X(radius_lr) X(radius_beta1) X(radius_beta2) X(maximize) X(anchored) X(stochastic_rounding)
+  X(strength) X(radius) X(k) X(radius_lr) X(radius_beta1) X(radius_beta2) X(maximize) X(anchored) \
+  X(stochastic_rounding) X(master_weights)
 #define ROBUSTFT_FIELD(name) double name;
 
 struct AdamWHyper {

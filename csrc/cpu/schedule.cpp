@@ -96,7 +96,7 @@ void survey(const Job& job, const Piece& piece, Measures* found) {
   if (job.rule->survey == Survey::slope)
     seen.param = job.param.delta, seen.grad = job.param.grad;
   else
-    seen.param = job.param.param, seen.anchor = job.param.anchor;
+    seen.param = job.param.param, seen.working = job.param.working, seen.anchor = job.param.anchor;
   sweeps().still(seen, {}, 0, {}, piece, Measuring::magnitudes, found);
 }
 

@@ -1,0 +1,232 @@
+"""Where anchors live: in which dtype, in host memory, in a file; and what a checkpoint says of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import robustft_kernels as rft
+from robustft_kernels import anchors
+from tests.test_optimizers import make, run
+from tests.test_state import copies, saved_and_loaded
+
+NAMES = [f"w{i}" for i in range(6)]
+
+
+@pytest.fixture
+def safetensors():
+    return pytest.importorskip("safetensors.torch")
+
+
+def stored_as(dtype, params):
+    """The weights of a checkpoint of `dtype`, loaded into wider parameters."""
+    return [nn.Parameter(p.detach().to(dtype).to(p.dtype)) for p in params]
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["spd", "ftp", "l2sp"])
+def test_exact_anchors_give_the_same_bits_in_less_memory(backend, narrow, wide, method):
+    results = []
+    for dtype in ("exact", None):
+        params = stored_as(narrow, make(dtype=wide))
+        optimizer = rft.AnchoredAdamW(params, lr=1e-2, method=method, anchor_dtype=dtype, backend=backend)
+        kept = {optimizer.state[p]["anchor"].dtype for p in params}
+        assert kept == ({narrow} if dtype else {wide})
+        run(optimizer, params, 4)
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "kept"),
+    [
+        (1 + 2.0**-7, torch.float32, torch.bfloat16),
+        (1 + 2.0**-10, torch.float32, torch.float16),
+        (1 + 2.0**-11, torch.float32, torch.float32),
+        (2.0**100, torch.float32, torch.bfloat16),  # beyond float16
+        (1 + 2.0**-23, torch.float64, torch.float32),
+        (1 + 2.0**-24, torch.float64, torch.float64),
+        (float("nan"), torch.float32, torch.float32),  # nobody can say
+        (1.0, torch.bfloat16, torch.bfloat16),
+        (1.0, torch.float16, torch.float16),
+    ],
+)
+def test_the_smallest_dtype_that_is_exact(values, dtype, kept):
+    """Of all weights of the group: one that needs more decides for the rest, so that they share their launches."""
+    param = nn.Parameter(torch.full((7,), values, dtype=dtype))
+    assert anchors.exact_dtypes([param, nn.Parameter(torch.zeros(3, dtype=dtype))]) == [kept, kept]
+
+
+def test_an_anchor_dtype_rounds(backend):
+    params = make()
+    optimizer = rft.AdamSPD(params, anchor_dtype=torch.bfloat16, backend=backend)
+    assert all(torch.equal(optimizer.state[p]["anchor"], p.bfloat16()) for p in params)
+    given = rft.AdamSPD(params, anchor=[p.detach().clone() for p in params], anchor_dtype=torch.float16)
+    assert {given.state[p]["anchor"].dtype for p in params} == {torch.float16}
+    mixed = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    optimizer = rft.AdamSPD(mixed, anchor_dtype=None)
+    assert [optimizer.state[p]["anchor"].dtype for p in mixed] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"anchor_dtype": "float16"}, "anchor_dtype must be 'exact', None or a floating-point torch.dtype"),
+        ({"anchor_dtype": torch.int8}, "anchor_dtype must be"),
+        ({"anchor_device": "cuda"}, r"anchor_device must be None \(the parameters'\) or 'cpu'"),
+        ({"save_anchors": "hash"}, "save_anchors must be True, False or 'digest'"),
+        ({"anchor": "weights.bin"}, "unknown anchor 'weights.bin'"),
+        ({"state_dtype": torch.float16}, r"state_dtype must be torch.float32 or torch.bfloat16"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+    ],
+)
+def test_bad_options_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        rft.AdamSPD(make(), **kwargs)
+
+
+def test_host_anchors_of_host_parameters_change_nothing(backend):
+    results = []
+    for device in (None, "cpu"):
+        params = make()
+        optimizer = rft.AdamSPD(params, lr=1e-2, anchor_device=device, backend=backend)
+        run(optimizer, params, 3)
+        other = rft.AdamSPD(copies(params), lr=1e-2, anchor_device=device, backend=backend)
+        other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+        run(other, other.param_groups[0]["params"], 2, start=3)
+        results.append(other.param_groups[0]["params"])
+    assert all(map(torch.equal, *results))
+
+
+def write(safetensors, path, params, files=1):
+    """A checkpoint as Hugging Face writes it, in one file or several."""
+    tensors = {name: p.detach().clone() for name, p in zip(NAMES, params, strict=False)}
+    if files == 1:
+        safetensors.save_file(tensors, path / "model.safetensors")
+        return
+    places = {name: f"model-{i % files}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        safetensors.save_file({n: t for n, t in tensors.items() if places[n] == file}, path / file)
+    (path / anchors.INDEX).write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_anchors_in_a_file(backend, safetensors, tmp_path, files):
+    """The same steps as with copies; nothing of the file in memory of ours; and no tensor of it in the checkpoint."""
+    pretrained = make()
+    write(safetensors, tmp_path, pretrained, files)
+    paths = [tmp_path, str(tmp_path / ("model.safetensors" if files == 1 else anchors.INDEX))]
+    results = []
+    for anchor in (*paths, [p.detach() for p in pretrained]):
+        params = copies(make())
+        named = list(zip(NAMES, params, strict=False))
+        optimizer = rft.AdamSPD(named, lr=1e-2, anchor=anchor, backend=backend)
+        run(optimizer, params, 3)
+        results.append(params)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+def test_a_checkpoint_knows_the_file_by_its_hash(backend, safetensors, tmp_path):
+    write(safetensors, tmp_path, make())
+
+    def fresh(params, anchor=tmp_path):
+        return rft.AdamSPD(zip(NAMES, params, strict=False), lr=1e-2, anchor=anchor, backend=backend)
+
+    params = copies(make())
+    optimizer = fresh(params)
+    run(optimizer, params, 2)
+    checkpoint = saved_and_loaded(optimizer.state_dict())
+    assert all("anchor" not in of and of["anchor_digest"].shape == (32,) for of in checkpoint["state"].values())
+    resumed = copies(params)
+    other = fresh(resumed)
+    other.load_state_dict(checkpoint)
+    assert other.param_groups[0]["anchor"] == "file"
+    run(optimizer, params, 2, start=2)
+    run(other, resumed, 2, start=2)
+    assert all(map(torch.equal, params, resumed))
+
+    changed = copies(make())
+    with torch.no_grad():
+        changed[2][0, 0] += 1e-6
+    (elsewhere := tmp_path / "other").mkdir()
+    write(safetensors, elsewhere, changed)
+    for anchor, message in ((elsewhere, "the anchor of parameter 'w2' is not the one"), ("zero", "'w0' to a file")):
+        refusing = fresh(copies(make()), anchor)
+        with pytest.raises(ValueError, match=message):
+            refusing.load_state_dict(checkpoint)
+        assert not any("exp_avg" in of for of in refusing.state.values())
+
+
+def test_moving_a_state_does_not_double_given_anchors():
+    """As accelerate does, which loads what it has just saved."""
+    params, given = make(), [p.detach() for p in make()]
+    optimizer = rft.AdamSPD(params, anchor=given)
+    run(optimizer, params, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [optimizer.state[p]["anchor"].data_ptr() for p in params] == [t.data_ptr() for t in given]
+    optimizer.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert optimizer.state[params[0]]["anchor"].data_ptr() != given[0].data_ptr()
+
+
+def test_digests_of_any_anchor():
+    params = make()
+    optimizer = rft.AdamSPD(params, lr=1e-2, save_anchors="digest")
+    checkpoint = saved_and_loaded(optimizer.state_dict())
+    rft.AdamSPD(copies(make()), save_anchors="digest").load_state_dict(checkpoint)
+    with pytest.raises(ValueError, match="is not the one that the checkpoint was made with"):
+        rft.AdamSPD(copies(p * 2 for p in make())).load_state_dict(checkpoint)
+    one, two = torch.zeros(2, 3), torch.zeros(3, 2)
+    assert not torch.equal(anchors.digest(one), anchors.digest(two))
+    assert not torch.equal(anchors.digest(one), anchors.digest(one.bfloat16()))
+    assert torch.equal(anchors.digest(one.t().clone().t()), anchors.digest(one))
+    before = anchors.digest(one)
+    one[0, 0] = 1
+    assert not torch.equal(anchors.digest(one), before)
+
+
+def test_files_that_do_not_serve(safetensors, tmp_path):
+    params = make()
+    named = list(zip(NAMES, params, strict=False))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        rft.AdamSPD(named, anchor=tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"read from \.safetensors files.*not 'weights.bin'"):
+        rft.AdamSPD(named, anchor=tmp_path / "weights.bin")
+    write(safetensors, tmp_path, params[:-1])
+    with pytest.raises(ValueError, match=f"the anchor mapping lacks '{NAMES[len(params) - 1]}'"):
+        rft.AdamSPD(named, anchor=tmp_path)
+    write(safetensors, tmp_path, [p.flatten() for p in params])
+    with pytest.raises(ValueError, match="the anchor of parameter 'w0' has shape"):
+        rft.AdamSPD(named, anchor=tmp_path)
+    with pytest.raises(ValueError, match="an anchor mapping needs named parameters"):
+        rft.AdamSPD(params, anchor=tmp_path)
+    head = nn.Parameter(torch.zeros(3))  # a head that the file does not have needs no anchor
+    write(safetensors, tmp_path, params)
+    groups = [{"params": named}, {"params": [("head", head)], "method": "none"}]
+    assert "anchor" not in rft.AdamSPD(groups, anchor=tmp_path).state[head]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of its memory")
+def test_a_file_is_mapped_not_copied(safetensors, tmp_path):
+    """96 MB of anchors are read from the file's pages, none of which become the process's own."""
+    program = f"""
+import re, torch, robustft_kernels as rft
+def memory(kind):
+    return int(re.search(rf"{{kind}}:\\s+(\\d+) kB", open("/proc/self/smaps_rollup").read())[1]) / 1024
+param = torch.nn.Parameter(torch.full((24 * 2**20,), 0.3))
+param.grad = torch.full_like(param, 0.1)
+torch.optim.SGD([param], lr=0.1).step()
+before = memory("Anonymous"), memory("Rss")
+rft.SGDL2SP([("w0", param)], lr=0.1, anchor={str(tmp_path)!r}).step()
+print(memory("Anonymous") - before[0], float(param[0]))
+"""
+    write(safetensors, tmp_path, [nn.Parameter(torch.full((24 * 2**20,), 0.1))])
+    out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout
+    own, moved = map(float, out.split())
+    assert own < 10
+    assert moved == pytest.approx(0.1 + 0.9 * (0.28 - 0.1), rel=1e-5), "it was pulled toward the file's weights"
