@@ -1,7 +1,7 @@
 """The one gate from Python objects to flat lists. A plan is built once and holds until what it was built from
 changes; a step of a valid plan hands the backends new gradients and hyper-parameters, nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -45,6 +45,7 @@ def found_tables(params: list[Tensor], counts: list[int], device: torch.device, 
 class Plan:
     """One step over all parameter groups: one launch for each device.
 
+    starts: the place of each group's first parameter among all the optimizer's, if these are not all.
     found: for each parameter ever stepped, its segments' rows of measures and their alphas, as the last step that
     touched it left them.
     """
@@ -56,6 +57,7 @@ class Plan:
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
         found: Found,
+        starts: Sequence[int] | None = None,
     ) -> None:
         self.base = base
         self.found = dict(found)
@@ -72,7 +74,7 @@ class Plan:
                     continue
                 _check(param, label_of(group, k))
                 by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
-        starts = [0, *accumulate(len(group["params"]) for group in groups)]
+        starts = starts or [0, *accumulate(len(group["params"]) for group in groups)]
         self.launches = [
             Launch(
                 base, [(groups[row], ks, starts[row]) for row, ks in rows.items()], kept, backend, device, self.found

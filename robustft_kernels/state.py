@@ -112,7 +112,8 @@ def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
 
 def load(param: Tensor, saved: Mapping[str, Any], group: Row, present: Tensor | None) -> ParamState:
     """A copy of one parameter's saved state, in the dtypes kept here: moments as `prepare` makes them, the anchor as
-    it was saved, or `present` where it is that, since who only moves a state must not double it. Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count."""
+    it was saved, or `present` where it is that, since who only moves a state must not double it. Takes what
+    torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count."""
     loaded: ParamState = {}
     for key, value in saved.items():
         if value is None or key == "anchor_digest":

@@ -48,12 +48,14 @@ def test_nothing_spills_and_no_float_is_added_atomically(kernels):
 
 
 def test_half_of_an_sms_threads_are_resident(kernels):
-    """A quarter in float64 and by rows, an eighth in both."""
+    """Three eighths with master weights or bfloat16 moments, a quarter in float64 and by rows, an eighth in both."""
     from benchmarks.codegen import occupancy
 
     for row in kernels:
         if row["target"] == "sm_90":
             expected = 0.5 / 2 ** ((row["dtype"] == "fp64") + row["variant"].startswith("rows"))
+            if "master" in row["variant"] or "bf16 moments" in row["variant"]:
+                expected = min(expected, 0.375)
             assert occupancy(row["registers"], row["threads"]) >= expected, (named(row), row["registers"])
 
 

@@ -161,14 +161,15 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
     """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
-    threads that an SM can hold be resident; the compiler for Blackwell needs 80, and float64 and the sweeps of rows
-    twice as many, to spill nothing.
+    threads that an SM can hold be resident; the compiler for Blackwell needs 80, as do master weights and bfloat16
+    moments, and float64 and the sweeps of rows twice as many, to spill nothing.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
     if backend == "cuda":
         double, by_rows = variant.T.value == tl.float64, variant.ROWS.value
-        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 64 if capability < 100 else 80
+        more = variant.MASTERED.value or variant.S.value != variant.T.value or capability >= 100
+        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 80 if more else 64
     return options
 
 
