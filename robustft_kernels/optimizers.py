@@ -57,6 +57,11 @@ class AnchoredOptimizer(Optimizer):
             anchors.check_no_surplus(self._given, [n for g in self.param_groups for n in g.get("param_names", ())])
         self._given = None
 
+    def _patch_step_function(self) -> None:
+        """torch's, by which the step runs its hooks."""
+        super()._patch_step_function()
+        keep_from_compiler(type(self))
+
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its keys are the constructor's, and `params`. `pre` is another name for `anchor`.
 
@@ -219,6 +224,13 @@ class AnchoredOptimizer(Optimizer):
         self._plan, self._found, self.grad_norm = None, {}, None
         self._graphed = []
         self._given = None
+
+
+def keep_from_compiler(cls: type[Optimizer]) -> None:
+    """Makes torch.compile call an optimizer's step, hooks included, as it is: one graph break, and nothing traced that
+    a schedule could invalidate."""
+    if not getattr(cls.step, "_torchdynamo_disable", False):
+        cls.step = torch.compiler.disable(cls.step, reason="it is a fused kernel already")  # type: ignore[method-assign]
 
 
 class AnchoredAdamW(AnchoredOptimizer):

@@ -14,7 +14,7 @@ from .anchors import Anchor
 from .around import SETTINGS, Around, check_settings, rule_around
 from .bases import Group
 from .methods import method_of
-from .optimizers import AnchoredOptimizer
+from .optimizers import AnchoredOptimizer, keep_from_compiler
 from .plan import label_of
 from .telemetry import Telemetry, collect
 
@@ -115,6 +115,11 @@ class Anchored(Optimizer):
         for group, (own, tensors) in zip(groups, adopted, strict=True):
             group.update(own)
             self._anchors.update(tensors)
+
+    def _patch_step_function(self) -> None:
+        """torch's, by which the step runs its hooks."""
+        super()._patch_step_function()
+        keep_from_compiler(type(self))
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
