@@ -91,14 +91,11 @@ class PreparedStep {
     check_table(hyper_, {groups, int64_t(sizeof(Hyper) / sizeof(double))}, "hyper");
     TORCH_CHECK(int64_t(rules.size()) == groups, "robustft: ", groups, " groups but ", rules.size(), " rules");
 
-    const Tensors none;
     Feed<Tensor> param_feed(params, "params"), anchor_feed(anchors, "anchors"), step_feed(steps, "steps");
     std::vector<Feed<Tensor>> state_feeds;
     for (size_t s = 0; s < lists.size(); ++s) state_feeds.emplace_back(states[s], lists[s].name);
-    const bool learning = states.size() > lists.size();
-    Feed<Tensor> delta_feed(learning ? states[lists.size()] : none, "deltas");
-    Feed<Tensor> radius_feed(learning ? states[lists.size() + 1] : none, "radius_states");
-    Feed<Tensor> master_feed(learning ? states[lists.size() + 2] : none, "masters");
+    Feed<Tensor> delta_feed(states[lists.size()], "deltas"), radius_feed(states[lists.size() + 1], "radius_states");
+    Feed<Tensor> master_feed(states[lists.size() + 2], "masters");
     TORCH_CHECK(seeds.empty() || seeds.size() == params.size(), "robustft: seeds has ", seeds.size(), " entries for ",
                 params.size(), " params; give one each, or none");
     int64_t segments = 0;
@@ -114,11 +111,12 @@ class PreparedStep {
         if (h.anchored) held.anchor = anchor_feed.next();
         for (size_t s = 0; s < lists.size(); ++s)
           if (lists[s].drawn(h)) held.state[s] = state_feeds[s].next();
+        if (rule.tracks) held.delta = delta_feed.next();
         if (learns) {
-          held.delta = delta_feed.next(), held.radius = radius_feed.next();
+          held.radius = radius_feed.next();
           check_table(held.radius, {int64_t(sizeof(Radius) / sizeof(double))}, "an entry of radius_states");
         }
-        if (counted(h) || learns) {
+        if (counted(h) || rule.tracks) {
           held.step = step_feed.next();
           TORCH_CHECK(held.step.device().is_cpu() && held.step.scalar_type() == at::kFloat && held.step.numel() == 1,
                       "robustft: the step count of params[", i, "] must be one float32 on the CPU");
@@ -172,7 +170,7 @@ class PreparedStep {
   void run(const Tensors& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
     if (found_inf && found_inf->item<double>() != 0) return;
     const double scale = grad_scale ? grad_scale->item<double>() : 1;
-    const bool none = grads.empty() && std::is_same_v<Hyper, StillHyper>;
+    const bool none = grads.empty() && !kMoves;
     TORCH_CHECK(none || grads.size() == jobs_.size(), "robustft: ", jobs_.size(), " params but ", grads.size(), " grads");
     Tensors relaid;  // alive until the sweeps are done
     for (size_t i = 0; i < jobs_.size(); ++i) {
@@ -181,8 +179,8 @@ class PreparedStep {
     }
 
     for (size_t i = 0; i < jobs_.size(); ++i) {
-      if (!std::is_same_v<Hyper, StillHyper> || jobs_[i].rule->pulls()) bump_version(held_[i].param);
-      if (held_[i].step.defined()) *held_[i].step.template data_ptr<float>() += 1;
+      if (kMoves || jobs_[i].rule->pulls()) bump_version(held_[i].param);
+      if (kMoves && held_[i].step.defined()) *held_[i].step.template data_ptr<float>() += 1;
     }
     py::gil_scoped_release release;
     robustft::run(jobs_, [this](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring,
@@ -192,6 +190,8 @@ class PreparedStep {
   }
 
  private:
+  static constexpr bool kMoves = !std::is_same_v<Hyper, StillHyper>;
+
   struct Held {
     Tensor param, anchor, state[3], delta, radius, master, step;
   };
@@ -214,7 +214,7 @@ class PreparedStep {
     Param& p = job.param;
     job.terms = {h.strength, h.lr, h.radius};
     job.radius_hyper = {h.k, h.radius_lr, h.radius_beta1, h.radius_beta2};
-    job.t = held.step.defined() ? *held.step.template const_data_ptr<float>() + 1 : 0;
+    job.t = held.step.defined() ? *held.step.template const_data_ptr<float>() + kMoves : 0;
     job.measures = measures_.data_ptr<double>() + kMeasures * first_segment_[i];
     job.alphas = alphas_.data_ptr<double>() + first_segment_[i];
     job.radius = held.radius.defined() ? static_cast<Radius*>(held.radius.data_ptr()) : nullptr;
@@ -271,9 +271,11 @@ SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momen
           group_sizes, rules, seeds};
 }
 
-StillStep prepare_still(Tensors params, const Tensors& anchors, const Tensors& steps, Tensor measures, Tensor alphas,
-                        Tensor hyper, const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
-  return {sweeps().still, {}, [](const StillHyper&) { return false; }, std::move(params), anchors, {}, steps,
+StillStep prepare_still(Tensors params, const Tensors& anchors, const Tensors& masters, const Tensors& steps,
+                        Tensor measures, Tensor alphas, Tensor hyper, const Sizes& group_sizes, const Names& rules,
+                        const Sizes& seeds) {
+  const auto counted = [](const StillHyper& h) { return h.stochastic_rounding != 0; };
+  return {sweeps().still, {}, counted, std::move(params), anchors, {{}, {}, masters}, steps,
           std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
 }
 

@@ -135,7 +135,7 @@ class _Launch:
         anchors = [anchor for anchor in self._anchors[: sum(sizes)] if anchor is not None]
         live = {row * len(STILL.hyper) + column: t for (row, column), t in self._live.items() if row < len(rules)}
         return ops.prepare(
-            self._backend, STILL, self._params[: sum(sizes)], anchors, [], self.measures[:segments],
+            self._backend, STILL, self._params[: sum(sizes)], anchors, [], [], self.measures[:segments],
             self.alphas[:segments], self._hyper[: len(rules)], sizes, rules, [],
             **({"live": live} if ops.keeps_addresses(self._backend) else {}),
         )  # fmt: skip

@@ -33,6 +33,10 @@ def _momentum(row: Row, _: torch.dtype) -> bool:
     return bool(row["momentum"] != 0)
 
 
+def _tracks(row: Row, _: torch.dtype) -> bool:
+    return RULES[row["rule"]].tracks
+
+
 def _learns(row: Row, _: torch.dtype) -> bool:
     return RULES[row["rule"]].learns
 
@@ -42,11 +46,11 @@ def _has_master(row: Row, dtype: torch.dtype) -> bool:
 
 
 def _sgd_counts(row: Row, dtype: torch.dtype) -> bool:
-    return _momentum(row, dtype) or _learns(row, dtype) or bool(row["stochastic_rounding"])
+    return _momentum(row, dtype) or _tracks(row, dtype) or _stochastic(row, dtype)
 
 
-def _never(_: Row, __: torch.dtype) -> bool:
-    return False
+def _stochastic(row: Row, _: torch.dtype) -> bool:
+    return bool(row["stochastic_rounding"])
 
 
 def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +103,7 @@ _COMMON = (
     "strength", "radius", "k", "radius_lr", "radius_beta1", "radius_beta2",
     "maximize", "anchored", "stochastic_rounding", "master_weights",
 )  # fmt: skip
-_KEPT = (("delta", _learns), ("radius_state", _learns), ("master", _has_master))
+_KEPT = (("delta", _tracks), ("radius_state", _learns), ("master", _has_master))
 ADAMW = Base(
     "adamw",
     hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", *_COMMON),
@@ -112,8 +116,9 @@ SGD = Base(
     state=(("momentum_buffer", _momentum), *_KEPT),
     counted=_sgd_counts,
 )
-# No step at all: θ̃ = θ. Gradients may be left out, and ⟨g, d⟩ is then nan.
-STILL = Base("still", hyper=("lr", *_COMMON), state=(), counted=_never)
+# No step at all: θ̃ = θ. Gradients may be left out, and ⟨g, d⟩ is then nan. It counts nothing, but reads the
+# count of the step before it.
+STILL = Base("still", hyper=("lr", *_COMMON), state=(("master", _has_master),), counted=_stochastic)
 BASES = (ADAMW, SGD, STILL)
 
 

@@ -15,13 +15,17 @@ class Rule:
 
     by_rows: segments are rows, and sizes Σ|·|; otherwise segments are whole tensors, and sizes ‖·‖².
     measured: α waits for the measures of its segment; otherwise it is known before the step.
-    learns: it keeps, for each parameter, the `delta` c of its last step and a `radius_state`, its radius with two
-        moments.
+    tracks: it keeps, for each parameter, the `delta` c of its last step.
+    learns: and from it a `radius_state`, its radius with two moments.
+    elsewhere: for a measured rule, that which measures as much, and leaves α to be decided where the measures of all
+        parts of a tensor are.
     """
 
     by_rows: bool = False
     measured: bool = True
+    tracks: bool = False
     learns: bool = False
+    elsewhere: str = ""
 
 
 RULES = {
@@ -29,15 +33,16 @@ RULES = {
     "l2sp": Rule(measured=False),
     "l2sp_coupled": Rule(measured=False),
     "mars_sp": Rule(measured=False),
-    "spd": Rule(),
-    "spd_rows": Rule(by_rows=True),
-    "project": Rule(),
-    "project_mars": Rule(by_rows=True),
-    "project_rows": Rule(by_rows=True),
-    "ftp": Rule(by_rows=True, learns=True),
-    # For the functional API: measure alone, and pull by an α that is given.
+    "spd": Rule(elsewhere="observe"),
+    "spd_rows": Rule(by_rows=True, elsewhere="observe_rows"),
+    "project": Rule(elsewhere="observe"),
+    "project_mars": Rule(by_rows=True, elsewhere="observe_rows"),
+    "project_rows": Rule(by_rows=True, elsewhere="observe_rows"),
+    "ftp": Rule(by_rows=True, tracks=True, learns=True, elsewhere="track_rows"),
+    # Halves of a step: measure alone, and pull by an α that is given.
     "observe": Rule(),
     "observe_rows": Rule(by_rows=True),
+    "track_rows": Rule(by_rows=True, tracks=True),
     "given": Rule(measured=False),
     "given_rows": Rule(by_rows=True, measured=False),
 }

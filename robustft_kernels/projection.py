@@ -257,8 +257,8 @@ def _still(
             hyper[:, column] = radii
     with torch.no_grad():
         ops.prepare(
-            backend, STILL, list(params), beside_params, [], measures, alphas, hyper, groups, [rule] * len(groups), [],
-            **live,
+            backend, STILL, list(params), beside_params, [], [], measures, alphas, hyper, groups,
+            [rule] * len(groups), [], **live,
         )(list(grads))  # fmt: skip
     return measures.unbind(1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import Base, arithmetic_of
+from .bases import STILL, Base, arithmetic_of
 from .methods import RULES as contract
 from .methods import segments_of
 
@@ -127,7 +127,7 @@ def ftp(measures: Tensor, h: Row) -> Tensor:
 RULES: dict[str, Callable[[Tensor, Row], Tensor]] = {
     "keep": keep, "l2sp": l2sp, "l2sp_coupled": keep, "mars_sp": keep, "spd": spd, "spd_rows": spd_rows,
     "project": project, "project_mars": project_mars, "project_rows": project_rows, "ftp": ftp,
-    "observe": keep, "observe_rows": keep,
+    "observe": keep, "observe_rows": keep, "track_rows": keep,
 }  # fmt: skip
 
 
@@ -322,7 +322,8 @@ def step_(
     write = _Writer(found_inf)
     for e in _entries(base, params, grads, anchors, tuple(states), steps, hyper, group_sizes, rules, seeds):
         h, rule, dtype = e.h, e.rule, arithmetic or arithmetic_of(e.param.dtype)
-        t = None if e.step is None else e.step + 1
+        moves = base is not STILL
+        t = None if e.step is None else e.step + moves
         work = {key: of.to(torch.float64 if key == "radius_state" else dtype, copy=True) for key, of in e.kept.items()}
         theta = e.param.to(dtype)
         stored = e.param
@@ -348,8 +349,9 @@ def step_(
             if e.grad is None:
                 found[0] = torch.nan
         alpha = alphas[e.segments].clone() if rule.startswith("given") else RULES[rule](found, h)
-        if contract[rule].learns:
+        if contract[rule].tracks:
             work["delta"] = moved - theta_0
+        if contract[rule].learns:
             radius = work["radius_state"][0].clone()
             largest = (row_norm(found) + 1e-8).amax() if found.numel() else found.new_tensor(torch.inf)
             work["radius_state"][0].copy_(torch.where(largest.isfinite(), radius.minimum(largest), radius))
@@ -359,7 +361,7 @@ def step_(
         if contract[rule].measured:
             new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
         else:
-            new = rounded(pulled, phase=0)
+            new = rounded(pulled, phase=0 if moves else 1)
         write(e.param, new.to(stored.dtype))
         if master is not None:
             work["master"] = new

@@ -125,7 +125,9 @@ def test_measures_without_a_step(backend, device, rule, anchor, dtype):
         measures = torch.zeros(sum(of.segments), 4, dtype=torch.float64, device=device)
         alphas = torch.ones(sum(of.segments), dtype=torch.float64, device=device)
         anchors = of.anchors if of.anchored else []
-        ops.prepare(backend, STILL, of.params, anchors, [], measures, alphas, hyper, [len(cases)], [rule], [])(given)
+        ops.prepare(backend, STILL, of.params, anchors, [], [], measures, alphas, hyper, [len(cases)], [rule], [])(
+            given
+        )
         first = 0
         for case, p, a, g, n in zip(cases, of.params, of.anchors, grads, of.segments, strict=True):
             c = p.double() - (a.double() if of.anchored else 0)
@@ -153,7 +155,7 @@ def test_pull_by_given_alphas(backend, device, rule, dtype):
     alphas = torch.tensor([0.0, 1.0, 0.37, 0.9], dtype=torch.float64, device=device).repeat(n)[:n]
     given, measures = alphas.clone(), torch.zeros(n, 4, dtype=torch.float64, device=device)
     hyper = torch.tensor([[float(c == "anchored") for c in STILL.hyper]], dtype=torch.float64, device="cpu")
-    ops.prepare(backend, STILL, of.params, of.anchors, [], measures, alphas, hyper, [len(cases)], [rule], [])([])
+    ops.prepare(backend, STILL, of.params, of.anchors, [], [], measures, alphas, hyper, [len(cases)], [rule], [])([])
     assert torch.equal(alphas, given)
     assert torch.equal(measures[:, 3], (given != 1).double())
     first = 0
@@ -197,7 +199,9 @@ def test_projection_without_a_step(backend, device, rule, dtype):
     measures = torch.zeros(segments, 4, dtype=torch.float64, device=device)
     alphas = torch.ones(segments, dtype=torch.float64, device=device)
     n = len(cases)
-    ops.prepare(backend, STILL, of.params, of.anchors, [], measures, alphas, hyper, [1] * n, [rule] * n, [], **live)([])
+    ops.prepare(
+        backend, STILL, of.params, of.anchors, [], [], measures, alphas, hyper, [1] * n, [rule] * n, [], **live
+    )([])
     of_sums = 64 * torch.finfo(arithmetic_of(dtype)).eps  # a lane adds 64 elements of a block
     for case, p, p0, a, want, kept in zip(cases, of.params, before, of.anchors, wanted, inside, strict=True):
         slack = torch.finfo(dtype).eps * want.abs() + of_sums * (want.abs() + a.double().abs())

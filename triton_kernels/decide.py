@@ -70,7 +70,7 @@ def ftp(grad_dot_delta, before, gain, strength, lr, radius):
 FUNCTIONS = {
     "keep": keep, "l2sp": l2sp, "l2sp_coupled": keep, "mars_sp": keep, "spd": spd, "spd_rows": spd_rows,
     "project": project, "project_mars": project_rows, "project_rows": project_rows, "ftp": ftp,
-    "observe": keep, "observe_rows": keep, "given": keep, "given_rows": keep,
+    "observe": keep, "observe_rows": keep, "track_rows": keep, "given": keep, "given_rows": keep,
 }  # fmt: skip
 
 

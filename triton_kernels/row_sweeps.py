@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from .base import power, read_hyper
-from .chunk import CHUNKS, FIRST, GROUP, INDEX, NUMEL, RADIUS, ROWS, RULE, STEP, WIDTH, rounding_keys
+from .chunk import CHUNKS, FIRST, GROUP, INDEX, NUMEL, RADIUS, ROWS, RULE, WIDTH, rounding_keys
 from .decide import ROW_EPS, learn
 from .rows import fold_rows, piece, pull_rows, step_rows, survey_rows, wide
-from .sweeps import MEASURES, decide_segment, penalty, record, step_count, step_scalars
+from .sweeps import MEASURES, count_step, decide_segment, penalty, record, step_count, step_scalars, this_step
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, measures, al
                V: tl.constexpr):  # fmt: skip
     """Sweep 1 on one chunk, and sweep 2 on rows that need nothing more."""
     row, count, begin, n, parts = piece(chunk, tensor, V)
-    t = step_count(tensor) + 1
+    t = this_step(tensor, V)
     factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     sign = penalty(tensor, hyper, live, V.SIGNED, V)
     rule, index = tl.load(tensor + RULE), tl.load(tensor + INDEX)
@@ -116,9 +116,7 @@ def conclude(tensor, hyper, live, partials, measures, alphas, V: tl.constexpr):
                 inside = row + lanes < rows
                 alpha = tl.load(alphas + index + row + lanes, mask=inside, other=1.0)
                 record(measures, alphas, index + row + lanes, inside, nan, nan, nan, alpha, V)
-    step = tl.load(tensor + STEP)
-    if step != 0:
-        tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
+    count_step(tensor, V)
 
 
 @triton.jit

@@ -125,13 +125,14 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
             store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.S, WIDE)
         new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.T)[:, None]))
         if V.STOCHASTIC:
-            new = tl.where(dithered, dither(new, random_bits(offsets, keys[STEP_KEY]) >> 16), new)
+            key = keys[PULL_KEY if V.STILL else STEP_KEY]
+            new = tl.where(dithered, dither(new, random_bits(offsets, key) >> 16), new)
         new = as_stored(new, V.P, V.T)
         written = inside
         if V.STILL:
             written = inside & (known != 1)[:, None]
         store_weights(param, working, offsets, written, new, WIDE, V)
-        if V.LEARNED >= 0:
+        if V.TRACKED:
             store(delta, offsets, kept_delta[:, None] & columns[None, :], as_stored(new - theta_0, V.D, V.T), V.D, WIDE)
         if V.MEASURED > 0:
             new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0

@@ -60,11 +60,12 @@ class Variant:
     columns of a group's row; LR, STRENGTH, RADIUS, and LEARN, the first of four for learning a radius: places in it.
     STATES: the tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor
     (NONE, SOME or ALL). RULES: those in use, first the MEASURED ones that wait for measures; GIVEN, COUPLED, SIGNED,
-    TIED, LEARNED: the places among them of those that are special, or −1. STOCHASTIC: whether any tensor's weights are
-    rounded so. MASTERED: whether param is the master of weights to work with. P, W, G, A, S, D, T: dtypes of param,
-    those weights, grad, anchor, moments, delta, and the arithmetic. CHUNK: elements of a program. LANES:
-    accumulators. ROWS: whether segments are rows; TILE: how many of them share the accumulators. VECTOR: neighbours
-    that one thread takes at once. CODE: names the source, so that no older code is taken for it.
+    TIED, LEARNED: the places among them of those that are special, or −1; TRACKED: whether any keeps its delta.
+    STOCHASTIC: whether any tensor's weights are rounded so. MASTERED: whether param is the master of weights to work
+    with. P, W, G, A, S, D, T: dtypes of param, those weights, grad, anchor, moments, delta, and the arithmetic. CHUNK:
+    elements of a program. LANES: accumulators. ROWS: whether segments are rows; TILE: how many of them share the
+    accumulators. VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is
+    taken for it.
     """
 
     READ: Any
@@ -85,6 +86,7 @@ class Variant:
     SIGNED: Any
     TIED: Any
     LEARNED: Any
+    TRACKED: Any
     STOCHASTIC: Any
     MASTERED: Any
     ANCHORED: Any
@@ -118,6 +120,24 @@ def step_count(tensor):
     if step != 0:
         t = tl.load(step.to(tl.pointer_type(tl.float32)))
     return t
+
+
+@triton.jit
+def this_step(tensor, V: tl.constexpr):
+    """The number of the step that is made, from 1; where none is, of that before it."""
+    t = step_count(tensor)
+    if not V.STILL:
+        t += 1
+    return t
+
+
+@triton.jit
+def count_step(tensor, V: tl.constexpr):
+    """Counts the step that has been made."""
+    if not V.STILL:
+        step = tl.load(tensor + STEP)
+        if step != 0:
+            tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
 
 
 @triton.jit
@@ -168,7 +188,9 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
             store(state2, offsets, lane < kept2, s2, V.S, WIDE)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
-            new = tl.where(dithered, dither(new, random_bits(offsets, keys[STEP_KEY]) >> 16), new)
+            new = tl.where(
+                dithered, dither(new, random_bits(offsets, keys[PULL_KEY if V.STILL else STEP_KEY]) >> 16), new
+            )
         new = as_stored(new, V.P, V.T)
         written = inside
         if V.STILL:
@@ -219,7 +241,7 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     i = tl.load(owners + chunk)
     tensor = tensors + i.to(tl.int64) * WIDTH
     begin, n = extent(chunk, tensor, V)
-    t = step_count(tensor) + 1
+    t = this_step(tensor, V)
     factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
     nan = tl.full((), float("nan"), tl.float64)
     known = decide_segment(tensor, hyper, live, nan, nan, nan, V)
@@ -272,9 +294,7 @@ def settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials
         if V.GIVEN >= 0:
             alpha = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + row), alpha)
         record(measures, alphas, row, row >= 0, grad_dot_delta, before, gain, alpha, V)
-        step = tl.load(tensor + STEP)
-        if step != 0:
-            tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
+        count_step(tensor, V)
         tl.debug_barrier()
         if ready is not None:
             tl.atomic_xchg(ready + i, 1, sem="release")

@@ -83,7 +83,7 @@ class Entry:
     @property
     def pulled_later(self) -> bool:
         """Whether its pull is left to sweep 2."""
-        if not RULES[self.rule].measured or self.rule.startswith("observe"):
+        if not RULES[self.rule].elsewhere:
             return False
         return self.rule == "project_mars" or (self.length > CHUNK if self.by_rows else self.chunks > 1)
 
@@ -138,6 +138,7 @@ def variant_of(
         SIGNED=place("mars_sp"),
         TIED=place("project_mars"),
         LEARNED=place("ftp"),
+        TRACKED=c(any(RULES[rule].tracks for rule in rules)),
         STOCHASTIC=c(stochastic),
         MASTERED=c(working is not None),
         ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,

@@ -29,6 +29,7 @@ struct Rule {
   Survey survey = Survey::none;
   bool given = false;  // alpha is the caller's
   bool couples = false;  // its penalty goes through the gradient, for all elements
+  bool tracks = false;   // the delta is kept
 
   bool pulls() const { return alpha != keep; }
   Penalty penalty(double strength) const {
@@ -75,9 +76,10 @@ constexpr Rule kRules[] = {
     {"project", Measuring::squares, false, project},
     {"project_mars", Measuring::magnitudes, true, project_rows, true},
     {"project_rows", Measuring::magnitudes, true, project_rows},
-    {"ftp", Measuring::magnitudes, true, ftp, false, Survey::slope},
+    {"ftp", Measuring::magnitudes, true, ftp, false, Survey::slope, false, false, true},
     {"observe", Measuring::squares, false, keep},
     {"observe_rows", Measuring::magnitudes, true, keep},
+    {"track_rows", Measuring::magnitudes, true, keep, false, Survey::none, false, false, true},
     {"given", Measuring::none, false, nullptr, false, Survey::none, true},
     {"given_rows", Measuring::none, true, nullptr, false, Survey::none, true},
 };
