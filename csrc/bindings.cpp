@@ -36,6 +36,7 @@ Rows rows_of(const Tensor& tensor, bool by_rows) {
 }
 
 Buffer buffer_of(const Tensor& tensor, const Tensor& param, const char* name) {
+  TORCH_CHECK(tensor.has_storage(), "robustft: a tensor of ", name, " has no memory of its own");
   TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided && same_layout(tensor, param),
               "robustft: a tensor of ", name, " has not the device, shape and strides of its param");
   return {tensor.data_ptr(), dtype_of(tensor)};

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .sharding import agree, local, whole
 from .state import is_dense, is_reachable, keep_anchor
 
 Path_ = str | PathLike[str]
@@ -69,7 +70,7 @@ def exact_dtypes(params: Sequence[Tensor]) -> list[torch.dtype]:
     """For each of these weights the smallest dtype that holds all of them exactly, if it is smaller than its own."""
     for dtype in NARROWER:
         wider = [param.detach() for param in params if param.dtype.itemsize > dtype.itemsize]
-        if wider and all(_holds(dtype, param) for param in wider):
+        if wider and agree(all(_holds(dtype, local(param)) for param in wider), wider):
             return [dtype if param.dtype.itemsize > dtype.itemsize else param.dtype for param in params]
     return [param.dtype for param in params]
 
@@ -136,7 +137,7 @@ def digest(anchor: Tensor) -> Tensor:
     version = 0 if anchor.is_inference() else anchor._version
     known: tuple[int, Tensor] | None = _digests.get(anchor)
     if known is None or known[0] != version:
-        content = anchor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        content = whole(anchor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
         sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
         sha.update(content.data)
         known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
@@ -189,6 +190,7 @@ def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = Fa
 
 
 def _check_apart(anchor: Tensor, param: Tensor, label: str) -> None:
+    anchor, param = local(anchor), local(param)
     if anchor.numel() and anchor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr():
         raise ValueError(f"the anchor of {label} shares its memory with a parameter and would move along; clone it")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import ops, state
 from .bases import STILL, Group
+from .launch import CPU, Found, found_tables, label_of
 from .methods import rule_of, segments_of
-from .plan import CPU, Found, found_tables, label_of
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
 # What each method reads of its group. The other methods work on the gradient, which here is not ours.

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import reference
 from .bases import BASES, Base
+from .sharding import is_dtensor, local, placement_of
 
 try:
     from . import _native
@@ -175,20 +176,22 @@ def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: boo
     or that it has none; and which objects the state in `kept` is, with `addresses` also where their memory is. The
     caller keeps those objects alive.
     """
-    if _native is not None:
+    if _native is not None and not any(map(is_dtensor, params)):
         return _native.fingerprint(params, kept, addresses)
-    of_params = [(id(p), p.data_ptr(), _metadata(p), None if p.grad is None else _metadata(p.grad)) for p in params]
+    of_params = [
+        (id(p), local(p).data_ptr(), _metadata(p), None if p.grad is None else _metadata(p.grad)) for p in params
+    ]
     of_state = [(key, id(value), addresses and _address(value)) for of in kept for key, value in of.items()]
     return of_params, of_state
 
 
 def _address(value: object) -> int:
-    return value.data_ptr() if isinstance(value, Tensor) else 0
+    return local(value).data_ptr() if isinstance(value, Tensor) else 0
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
     strides = tensor.stride() if tensor.layout == torch.strided else None
-    return tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides
+    return tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides, placement_of(tensor)
 
 
 def _define(library: torch.library.Library, base: Base, backend: str) -> None:

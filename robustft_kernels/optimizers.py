@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from . import anchors, ops, state
 from .anchors import Anchor
 from .bases import ADAMW, SGD, Base, Group, check_hyper
+from .launch import Found, label_of
 from .methods import method_of, rule_of
-from .plan import Found, Plan, label_of
+from .plan import Plan
 from .telemetry import Telemetry, collect
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

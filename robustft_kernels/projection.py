@@ -15,6 +15,7 @@ from . import ops
 from .anchors import check_fits
 from .bases import MEASURES, STILL
 from .methods import NORMS, rule_of, segments_of
+from .sharding import Segments, any_sharded, is_dtensor, local, placed_as
 from .state import beside, is_dense
 
 Radius = float | Tensor | Sequence[float | Tensor]
@@ -65,7 +66,12 @@ def project_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, radius:
     """
     params, anchors = as_lists(params, anchors)
     check_norm(norm)
-    _still(rule_of("project", norm), params, anchors, radii=_radii(radius, params))
+    radii = _radii(radius, params)
+    if any_sharded(params):
+        ball = Ball(params, norm)
+        ball.pull_(params, anchors, ball.alphas(radii, ball.norms(params, anchors)))
+    else:
+        _still(rule_of("project", norm), params, anchors, radii=radii)
 
 
 def project(
@@ -236,6 +242,8 @@ def _still(
     alphas: one a segment, for a rule that is given them. radii: one a tensor, for a rule that reads them; the group of
     each then is its own, and on a GPU its radius stays where it is.
     """
+    if any(map(is_dtensor, params)):
+        return _still_spread(rule, params, anchors, grads, alphas)
     device = _device_of(params)
     if alphas is None:
         segments = sum(segments_of(rule, param.shape) for param in params)
@@ -261,6 +269,25 @@ def _still(
             [rule] * len(groups), [], **live,
         )(list(grads))  # fmt: skip
     return measures.unbind(1)
+
+
+def _still_spread(
+    rule: str,
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    alphas: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The same over the parts that are here; what it measured is summed over all parts, in one all-reduce."""
+    segments = Segments(params, [rule] * len(params))
+    found = _still(
+        rule,
+        [local(param) for param in params],
+        None if anchors is None else [local(beside(p, placed_as(a, p))) for p, a in zip(params, anchors, strict=True)],
+        [local(placed_as(grad, param)) for grad, param in zip(grads, params, strict=False)],
+        None if alphas is None else segments.parts(alphas),
+    )
+    return found if alphas is not None else segments.whole(torch.stack(found, 1)).unbind(1)
 
 
 def _outside(radii: Tensor, norms: Tensor) -> Tensor:

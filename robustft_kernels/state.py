@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .bases import RADIUS_STATE, Base, Row, delta_dtype_of, moment_dtype_of
+from .sharding import placed_as, placement_of
 
 ParamState = dict[str, Any]
 
@@ -29,14 +30,15 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def beside(param: Tensor, value: Tensor) -> Tensor:
     """`value` on `param`'s device in its memory layout: itself where it is so already, else a copy."""
-    if value.device == param.device and same_layout(value, param):
+    if value.device == param.device and same_layout(value, param) and placement_of(value) == placement_of(param):
         return value
     return copy_beside(param, value)
 
 
 def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A copy of `value` on `param`'s device in its memory layout."""
-    return torch.empty_like(param, dtype=dtype or value.dtype, requires_grad=False).copy_(value.detach())
+    copy = torch.empty_like(param, dtype=dtype or value.dtype, requires_grad=False)
+    return copy.copy_(placed_as(value.detach(), param))
 
 
 def is_reachable(anchor: Tensor, param: Tensor) -> bool:
@@ -52,11 +54,18 @@ def keep_anchor(
     dtype = dtype or anchor.dtype
     there = param.device if device is None else torch.device(device)
     pin = there.type == "cpu" and param.device.type == "cuda"
+    anchor = placed_as(anchor, param)
     fits = anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
     if fits and not copy and (not pin or anchor.is_pinned()):
         return anchor
     kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
     return kept.copy_(anchor.detach())
+
+
+def weights_of(param: Tensor, kept: ParamState) -> Tensor:
+    """What the next step begins from: the master, where the parameter still shows it."""
+    master = kept.get("master")
+    return param if master is None else torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
 
 def prepare(param: Tensor, kept: ParamState, base: Base, row: Row, steps_on: torch.device) -> None:

@@ -13,9 +13,9 @@ from . import anchors, ops, state
 from .anchors import Anchor
 from .around import SETTINGS, Around, check_settings, rule_around
 from .bases import Group
+from .launch import label_of
 from .methods import method_of
 from .optimizers import AnchoredOptimizer, keep_from_compiler
-from .plan import label_of
 from .telemetry import Telemetry, collect
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets where _step_supports_amp_scaling

@@ -1,0 +1,153 @@
+"""A program, run by test_spread.py in several processes: optimizers over DTensors against the same on whole tensors."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import robustft_kernels as rft
+
+# Uneven and empty shards, rows of several chunks, every number of dimensions.
+SHAPES = ((3,), (1,), (33001,), (7, 5), (64, 300), (2, 40000), (1, 9), (8, 4, 3, 3), ())
+METHODS = (
+    dict(method="none"),
+    dict(method="spd", strength=1.3, weight_decay=0.1),
+    dict(method="spd", norm="mars_rows", strength=1.3),
+    dict(method="l2sp", strength=5.0),
+    dict(method="l2sp_coupled", strength=0.3),
+    dict(method="mars_sp", strength=0.3),
+    dict(method="project", radius=0.05),
+    dict(method="project", norm="mars", radius=0.05),
+    dict(method="project", norm="mars_rows", radius=0.05),
+    dict(method="ftp", radius_lr=0.1, k=0.7),
+)
+
+
+@dataclass
+class Case:
+    """An optimizer, and what is special about its run."""
+
+    name: str
+    make: Callable[..., Any]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    scaled: bool = False
+    apart: float = 0.0  # what may differ, because random bits go by the place in a part's own memory
+
+
+CASES = [Case(f"adamw {m}", rft.AnchoredAdamW, dict(lr=1e-2, **m)) for m in METHODS]
+CASES += [
+    Case("sgd spd", rft.SGDSPD, dict(lr=1e-2, momentum=0.9)),
+    Case("sgd ftp", rft.SGDFTP, dict(lr=1e-2)),
+    Case("zero anchor", rft.AdamSPD, dict(lr=1e-2, anchor="zero")),
+    Case("clipped", rft.AdamSPD, dict(lr=1e-2, max_grad_norm=0.7)),
+    Case("scaled", rft.AdamFTP, dict(lr=1e-2), scaled=True),
+    Case("scaled mars_sp, maximize", rft.AnchoredSGD, dict(lr=1e-2, method="mars_sp", maximize=True), scaled=True),
+    Case("bf16, master", rft.AdamSPD, dict(lr=1e-2, master_weights=True), torch.bfloat16),
+    Case("bf16 moments", rft.AdamPGM, dict(lr=1e-2, radius=0.3, state_dtype=torch.bfloat16), apart=5e-2 / 256),
+    Case("float64", rft.AdamFTP, dict(lr=1e-2), torch.float64),
+]
+
+
+def layouts(world: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    line = init_device_mesh("cpu", (world,))
+    laid: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "rows": (line, (Shard(0),)),
+        "columns": (line, (Shard(1),)),
+        "replicated": (line, (Replicate(),)),
+    }
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        laid = {
+            "rows": laid["rows"],
+            "hsdp": (square, (Replicate(), Shard(0))),
+            "both": (square, (Shard(0), Shard(1))),
+            "rows of a submesh": (square["b"], (Shard(0),)),
+        }
+    return laid
+
+
+def placed(placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Replicated where there is no such dimension."""
+    return tuple(p if p.is_replicate() or p.dim < len(shape) else Replicate() for p in placements)
+
+
+def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[Any, list[Any]]:
+    """Five steps; the optimizer, and its parameters. The middle one is skipped, where the case is scaled."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
+    params = [nn.Parameter(p.clone() if spread is None else spread(p.clone())) for p in start]
+    named = [(f"w{k}", p) for k, p in enumerate(params)]
+    groups = [{"params": named[:4]}, {"params": named[4:], "lr": 3e-3}]
+    optimizer = case.make(groups, backend=backend, **case.kwargs)
+    for t in range(5):
+        for p, first in zip(params, start, strict=True):
+            away = first.float() if t % 2 == 0 else -first.float()
+            grad = (0.3 * torch.randn(first.shape, generator=generator) + 0.5 * away).to(case.dtype)
+            p.grad = grad if spread is None else spread(grad)
+        if case.scaled:
+            optimizer.grad_scale = torch.tensor(8.0)
+            skipped = t == 2 and (spread is None or dist.get_rank() % 2)  # not all have seen it; all must skip
+            optimizer.found_inf = torch.tensor(float(skipped))
+        optimizer.step()
+    return optimizer, params
+
+
+def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
+    if mesh.get_coordinate() is None:
+        return
+    whole, expected = run(case, backend, None)
+    spread, params = run(
+        case, backend, lambda t: distribute_tensor(t, mesh, placed(placements, t.shape), src_data_rank=None)
+    )
+    eps = torch.finfo(case.dtype).eps
+    told, want = spread.telemetry(), whole.telemetry()
+    for k, (p, q) in enumerate(zip(params, expected, strict=True)):
+        what = f"{case.name}, {name}, w{k}"
+        got = p.full_tensor()
+        slack = (1e-5 if case.dtype != torch.float64 else 1e-12) * (1 + q.abs()) + 2 * eps * q.abs() + case.apart
+        assert ((got.double() - q.double()).abs() <= slack).all(), (what, (got.double() - q.double()).abs().max())
+        assert told[f"w{k}"].selections == want[f"w{k}"].selections, (what, told[f"w{k}"], want[f"w{k}"])
+        for key in ("alpha", "deviation", "radius"):
+            a, b = (getattr(of[f"w{k}"], key) for of in (told, want))
+            # An α is made of the deviation, of which the weights' last places are the larger a part the smaller it is.
+            absolute = 1e-5 / max(1e-6, want[f"w{k}"].deviation) if key == "alpha" else 1e-5
+            absolute += 1e3 * case.apart
+            assert abs(a - b) <= 1e-4 * abs(b) + absolute or (a != a and b != b), (what, key, a, b)
+    # The same bits in every process.
+    bits = torch.tensor([x for of in told.values() for x in of], dtype=torch.float64).nan_to_num(nan=-1)
+    gathered = [torch.zeros_like(bits) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, bits)
+    assert all(torch.equal(bits, other) for other in gathered), f"{case.name}, {name}: the processes differ"
+    if spread.grad_norm is not None:
+        torch.testing.assert_close(spread.grad_norm, whole.grad_norm)
+
+
+def main(rank: int, world: int, store: str, backends: list[str], pick: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", world_size=world, rank=rank)
+    for name, (mesh, placements) in layouts(world).items():
+        for case in CASES:
+            for backend in backends:
+                if pick in f"{name} {case.name} {backend}":
+                    compare(case, backend, name, mesh, placements)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--backends", nargs="+", default=["native"])
+    parser.add_argument("--pick", default="")
+    args = parser.parse_args()
+    mp.spawn(main, (args.world, args.store, args.backends, args.pick), nprocs=args.world)
+    sys.exit(0)
