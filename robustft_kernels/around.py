@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops, state
 from .bases import STILL, Group
+from .decide import decide
 from .launch import CPU, Found, found_tables, label_of
 from .methods import rule_of, segments_of
 
@@ -100,7 +101,6 @@ class _Launch:
         counts, self._segments = [n for of in each for n in of], [sum(of) for of in each]
         self._spd = sum(rule in TWICE for rule in self._rules)
         self._spd_params, self._spd_segments = sum(self._sizes[: self._spd]), sum(self._segments[: self._spd])
-        self._squares = sum(n for n, rule in zip(self._segments, self._rules, strict=True) if rule == "spd")
 
         self._backend = ops.choose_backend(backend, device, {t.dtype for p in self._params for t in (p, p.grad)})
         self._anchors: list[Tensor | None] = []
@@ -153,19 +153,13 @@ class _Launch:
             return
         measures, (dots, before) = self.measures[: self._spd_segments], self._before.T
         after = measures[:, 1].clone()
-        self.alphas[: self._spd_segments] = self._decide(dots, before, after)
+        found = torch.stack([dots, before, after - before], dim=1)
+        by_group = zip(self._rules, found.split(self._segments[: self._spd]), self._groups, strict=False)
+        self.alphas[: self._spd_segments] = torch.cat(
+            [decide(rule, of, [len(of)], self._scalar(group["strength"]), 0.0) for rule, of, group in by_group]
+        )
         self._pull_as_given([], None, found_inf)
-        measures[:, :3] = torch.stack([dots, before, after - before], dim=1)
-
-    def _decide(self, dots: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """α = 1 − min(1, strength·r) where ⟨g,d⟩ > 0 and r > 0, else 1; r = (‖c‖ − ‖d‖)/‖c‖."""
-        d, c = torch.stack([before, after])
-        d[: self._squares].sqrt_()
-        c[: self._squares].sqrt_()
-        r = (c - d) / c
-        by_group = zip(r.split(self._segments[: self._spd]), self._groups, strict=False)
-        pulls = torch.cat([part * self._scalar(group["strength"]) for part, group in by_group])
-        return torch.where((dots > 0) & (r > 0) & r.isfinite(), 1 - pulls.clamp(max=1), 1.0)
+        measures[:, :3] = found
 
     def catch_up(self) -> None:
         """With parameters whose memory has moved in the step."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .anchored import AnchoredOptimizer
 from .bases import Group
-from .optimizers import AnchoredOptimizer
 from .plan import Plan
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .optimizers import AnchoredAdamW, AnchoredSGD, Params
+from .anchored import Params
+from .optimizers import AnchoredAdamW, AnchoredSGD
 
 
 class AdamSPD(AnchoredAdamW):

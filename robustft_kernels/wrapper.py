@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import anchors, ops, state
+from .anchored import AnchoredOptimizer, keep_from_compiler
 from .anchors import Anchor
 from .around import SETTINGS, Around, check_settings, rule_around
 from .bases import Group
 from .launch import label_of
 from .methods import method_of
-from .optimizers import AnchoredOptimizer, keep_from_compiler
 from .telemetry import Telemetry, collect
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets where _step_supports_amp_scaling

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import optimizers
+from robustft_kernels import anchored
 
 SHAPES = [(), (3,), (5, 7), (300, 130), (40000,), (8, 4, 3, 3)]
 
@@ -122,12 +122,12 @@ def test_late_and_missing_gradients(backend):
 def test_plan_is_built_once_and_again_when_it_must_be(backend, monkeypatch):
     built = []
 
-    class Counting(optimizers.Plan):
+    class Counting(anchored.Plan):
         def __init__(self, *args):
             built.append(1)
             super().__init__(*args)
 
-    monkeypatch.setattr(optimizers, "Plan", Counting)
+    monkeypatch.setattr(anchored, "Plan", Counting)
     params = make()
     optimizer = rft.AdamSPD(params, lr=1e-2, backend=backend)
 

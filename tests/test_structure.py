@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
 # From what users import down to what imports nothing of ours.
 STACK = (
-    "__init__", "named", "wrapper", "around", "in_backward", "optimizers", "telemetry", "plan", "tpgm", "wise",
-    "param_groups", "evaluation", "prefixes", "projection", "ops", "anchors", "testing", "reference", "state", "bases",
-    "methods",
+    "__init__", "named", "optimizers", "wrapper", "around", "in_backward", "anchored", "telemetry", "plan", "spread",
+    "launch", "decide", "tpgm", "wise", "param_groups", "evaluation", "prefixes", "projection", "ops", "anchors",
+    "testing", "reference", "state", "bases", "sharding", "methods",
 )  # fmt: skip
 TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "norm", "pull", "decide", "measure", "base", "chunk")
 needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
@@ -55,7 +55,7 @@ def test_triton_kernels_know_no_more_than_state_bases_and_methods():
 def test_only_optimizers_know_torch_optim_and_only_ops_the_backends():
     for path in PACKAGE.glob("*.py"):
         text = path.read_text()
-        assert ("from torch.optim" in text) == (path.stem in ("optimizers", "wrapper", "in_backward"))
+        assert ("from torch.optim" in text) == (path.stem in ("anchored", "wrapper", "in_backward"))
         assert ("import _native" in text) == (path.stem == "ops")
     assert "robustft_kernels" not in (ROOT / "csrc" / "bindings.cpp").read_text()
 
