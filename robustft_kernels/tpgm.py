@@ -16,6 +16,8 @@ from . import anchors
 from .evaluation import Feed, as_found, evaluation_mode, put
 from .prefixes import bare_name, matching, names_of
 from .projection import Ball, as_lists
+from .sharding import local
+from .slopes import dots_of
 from .state import copy_beside, is_dense
 
 Loss = Callable[[Any], Tensor]
@@ -167,9 +169,9 @@ class TPGM:
         Afterwards, and whatever is raised, KeyboardInterrupt included, weights, training flags, buffers, `.grad`s and
         torch's random states (CPU and the parameters' device) are as they were, bit for bit. If something is raised,
         so are the radii and Adam's state. Modules are in evaluation mode by their flags: `train()` is not called.
-        Hooks on parameters do not run. A parameter without a gradient has slope 0. Nothing is exchanged between
-        processes: in data-parallel training give all of them the same batches, or their radii part. Waits for the
-        device once, at the end.
+        Hooks on parameters do not run. A parameter without a gradient has slope 0. Of a model that is spread over
+        processes (FSDP2, DTensor) all learn the same radii, from all of their batches; of replicas (DDP) nothing is
+        exchanged: give all of them the same batches, or their radii part. Waits for the device once, at the end.
 
         Raises:
             ValueError: no batch (left), steps below 1, a loss of several elements or independent of the parameters.
@@ -249,7 +251,7 @@ class TPGM:
                     self._ball.pull_(self._params, self._anchors, alphas)
                 torch.clear_autocast_cache()
                 evaluation_mode(self._model)
-                dots = self._dots(loss_fn(batch), theta)
+                dots = dots_of(loss_fn(batch), self._params, theta, self._anchors, self._ball)
                 radii.grad = self._ball.slopes(radii, norms, dots) + self._penalty_slopes(radii, norms, alphas)
                 adam.step()
                 self._bound(radii, norms)
@@ -293,44 +295,6 @@ class TPGM:
             largest = self._ball.largest(norms)
             radii.copy_(torch.where(radii > largest, largest, radii))
         radii.clamp_(min=FLOOR)
-
-    def _dots(self, loss: Tensor, theta: list[Tensor]) -> Tensor:
-        """⟨dL/dθ̃, θ − θ₀⟩ of every segment; each gradient lives until it is reduced, and no `.grad` is touched."""
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn returned a {type(loss).__name__}; the loss must be a tensor, without .item()")
-        if loss.numel() != 1:
-            raise ValueError(f"the loss has shape {tuple(loss.shape)}; one number is needed, such as its mean")
-        found: dict[int, Tensor] = {}
-
-        def reducer(k: int) -> Callable[[Tensor], Tensor | None]:
-            def reduce(grad: Tensor) -> Tensor | None:
-                anchor = None if self._anchors is None else [self._anchors[k]]
-                dense = grad.to_dense() if grad.is_sparse else grad
-                found[k] = self._ball.dots([theta[k]], anchor, [dense])
-                return None if grad.is_sparse else grad.new_zeros(()).expand_as(grad)  # what autograd is to hold
-
-            return reduce
-
-        asked = [k for k, param in enumerate(self._params) if param.requires_grad] if loss.requires_grad else []
-        users = [param._backward_hooks for param in self._params]
-        try:
-            for k in asked:
-                self._params[k]._backward_hooks = None
-                self._params[k].register_hook(reducer(k))
-            if asked:
-                torch.autograd.grad(loss, [self._params[k] for k in asked], allow_unused=True)
-        finally:
-            for param, hooks in zip(self._params, users, strict=True):
-                param._backward_hooks = hooks
-        if not found:
-            raise ValueError(
-                "the loss depends on none of the parameters; loss_fn must compute it by the model TPGM was given, "
-                "must not detach it, and leaves the backward pass to TPGM"
-            )
-        for k, count in enumerate(self._ball.counts):
-            if k not in found:
-                found[k] = torch.zeros(count, dtype=torch.float64, device=theta[k].device)
-        return torch.cat([found[k] for k in range(len(theta))])
 
     def _penalty_slopes(self, radii: Tensor, norms: Tensor, alphas: Tensor) -> Tensor:
         """d/dγ of radius_penalty·‖γ‖² + tv·Σ|αᵢ − αᵢ₋₁|."""
@@ -377,13 +341,14 @@ def _check_params(params: list[Tensor], names: list[str]) -> None:
         raise ValueError("no parameter takes part: none is left that requires a gradient and has elements")
     owners: dict[int, str] = {}
     for param, name in zip(params, names, strict=True):
-        if not param.is_leaf or not param.is_floating_point() or not is_dense(param):
+        if not param.is_leaf or not param.is_floating_point() or not is_dense(local(param)):
             raise ValueError(f"parameter {name!r} must be a dense leaf tensor of a real floating dtype")
         if param.device != params[0].device:
             raise ValueError(
                 f"parameter {name!r} is on {param.device}, {names[0]!r} on {params[0].device}; use one TPGM a device"
             )
-        if (other := owners.setdefault(param.data_ptr(), name)) != name:
+        here = local(param)
+        if here.numel() and (other := owners.setdefault(here.data_ptr(), name)) != name:
             raise ValueError(f"the parameters {other!r} and {name!r} share their memory; exclude one of them")
 
 

@@ -29,3 +29,18 @@ def test_any_mesh_equals_one_process(tmp_path, world):
 
 def test_the_reference_backend_too(tmp_path):
     launch("spread_program", tmp_path, "--world", "2", "--backends", "reference", "--pick", "columns")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fsdp_ddp_and_tpgm(tmp_path, world):
+    """FSDP2, by four processes in its hybrid form, and DDP against one process; anchors given whole and in a file; the
+    functions and TPGM over DTensors."""
+    launch("fsdp_program", tmp_path, "train", "--world", str(world), "--folder", str(tmp_path))
+
+
+def test_checkpoints_over_numbers_of_processes(tmp_path):
+    """torch.distributed.checkpoint: two processes save, and go on bit for bit; four, and one, go on to rounding."""
+    for k, (what, world) in enumerate((("save", 2), ("resume", 4), ("resume", 1))):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        launch("fsdp_program", folder, what, "--world", str(world), "--folder", str(tmp_path))

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "robustft_kernels"
 # From what users import down to what imports nothing of ours.
 STACK = (
     "__init__", "named", "optimizers", "wrapper", "around", "in_backward", "anchored", "telemetry", "plan", "spread",
-    "launch", "decide", "tpgm", "wise", "param_groups", "evaluation", "prefixes", "projection", "ops", "anchors",
-    "testing", "reference", "state", "bases", "sharding", "methods",
+    "launch", "decide", "tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection", "ops",
+    "anchors", "testing", "reference", "state", "bases", "sharding", "methods",
 )  # fmt: skip
 TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "norm", "pull", "decide", "measure", "base", "chunk")
 needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)

@@ -1,0 +1,208 @@
+"""A program, run by test_spread.py in several processes: real FSDP2, DDP and distributed checkpoints, and TPGM."""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+
+import robustft_kernels as rft
+
+KINDS = {
+    "spd": (rft.AdamSPD, {}),
+    "ftp": (rft.AdamFTP, {}),
+    "ftp, zero": (rft.AdamFTP, dict(anchor="zero")),
+    "bf16 state": (rft.AdamSPD, dict(state_dtype=torch.bfloat16)),
+    "sgd": (rft.SGDPGM, dict(momentum=0.9, radius=0.02)),
+}
+
+
+def net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(13, 31), nn.Tanh(), nn.LayerNorm(31), nn.Linear(31, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def sharded(model: nn.Sequential, world: int) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")) if world == 4 else None
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def batch(t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in every process, so that one process alone has the same gradients."""
+    generator = torch.Generator().manual_seed(t)
+    return torch.randn(16, 13, generator=generator), torch.randint(3, (16,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for t in steps:
+        x, y = batch(t)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def full(model: nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+
+
+def assert_close(got: list[torch.Tensor], want: list[torch.Tensor], what: str, slack: float = 2e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= slack, (what, (a - b).abs().max())
+
+
+def make(kind: str, model: nn.Module, **kwargs: object) -> torch.optim.Optimizer:
+    cls, own = KINDS[kind]
+    return cls(model.named_parameters(), lr=1e-2, **{**own, **kwargs})
+
+
+def check_training(world: int) -> None:
+    """FSDP2 (HSDP with four) and DDP make the steps of one process."""
+    for kind in KINDS:
+        alone, spread, replicated = (net(0) for _ in range(3))
+        spread = sharded(spread, world)
+        replicated = nn.parallel.DistributedDataParallel(replicated)
+        models = {"alone": alone, "fsdp": spread, "ddp": replicated}
+        optimizers = {name: make(kind, model) for name, model in models.items()}
+        for name, model in models.items():
+            train(model, optimizers[name], range(5))
+        slack = 5e-4 if kind == "bf16 state" else 2e-5
+        assert_close(full(spread), full(alone), f"fsdp, {kind}", slack)
+        assert_close(full(replicated), full(alone), f"ddp, {kind}")
+        told = torch.tensor([of.deviation for of in optimizers["fsdp"].telemetry().values()], dtype=torch.float64)
+        want = torch.tensor([of.deviation for of in optimizers["alone"].telemetry().values()], dtype=torch.float64)
+        torch.testing.assert_close(told, want, rtol=1e-2 if kind == "bf16 state" else 1e-3, atol=1e-5)
+
+
+def check_given_anchors(world: int, folder: Path) -> None:
+    """A whole tensor on every process, and a file, are spread as the parameters are."""
+    pretrained = net(1).state_dict()
+    weights = dict(pretrained)
+    anchors: list[object] = [weights]
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        pass
+    else:
+        if dist.get_rank() == 0:
+            save_file(weights, folder / "model.safetensors")
+        dist.barrier()
+        anchors.append(folder)
+    alone = net(0)
+    train(alone, make("spd", alone, anchor=weights), range(4))
+    for anchor in anchors:
+        model = sharded(net(0), world)
+        optimizer = make("spd", model, anchor=anchor)
+        train(model, optimizer, range(4))
+        assert_close(full(model), full(alone), f"anchor {type(anchor).__name__}")
+        saved = copy.deepcopy(optimizer.state_dict())
+        digests = [of["anchor_digest"] for of in saved["state"].values() if "anchor_digest" in of]
+        assert bool(digests) == (anchor is folder)
+        optimizer.load_state_dict(saved)
+
+
+def check_functions(world: int) -> None:
+    """deviation, project_, interpolate_ and project over DTensors."""
+    for norm in ("l2", "mars", "mars_rows"):
+        alone, model = net(0), sharded(net(0), world)
+        anchors = [p.detach().clone() for p in net(1).parameters()]
+        mine, theirs = list(model.parameters()), list(alone.parameters())
+        got, want = rft.deviation(mine, anchors, norm), rft.deviation(theirs, anchors, norm)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        rft.project_(mine, anchors, 0.5, norm)
+        rft.project_(theirs, anchors, 0.5, norm)
+        assert_close(full(model), full(alone), f"project_ {norm}", 1e-6)
+        rft.interpolate_(mine, anchors, 0.3)
+        rft.interpolate_(theirs, anchors, 0.3)
+        assert_close(full(model), full(alone), "interpolate_", 1e-6)
+
+
+def check_tpgm(world: int) -> None:
+    """The radii of one process, the same in all, and everything else as it was."""
+    for norm, extra in (("l2", dict(init="half_min")), ("mars_rows", dict(radius_penalty=0.1))):
+        learned = []
+        for model in (net(0), sharded(net(0), world)):
+            anchors = {name: p.detach().clone() for name, p in net(1).named_parameters()}
+            tpgm = rft.TPGM(model, norm=norm, anchor=anchors, lr=0.05, **extra)
+            marker = torch.zeros_like(next(model.parameters()))
+            next(model.parameters()).grad = marker
+            before = [p.clone() for p in full(model)]
+            tpgm.update(lambda b, model=model: cross_entropy(model(b[0]), b[1]), [batch(t) for t in range(3)], steps=4)
+            assert all(map(torch.equal, full(model), before))
+            assert next(model.parameters()).grad is marker
+            tpgm.project_()
+            learned.append((full(model), torch.stack(list(tpgm.radii.values()))))
+        assert_close(learned[1][0], learned[0][0], f"TPGM {norm}", 1e-4)
+        torch.testing.assert_close(learned[1][1], learned[0][1], rtol=1e-4, atol=1e-5)
+        radii = [torch.zeros_like(learned[1][1]) for _ in range(world)]
+        dist.all_gather(radii, learned[1][1])
+        assert all(torch.equal(radii[0], other) for other in radii)
+
+
+def save(world: int, folder: Path) -> None:
+    """Three steps, a checkpoint, three more; the weights after them for whoever goes on from the checkpoint."""
+    for kind in KINDS:
+        model = sharded(net(0), world)
+        optimizer = make(kind, model)
+        train(model, optimizer, range(3))
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / kind)
+        train(model, optimizer, range(3, 6))
+        whole = full(model)
+        if dist.get_rank() == 0:
+            torch.save(whole, folder / f"{kind}.pt")
+        dist.barrier()
+
+
+def resume(world: int, folder: Path, same: bool) -> None:
+    """From other weights, which the checkpoint replaces, anchors included; any number of processes."""
+    for kind in KINDS:
+        model = net(7) if world == 1 else sharded(net(7), world)
+        optimizer = make(kind, model)
+        weights, state = get_state_dict(model, optimizer)
+        content = {"model": weights, "optimizer": state}
+        dcp.load(content, checkpoint_id=folder / kind)
+        set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+        train(model, optimizer, range(3, 6))
+        want = torch.load(folder / f"{kind}.pt")
+        if same:
+            assert all(map(torch.equal, full(model), want)), f"{kind}: resumed differs"
+        assert_close(full(model), want, f"{kind}, {world} processes", 5e-4 if kind == "bf16 state" else 2e-5)
+
+
+def main(rank: int, world: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{args.store}", world_size=world, rank=rank)
+    folder = Path(args.folder)
+    if args.what == "train":
+        check_training(world)
+        check_given_anchors(world, folder)
+        check_functions(world)
+        check_tpgm(world)
+    elif args.what == "save":
+        save(world, folder)
+        resume(world, folder, same=True)
+    else:
+        resume(world, folder, same=False)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("train", "save", "resume"))
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--folder", required=True)
+    options = parser.parse_args()
+    mp.spawn(main, (options.world, options), nprocs=options.world)
