@@ -5,7 +5,8 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
 RESULTS ?= benchmarks/results/gpu.md
 
-.PHONY: install demo experiment-emoji experiment-linear test lint bench codegen test-gpu bench-gpu clean
+.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-integrations lint bench \
+	codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
 
@@ -29,8 +30,20 @@ experiment-emoji: install
 experiment-linear: install
 	$(BIN)/python -m examples.linear.run $(ARGS)
 
+# Some 50 minutes on one core, and 90 MB of packages; it can be stopped, and goes on where it was.
+experiment-sentiment: install
+	$(BIN)/python -m pip install --quiet -r tests/integrations/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
+	$(BIN)/python -m examples.sentiment.run $(ARGS)
+
 test: install lint
 	$(BIN)/python -m pytest
+
+# timm asks for a torchvision, which would ask for a torch of its own; both stay in a folder that only this test sees.
+test-integrations: install
+	$(BIN)/python -m pip install --quiet -r tests/integrations/requirements.txt
+	test -d .cache/timm || $(BIN)/python -m pip install --quiet --no-deps --target .cache/timm timm==1.0.31 torchvision==0.28.0
+	PYTHONPATH=.cache/timm $(BIN)/python -m pytest -rs tests/integrations
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,71 @@
+"""Hugging Face Trainer: the optimizer is given as an object, or as a class that Trainer makes an object of.
+
+python -m examples.clients.hf_trainer
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+import robustft_kernels as rft
+
+from . import Outcome, groups, snapshot
+
+STEPS = 30
+
+
+def main(
+    folder: str | Path,
+    method: str = "spd",
+    strength: float = 1.0,
+    *,
+    as_class: bool = False,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    save_anchors: bool = True,
+) -> Outcome:
+    """Fine-tunes a small BERT, random in place of pre-trained, with clipping, accumulation and checkpoints in `folder`.
+
+    as_class: Trainer makes the optimizer; else it is made here, with names and a free head.
+    resume: a checkpoint to go on from.
+    """
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=2
+    )
+    model = BertForSequenceClassification(config)
+    start = snapshot(model, without="classifier")
+    tokens = torch.randint(1, 64, (128, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": (row < 8).any().long()} for row in tokens]
+
+    options: dict[str, Any] = {"lr": 3e-3, "method": method, "strength": strength, "save_anchors": save_anchors}
+    optimizer = None if as_class else rft.AdamSPD(groups(model, "classifier"), **options)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(folder), max_steps=STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            max_grad_norm=1.0, warmup_steps=3, save_steps=STEPS // 2, use_cpu=True, report_to="none",
+            logging_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=data,
+        # A scheduler of None is made by Trainer. A class gets Trainer's groups (with and without weight decay), not its
+        # learning rate; "params" among the keywords would take the place of these groups.
+        optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=(rft.AdamSPD, options) if as_class else None,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    before = trainer.evaluate(data)["eval_loss"]
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    after = trainer.evaluate(data)["eval_loss"]
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    return Outcome(before, after, start, model, trainer.optimizer, "0" if as_class else query)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        print(main(folder))
+        print("\nas a class:", main(folder, as_class=True), sep="\n")

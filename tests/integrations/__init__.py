@@ -1,0 +1,22 @@
+"""Our optimizers inside other libraries. Nothing is downloaded; a library that is missing skips its tests."""
+
+import importlib.util
+import os
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
+
+
+def declare_missing_ops() -> None:
+    """torchvision's wheels for CUDA cannot load their compiled ops beside a CPU build of torch, and then not even be
+    imported, nor can what imports them: timm, transformers, torchmetrics. None of these calls the two ops here."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+if importlib.util.find_spec("torchvision"):
+    declare_missing_ops()
