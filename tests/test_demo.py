@@ -1,4 +1,4 @@
-"""The demo at small sizes, what it and the linear model show, and every example of the README."""
+"""The demo at small sizes, what it and the linear model show, and every example of README and docs."""
 
 import re
 import subprocess
@@ -57,14 +57,18 @@ def test_linear_model_stays_under_its_bound():
         assert learned == pytest.approx([row["best of draw"] for row in rows if row["seed"] == seed], abs=0.05)
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+EXAMPLES = [
+    pytest.param(code, id=f"{page.name}-{k}")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S))
+]
 
 
 def test_readme_has_examples():
     assert len(EXAMPLES) >= 3
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.splitlines()[0])
-def test_readme_example_runs(code, tmp_path):
-    """Each block stands alone, so that it can be pasted."""
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs(code, tmp_path):
+    """Each block of README and docs stands alone, so that it can be pasted."""
     subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], cwd=tmp_path, check=True)
