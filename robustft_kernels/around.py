@@ -12,6 +12,7 @@ from .bases import STILL, Group
 from .decide import decide
 from .launch import CPU, Found, found_tables, label_of
 from .methods import rule_of, segments_of
+from .sharding import is_dtensor
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
 # What each method reads of its group. The other methods work on the gradient, which here is not ours.
@@ -221,6 +222,8 @@ def check_settings(group: Group) -> None:
 def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
     """Raises RuntimeError where a parameter with a gradient cannot be treated as its group says."""
     param, label, method = group["params"][k], label_of(group, k), group["method"]
+    if is_dtensor(param):
+        raise RuntimeError(f"{label} is a DTensor, which Anchored does not take; AnchoredAdamW and AnchoredSGD do")
     if group["anchor"] != "zero":
         if param not in anchors:
             raise RuntimeError(

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ KINDS = [
     (rft.AnchoredAdamW, dict(lr=1e-2)),
     (rft.SGDSPD, dict(lr=1e-2, momentum=0.9, dampening=0.1)),
     (rft.SGDSPD, dict(lr=1e-2)),
+    (rft.AdamFTP, dict(lr=1e-2)),
+    (rft.AdamPGM, dict(lr=1e-2, radius=0.1, norm="mars_rows")),
+    (rft.AnchoredAdamW, dict(lr=1e-2, method="mars_sp", strength=0.1)),
+    (rft.AnchoredSGD, dict(lr=1e-2, method="l2sp_coupled", momentum=0.9)),
+    (rft.AdamSPD, dict(lr=1e-2, master_weights=True)),
+    (rft.AdamSPD, dict(lr=1e-2, state_dtype=torch.bfloat16, amsgrad=True)),
+    (rft.SGDFTP, dict(lr=1e-2, momentum=0.9, state_dtype=torch.bfloat16, master_weights=True)),
 ]
 
 
@@ -41,7 +49,7 @@ def test_resume_equals_no_interruption(backend, cls, kwargs, dtype):
     run(optimizer, params, 3)
     checkpoint = saved_and_loaded(optimizer.state_dict())
     resumed = copies(params)
-    other = cls(resumed, backend=backend, lr=0.5)  # what differs here is overwritten
+    other = cls(resumed, backend=backend, lr=0.5, radius=9.0)  # what differs here is overwritten
     other.load_state_dict(checkpoint)
     for p, q in zip(params, resumed, strict=True):
         for key, value in optimizer.state.get(p, {}).items():
@@ -255,3 +263,47 @@ def test_state_whose_memory_moved_is_found(backend):
         run(optimizer, params, steps=2, start=1)
         results.append([t for p in params for t in (p, *optimizer.state[p].values())])
     assert all(map(torch.equal, *results))
+
+
+def test_a_kill_in_the_midst_of_a_save_loses_at_most_that_save(tmp_path):
+    """Saves to a file beside, which then takes the name: whenever the process dies, what has the name goes on bit for
+    bit as if nothing had happened."""
+    program = """
+import os, sys, torch
+from tests.test_state import from_scratch
+params, optimizer = from_scratch()
+from tests.test_optimizers import run
+for t in range(1, 10**6):
+    run(optimizer, params, 1, start=t)
+    saved = {"t": t, "params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}
+    torch.save(saved, sys.argv[1] + ".new")
+    os.replace(sys.argv[1] + ".new", sys.argv[1])
+"""
+    file = tmp_path / "checkpoint"
+    for wait in (0.0, 0.013, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", program, str(file)])
+        while not file.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        saved = torch.load(file, weights_only=True)
+        file.unlink()
+        params, optimizer = from_scratch()
+        run(optimizer, params, saved["t"], start=1)
+        assert all(map(torch.equal, params, saved["params"]))
+        resumed, other = from_scratch()
+        other.load_state_dict(saved["optimizer"])
+        with torch.no_grad():
+            for p, q in zip(resumed, saved["params"], strict=True):
+                p.copy_(q)
+        run(optimizer, params, 2, start=saved["t"] + 1)
+        run(other, resumed, 2, start=saved["t"] + 1)
+        assert all(map(torch.equal, params, resumed))
+
+
+def from_scratch():
+    torch.set_num_threads(1)
+    params = make(dtype=torch.bfloat16)
+    return params, rft.AdamFTP(params, lr=1e-2, master_weights=True, state_dtype=torch.bfloat16)
