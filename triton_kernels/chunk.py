@@ -95,6 +95,15 @@ def mix(x):
 
 
 @triton.jit
+def weights_at(tensor, V: tl.constexpr):
+    """The addresses of a tensor's weights, in one: whatever divides it divides them."""
+    address = tl.load(tensor + PARAM)
+    if V.MASTERED:  # or even the load of a 0 would cost registers
+        address |= tl.load(tensor + WORKING)
+    return address
+
+
+@triton.jit
 def load_weights(param, working, offsets, mask, WIDE: tl.constexpr, V: tl.constexpr):
     """What a step begins from. A master weight counts as long as it rounds to the weight that is worked with: who
     writes that, writes both."""

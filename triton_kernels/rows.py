@@ -28,6 +28,7 @@ from .chunk import (
     random_bits,
     store,
     store_weights,
+    weights_at,
 )  # fmt: skip
 from .measure import measure_rows, row_sums
 from .pull import pull
@@ -68,8 +69,7 @@ def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, 
 @triton.jit
 def wide(tensor, grad, V: tl.constexpr):
     """Whether every row of a tensor begins at a multiple of 16 bytes and has a multiple of VECTOR elements."""
-    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + WORKING)
-    addresses |= tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
+    addresses = grad | weights_at(tensor, V) | tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     rows, stride = tl.load(tensor + ROWS), tl.load(tensor + STRIDE)
     return (addresses % 16 == 0) & (stride % V.VECTOR == 0) & (stride * rows == tl.load(tensor + NUMEL))

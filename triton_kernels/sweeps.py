@@ -43,6 +43,7 @@ from .chunk import (
     rounding_keys,
     store,
     store_weights,
+    weights_at,
 )
 from .decide import decide
 from .measure import fold, measure, total
@@ -251,7 +252,7 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     linear = penalty(tensor, hyper, live, V.COUPLED, V)
     keys = rounding_keys(tensor, t)
     grad = tl.load(grads + i)
-    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + WORKING) | tl.load(tensor + ANCHOR)
+    addresses = grad | weights_at(tensor, V) | tl.load(tensor + ANCHOR)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
         a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
@@ -344,7 +345,7 @@ def pull_chunk(chunk, tensor, alpha, V: tl.constexpr):
     """Sweep 2 on one chunk."""
     begin, n = extent(chunk, tensor, V)
     keys = rounding_keys(tensor, step_count(tensor))
-    addresses = tl.load(tensor + PARAM) | tl.load(tensor + WORKING) | tl.load(tensor + ANCHOR)
+    addresses = weights_at(tensor, V) | tl.load(tensor + ANCHOR)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
         pull_span(tensor, begin, n, alpha.to(V.T), keys, V.VECTOR, V)
     else:
