@@ -30,6 +30,7 @@ def net(dtype=torch.float32):
         (dict(method="spd", state_dtype=torch.bfloat16, master_weights=True), torch.bfloat16),
     ],
 )
+@pytest.mark.parametrize("backend", ["auto", "reference"])  # whose launches are those of any step
 def test_bit_for_bit(backend, kwargs, dtype):
     """With a scheduler, a gradient-free parameter, a frozen and thawed one, a tied one, and a removal in the end."""
     results = []
