@@ -30,8 +30,8 @@ def net(dtype=torch.float32):
         (dict(method="spd", state_dtype=torch.bfloat16, master_weights=True), torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("backend", ["auto", "reference"])  # whose launches are those of any step
-def test_bit_for_bit(backend, kwargs, dtype):
+@pytest.mark.parametrize("served_by", ["auto", "reference"])  # a launch of one tensor is as any other
+def test_bit_for_bit(served_by, kwargs, dtype):
     """With a scheduler, a gradient-free parameter, a frozen and thawed one, a tied one, and a removal in the end."""
     results = []
     for inside in (False, True):
@@ -43,7 +43,7 @@ def test_bit_for_bit(backend, kwargs, dtype):
             {"params": [*model[0].named_parameters(), ("unused", unused)]},
             {"params": list(model[1:].named_parameters()), "lr": 1e-2, "method": "none", "norm": None},
         ]
-        optimizer = rft.AnchoredAdamW(groups, lr=1e-3, backend=backend, **kwargs)
+        optimizer = rft.AnchoredAdamW(groups, lr=1e-3, backend=served_by, **kwargs)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
         hooks = rft.StepInBackward(optimizer) if inside else None
         for t in range(6):
