@@ -72,6 +72,7 @@ class Launch:
         device: torch.device,
         found: Found,
     ) -> None:
+        entries = self._in_order(entries)
         self.base, self.device = base, device
         self.groups = [group for group, _, _ in entries]
         self.rules = [rule_of(group["method"], group["norm"]) for group in self.groups]
@@ -106,6 +107,9 @@ class Launch:
         }
         self._refresh()
         self._run = self._prepare()
+
+    def _in_order(self, entries: Entries) -> Entries:
+        return entries
 
     def _prepare(self) -> ops.Run:
         width = len(self.base.hyper)

@@ -1,16 +1,13 @@
 """A launch over parameters that are spread over processes: step and measure what is here, sum over all parts, decide
 the same everywhere, pull what is here."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import ops, state
-from .bases import MEASURES, STILL, Base
+from .bases import MEASURES, STILL, Group
 from .decide import EPS, decide, fold, largest, learn, spread
-from .launch import CPU, Entries, Found, Launch, Member, columns_of, prepare
+from .launch import CPU, Entries, Launch, Member, columns_of, prepare
 from .methods import RULES, rule_of, segments_of
 from .sharding import Segments, any_infinite, local, placed_as, total
 
@@ -25,23 +22,16 @@ class SpreadLaunch(Launch):
     What is decided depends on nothing but those sums, which are the same bits in every process.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        entries: Entries,
-        kept: Mapping[Tensor, state.ParamState],
-        backend: str,
-        device: torch.device,
-        found: Found,
-    ) -> None:
-        def order(entry: Any) -> tuple[bool, bool]:
+    def _in_order(self, entries: Entries) -> Entries:
+        """Rules that learn come first, then the others that measure, then the rest."""
+
+        def order(entry: tuple[Group, list[int], int]) -> tuple[bool, bool]:
             rule = RULES[rule_of(entry[0]["method"], entry[0]["norm"])]
             return not rule.learns, not rule.elsewhere
 
-        super().__init__(base, sorted(entries, key=order), kept, backend, device, found)
+        return sorted(entries, key=order)
 
     def _prepare(self) -> ops.Run:
-        """Members under rules that learn come first, then the others that measure, then the rest."""
         self._decided = [m for m in self.members if RULES[self.rules[m.row]].elsewhere]
         self._learning = [m for m in self.members if RULES[self.rules[m.row]].learns]
         self._signed = [m for m in self.members if self.rules[m.row] == "mars_sp"]
