@@ -112,9 +112,13 @@ class Launch:
         return entries
 
     def _prepare(self) -> ops.Run:
+        return self._whole_step(self.rules, self.measures, self.alphas)
+
+    def _whole_step(self, rules: Sequence[str], measures: Tensor, alphas: Tensor) -> ops.Run:
+        """The base step over all members, by rules of their groups."""
         width = len(self.base.hyper)
         live = {row * width + self.base.hyper.index(column): tensor for (row, column), tensor in self._live.items()}
-        return prepare(self.backend, self.base, self.members, self.rules, self.measures, self.alphas, self.hyper, live)
+        return prepare(self.backend, self.base, self.members, rules, measures, alphas, self.hyper, live)
 
     def __call__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._refresh()

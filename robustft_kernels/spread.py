@@ -55,11 +55,7 @@ class SpreadLaunch(Launch):
             self._rows_of_signed = Segments([m.param for m in self._signed], rules_of_signed)
             self._sizes, alphas = self._tables(sum(self._rows_of_signed.here))
             self._observe = self._still(self._signed, ["observe_rows"], self._sizes, alphas)
-        live = {}
-        if ops.keeps_addresses(self.backend):
-            width = len(self.base.hyper)
-            live = {row * width + self.base.hyper.index(column): t for (row, column), t in self._live.items()}
-        return prepare(self.backend, self.base, self.members, rules, self._sums, self._known, self.hyper, live)
+        return self._whole_step(rules, self._sums, self._known)
 
     def _tables(self, n: int) -> tuple[Tensor, Tensor]:
         return (
@@ -72,12 +68,8 @@ class SpreadLaunch(Launch):
     ) -> ops.Run:
         """A half step over these, by rules of their groups (or one for all); over: of their state, in place of them."""
         rules = rules * len(self.groups) if len(rules) == 1 else rules
-        rows = dict.fromkeys(m.row for m in members)
-        flags = [columns_of(self.groups[row], STILL) for row in rows]
-        if over is not None:
-            for of in flags:
-                of.update(anchored=False, stochastic_rounding=False, master_weights=False)
-            members = [_over(m, over) for m in members]
+        members = members if over is None else [_over(m, over) for m in members]
+        flags = [columns_of(group, STILL) for group in {m.row: m.group for m in members}.values()]
         hyper = torch.tensor([[float(of[c]) if c in _FLAGS else 0.0 for c in STILL.hyper] for of in flags],
                              dtype=torch.float64, device=CPU)  # fmt: skip
         return prepare(self.backend, STILL, members, rules, measures, alphas, hyper, {})
