@@ -14,12 +14,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,25 +156,36 @@ def collect(grid: list[Setting], style: str, epochs: int, cache: Path, workers: 
     Runs are known by setting, style and epochs; after a change to the code, delete the file.
     """
     file = cache / f"runs-{style}-{epochs}.jsonl"
-    known: dict[Setting, list[dict]] = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            run = json.loads(line)
-            known[Setting(**run["setting"])] = run["rows"]
+    known = read_runs(file, Setting)
     missing = [setting for setting in grid if setting not in known]
     for seed in sorted({setting.seed for setting in missing}):
         prepare(seed, style, cache)  # pre-trained here, so that every worker finds it
+    known |= make_runs(file, missing, partial(rows_of, style=style, epochs=epochs, cache=cache), workers)
+    return [row for setting in grid for row in known[setting]]
+
+
+def read_runs(file: Path, kind: type) -> dict[Any, list[dict]]:
+    """The rows of earlier runs by setting, of the dataclass `kind`."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {kind(**run["setting"]): run["rows"] for run in map(json.loads, lines)}
+
+
+def make_runs(
+    file: Path, missing: list[Any], rows_of: Callable[[Any], list[dict]], workers: int
+) -> dict[Any, list[dict]]:
+    """The rows of these settings, made by processes of one thread each, and added to the file one by one."""
+    made = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=alone) as pool, file.open("a") as out:
-        runs = {pool.submit(rows_of, setting, style, epochs, cache): setting for setting in missing}
+        runs = {pool.submit(rows_of, setting): setting for setting in missing}
         try:
             for run in tqdm(as_completed(runs), desc="fine-tune", unit="run", total=len(runs), smoothing=0.05):
-                known[runs[run]] = run.result()
+                made[runs[run]] = run.result()
                 out.write(json.dumps({"setting": vars(runs[run]), "rows": run.result()}) + "\n")
                 out.flush()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [row for setting in grid for row in known[setting]]
+    return made
 
 
 def alone() -> None:

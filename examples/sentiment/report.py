@@ -2,31 +2,17 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
 import robustft_kernels as rft
-from examples.emoji.report import average, paired, spread, table
+from examples.emoji.report import Config, Row, Runs, average, chosen, paired, spread, table
 
 from .data import DOMAINS
 from .methods import METHODS
 
-Row = dict[str, Any]
 ZERO_SHOT, PROBE = "zero-shot", "LP"
 ORIGINS = {method.wise: name for name, method in METHODS.items() if method.wise}
-
-
-class Config(NamedTuple):
-    """strength: the method's one knob. base: that of the method WiSE-FT goes on from."""
-
-    method: str
-    lr: float
-    strength: float
-    base: float = 0.0
-
-
-Runs = dict[Config, list[Row]]  # the rows of each seed
 
 
 def by_config(rows: list[Row]) -> Runs:
@@ -34,15 +20,6 @@ def by_config(rows: list[Row]) -> Runs:
     for row in rows:
         runs.setdefault(Config(*(row[key] for key in Config._fields)), []).append(row)
     return {config: sorted(group, key=lambda row: row["seed"]) for config, group in runs.items()}
-
-
-def chosen(runs: Runs) -> dict[str, Config]:
-    """Of every method, the configuration with the best mean validation accuracy; of equals, the first of the grid."""
-    best: dict[str, Config] = {}
-    for config, group in runs.items():
-        if config.method not in best or average(group, "val") > average(runs[best[config.method]], "val"):
-            best[config.method] = config
-    return best
 
 
 def at_larger_rate(runs: Runs) -> dict[str, Config]:

@@ -9,20 +9,16 @@ About an hour on one core; it can be stopped at any time, and goes on where it w
 
 import argparse
 import copy
-import json
 import math
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import robustft_kernels as rft
-from examples.emoji.run import alone
+from examples.emoji.run import make_runs, read_runs
 
 from . import report
 from .data import DOMAINS
@@ -124,24 +120,11 @@ def collect(grid: list[Setting], domain: str, epochs: int, cache: Path, workers:
     """
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"runs-{domain}-{epochs}.jsonl"
-    known: dict[Setting, list[Row]] = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            run = json.loads(line)
-            known[Setting(**run["setting"])] = run["rows"]
+    known = read_runs(file, Setting)
     missing = [setting for setting in grid if setting not in known]
     if missing:
         task_of(missing[0].seed, domain, cache)  # fetched here, so that every worker finds it
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=alone) as pool, file.open("a") as out:
-        runs = {pool.submit(rows_of, setting, domain, epochs, cache): setting for setting in missing}
-        try:
-            for run in tqdm(as_completed(runs), desc="fine-tune", unit="run", total=len(runs), smoothing=0.05):
-                known[runs[run]] = run.result()
-                out.write(json.dumps({"setting": vars(runs[run]), "rows": run.result()}) + "\n")
-                out.flush()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    known |= make_runs(file, missing, partial(rows_of, domain=domain, epochs=epochs, cache=cache), workers)
     return [row for setting in grid for row in known[setting]]
 
 

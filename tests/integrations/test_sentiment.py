@@ -112,13 +112,15 @@ def test_batches_take_every_sentence_once_an_epoch():
 
 def test_the_whole_pipeline_goes_on_where_it_was(task, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "task_of", lambda *_: task)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda workers, context, initializer: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        "examples.emoji.run.ProcessPoolExecutor", lambda workers, context, initializer: ThreadPoolExecutor(workers)
+    )
     grid = run.settings(2, quick=True)
     assert len(grid) == 2 * (1 + len(METHODS))
     first = run.collect(grid[: len(METHODS)], DOMAINS[0], 1, tmp_path, 1)
     rows = run.collect(grid, DOMAINS[0], 1, tmp_path, 1)
     assert rows[: len(first)] == first
-    monkeypatch.setattr(run, "rows_of", None)  # all is known
+    monkeypatch.setattr(run, "rows_of", pytest.fail)  # all is known
     assert run.collect(grid, DOMAINS[0], 1, tmp_path, 1) == rows
 
     text = report.write(rows, [], DOMAINS[0], tmp_path / "out")
