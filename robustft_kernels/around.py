@@ -1,6 +1,7 @@
 """What `Anchored` does around a step that is not ours: measure before it, measure after it, decide α, pull."""
 
 from collections.abc import Mapping
+from itertools import islice
 from math import isfinite
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import ops, state
-from .bases import STILL, Group
+from .bases import MEASURES, STILL, Group
 from .decide import decide
 from .launch import CPU, Found, found_tables, label_of
-from .methods import rule_of, segments_of
-from .sharding import is_dtensor
+from .methods import RULES, rule_of, segments_of
+from .sharding import Segments, any_infinite, any_sharded, local, placed_as
+from .spread import HALVES, tell
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
 # What each method reads of its group. The other methods work on the gradient, which here is not ours.
@@ -23,8 +25,7 @@ READS: dict[str, tuple[str, ...]] = {
     "project": ("radius",),
 }
 LIVE = ("lr", "strength", "radius")  # those that may be tensors
-# SPD measures before and after the step by the one rule, and pulls by the other; the other rules do all after the step.
-TWICE = {"spd": ("observe", "given"), "spd_rows": ("observe_rows", "given_rows")}
+TWICE = ("spd", "spd_rows")  # measured before the step and after it
 
 
 class Around:
@@ -74,10 +75,10 @@ class Around:
 
 
 class _Launch:
-    """The parameters of one device. Those of SPD come first: it measures the first so many groups, parameters and
-    segments twice.
+    """The parameters of one device. First come the groups that are measured before the step too, then the others whose
+    α is decided here, because some of a segment may lie in other processes; the rest is measured and pulled at once.
 
-    measures, alphas: what the last step found, one row a segment; see ops.py.
+    measures, alphas: what the last step found, one row a segment, over all its parts; see ops.py.
     """
 
     def __init__(
@@ -88,8 +89,13 @@ class _Launch:
         device: torch.device,
         found: Found,
     ) -> None:
-        order = {rule: place for place, rule in enumerate(TWICE)}
-        entries = sorted(entries, key=lambda of: order.get(_rule(of[0]), len(order)))
+        apart = any_sharded(group["params"][k] for group, ks in entries for k in ks)
+
+        def order(entry: tuple[Group, list[int]]) -> tuple[bool, bool]:
+            rule = _rule(entry[0])
+            return rule not in TWICE, not (apart and RULES[rule].elsewhere)
+
+        entries = sorted(entries, key=order)
         self._device = device
         self._groups = [group for group, _ in entries]
         self._rules = [_rule(group) for group in self._groups]
@@ -97,11 +103,16 @@ class _Launch:
         self._params = [group["params"][k] for group, k in self._places]
         self._forms = [_form(param) for param in self._params]
         self._sizes = [len(ks) for _, ks in entries]
-        by_group = zip(self._rules, entries, strict=True)
-        each = [[segments_of(rule, group["params"][k].shape) for k in ks] for rule, (group, ks) in by_group]
-        counts, self._segments = [n for of in each for n in of], [sum(of) for of in each]
-        self._spd = sum(rule in TWICE for rule in self._rules)
-        self._spd_params, self._spd_segments = sum(self._sizes[: self._spd]), sum(self._segments[: self._spd])
+        self._twice = sum(rule in TWICE for rule in self._rules)
+        self._decided = sum(bool(RULES[rule].elsewhere) for rule in self._rules) if apart else self._twice
+        rules = [rule for rule, size in zip(self._rules, self._sizes, strict=True) for _ in range(size)]
+        counts, here = (
+            [segments_of(rule, part.shape) for rule, part in zip(rules, parts, strict=True)]
+            for parts in (self._params, map(local, self._params))
+        )
+        self._counts, self._here = _by_group(counts, self._sizes), _by_group(here, self._sizes)
+        decided = sum(self._sizes[: self._decided])
+        self._segments = Segments(self._params[:decided], rules[:decided]) if apart else None
 
         self._backend = ops.choose_backend(backend, device, {t.dtype for p in self._params for t in (p, p.grad)})
         self._anchors: list[Tensor | None] = []
@@ -111,6 +122,11 @@ class _Launch:
                 anchors[param] = state.beside(param, anchors[param])
             self._anchors.append(anchors[param] if kept else None)
         self.measures, self.alphas = found_tables(self._params, counts, device, found)
+        # What the sweeps find here, which is all there is unless there are other parts.
+        self._sums, self._known = self.measures, self.alphas
+        if apart:
+            self._sums = torch.zeros(sum(here), len(MEASURES), dtype=torch.float64, device=device)
+            self._known = torch.ones(sum(here), dtype=torch.float64, device=device)
 
         self._hyper = torch.zeros(len(self._groups), len(STILL.hyper), dtype=torch.float64, device=CPU)
         self._rows: list[list[float]] = []
@@ -125,42 +141,61 @@ class _Launch:
         self._prepare()
 
     def _prepare(self) -> None:
-        observe, give = [[TWICE[rule][k] for rule in self._rules[: self._spd]] for k in (0, 1)]
-        self._observe_before = self._sweep(observe)
-        self._observe_or_pull = self._sweep(observe + self._rules[self._spd :])
-        self._pull_as_given = self._sweep(give)
+        observe = [RULES[rule].elsewhere for rule in self._rules[: self._decided]]
+        self._observe_before = self._sweep(observe[: self._twice])
+        self._observe_or_pull = self._sweep(observe + self._rules[self._decided :])
+        self._pull_as_given = self._sweep([HALVES[rule] for rule in observe])
 
     def _sweep(self, rules: list[str]) -> ops.Run:
         """Over the first groups, as many as there are rules."""
-        sizes, segments = self._sizes[: len(rules)], sum(self._segments[: len(rules)])
-        anchors = [anchor for anchor in self._anchors[: sum(sizes)] if anchor is not None]
+        sizes, segments = self._sizes[: len(rules)], _total(self._here[: len(rules)])
+        params = [local(param) for param in self._params[: sum(sizes)]]
+        anchors = [local(anchor) for anchor in self._anchors[: sum(sizes)] if anchor is not None]
         live = {row * len(STILL.hyper) + column: t for (row, column), t in self._live.items() if row < len(rules)}
         return ops.prepare(
-            self._backend, STILL, self._params[: sum(sizes)], anchors, [], [], self.measures[:segments],
-            self.alphas[:segments], self._hyper[: len(rules)], sizes, rules, [],
+            self._backend, STILL, params, anchors, [], [], self._sums[:segments], self._known[:segments],
+            self._hyper[: len(rules)], sizes, rules, [],
             **({"live": live} if ops.keeps_addresses(self._backend) else {}),
         )  # fmt: skip
 
     def measure(self, grad_scale: Tensor | None) -> None:
         self._refresh()
-        if self._spd:
-            self._observe_before([p.grad for p in self._params[: self._spd_params]], self._here(grad_scale), None)
-            self._before = self.measures[: self._spd_segments, :2].clone()
+        if self._twice:
+            params = self._params[: sum(self._sizes[: self._twice])]
+            grads = [local(placed_as(param.grad, param)) for param in params]
+            self._observe_before(grads, self._to_device(grad_scale), None)
+            self._before = self._sums[: _total(self._here[: self._twice]), :2].clone()
 
     def pull(self, found_inf: Tensor | None) -> None:
-        found_inf = self._here(found_inf)
+        found_inf = self._to_device(found_inf)
+        if found_inf is not None:
+            found_inf = any_infinite(found_inf, self._params)
         self._observe_or_pull([], None, found_inf)
-        if not self._spd:
-            return
-        measures, (dots, before) = self.measures[: self._spd_segments], self._before.T
-        after = measures[:, 1].clone()
-        found = torch.stack([dots, before, after - before], dim=1)
-        by_group = zip(self._rules, found.split(self._segments[: self._spd]), self._groups, strict=False)
-        self.alphas[: self._spd_segments] = torch.cat(
-            [decide(rule, of, [len(of)], self._scalar(group["strength"]), 0.0) for rule, of, group in by_group]
-        )
-        self._pull_as_given([], None, found_inf)
-        measures[:, :3] = found
+        if self._decided:
+            n = _total(self._here[: self._decided])
+            found = self._sums[:n, :3].clone()
+            if self._twice:
+                dots, before = self._before.T
+                found[: len(before)] = torch.stack([dots, before, found[: len(before), 1] - before], dim=1)
+            sums = self._segments.whole(found) if self._segments else found
+            alphas = self._decide(sums)
+            self._known[:n] = self._segments.parts(alphas) if self._segments else alphas
+            self._pull_as_given([], None, found_inf)
+            self._sums[:n, :3] = found
+        else:
+            n, sums, alphas = 0, self._sums[:0, :3], self._known[:0]
+        if self._segments:
+            sums, alphas = torch.cat([sums, self._sums[n:, :3]]), torch.cat([alphas, self._known[n:]])
+            tell(self.measures, self.alphas, sums, alphas, found_inf)
+
+    def _decide(self, sums: Tensor) -> Tensor:
+        """α of the segments of the first groups, from what is known of all their parts."""
+        alphas, first = [], 0
+        for group, rule, counts in zip(self._groups, self._rules, self._counts[: self._decided], strict=False):
+            strength, radius = (self._scalar(group.get(key)) for key in ("strength", "radius"))
+            alphas.append(decide(rule, sums[first : first + sum(counts)], counts, strength, radius))
+            first += sum(counts)
+        return torch.cat(alphas)
 
     def catch_up(self) -> None:
         """With parameters whose memory has moved in the step."""
@@ -188,11 +223,22 @@ class _Launch:
             self._rows = rows
             self._hyper.copy_(torch.tensor(rows, dtype=torch.float64, device=CPU))
 
-    def _here(self, value: Tensor | None) -> Tensor | None:
+    def _to_device(self, value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(self._device, non_blocking=True)
 
-    def _scalar(self, value: float | Tensor) -> float | Tensor:
+    def _scalar(self, value: float | Tensor | None) -> float | Tensor:
+        if value is None:
+            return 0.0
         return value.to(self._device, non_blocking=True).reshape(()) if isinstance(value, Tensor) else value
+
+
+def _by_group(counts: list[int], sizes: list[int]) -> list[list[int]]:
+    of = iter(counts)
+    return [list(islice(of, size)) for size in sizes]
+
+
+def _total(by_group: list[list[int]]) -> int:
+    return sum(map(sum, by_group))
 
 
 def rule_around(method: str, norm: str | None) -> str:
@@ -222,8 +268,6 @@ def check_settings(group: Group) -> None:
 def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
     """Raises RuntimeError where a parameter with a gradient cannot be treated as its group says."""
     param, label, method = group["params"][k], label_of(group, k), group["method"]
-    if is_dtensor(param):
-        raise RuntimeError(f"{label} is a DTensor, which Anchored does not take; AnchoredAdamW and AnchoredSGD do")
     if group["anchor"] != "zero":
         if param not in anchors:
             raise RuntimeError(
@@ -232,7 +276,7 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
             )
         if anchors[param].shape != param.shape:
             raise RuntimeError(f"{label} has shape {tuple(param.shape)}, its anchor {tuple(anchors[param].shape)}")
-    if not state.is_dense(param):
+    if not state.is_dense(local(param)):
         raise RuntimeError(f"{label} has overlapping or gapped memory and cannot be pulled; make it contiguous")
     if method == "spd" and (param.grad.layout != torch.strided or not param.grad.is_floating_point()):
         kind = f"{param.grad.layout} {param.grad.dtype}"
@@ -268,4 +312,4 @@ def _fingerprint(groups: list[Group]) -> object:
 
 
 def _form(param: Tensor) -> tuple[Any, ...]:
-    return param.data_ptr(), param.shape, param.stride(), param.dtype, param.device
+    return local(param).data_ptr(), param.shape, param.stride(), param.dtype, param.device

@@ -86,7 +86,7 @@ class SpreadLaunch(Launch):
             grads = self._penalized(grads, grad_scale)
         self._run(grads, grad_scale, found_inf)
         if not self._decided:
-            self._tell(self._sums, self._known, found_inf)
+            tell(self.measures, self.alphas, self._sums[:, :3], self._known, found_inf)
             return
         packed = self._sums.new_zeros(self._n, 5 if self._learning else 3)
         packed[:, :3] = self._sums[: self._n, :3]
@@ -97,13 +97,8 @@ class SpreadLaunch(Launch):
         self._pull_alphas.copy_(self._segments.parts(alphas))
         self._pull([], None, found_inf)
         rest = slice(self._n, None)
-        self._tell(torch.cat([sums[:, :3], self._sums[rest, :3]]), torch.cat([alphas, self._known[rest]]), found_inf)
-
-    def _tell(self, sums: Tensor, alphas: Tensor, found_inf: Tensor | None) -> None:
-        """Leaves what was found as every launch does."""
-        told = torch.cat([sums[:, :3], (self.measures[:, 3] + (alphas != 1))[:, None]], 1)
-        self.measures.copy_(_unless(found_inf, told, self.measures))
-        self.alphas.copy_(_unless(found_inf, alphas, self.alphas))
+        sums, alphas = torch.cat([sums[:, :3], self._sums[rest, :3]]), torch.cat([alphas, self._known[rest]])
+        tell(self.measures, self.alphas, sums, alphas, found_inf)
 
     def _decide(self, sums: Tensor, found_inf: Tensor | None) -> Tensor:
         """α of all segments, from their sums over all parts; FTP's radii move on."""
@@ -190,6 +185,13 @@ _FLAGS = ("maximize", "anchored", "stochastic_rounding", "master_weights")
 def _over(member: Member, key: str) -> Member:
     group = {**member.group, "stochastic_rounding": False, "master_weights": False, "anchor": "zero"}
     return Member(group, member.row, member.kept[key], member.kept, member.seed)
+
+
+def tell(measures: Tensor, alphas: Tensor, sums: Tensor, decided: Tensor, found_inf: Tensor | None) -> None:
+    """Leaves in the tables of a launch what a step found, over all parts, and decided, as a whole step does."""
+    told = torch.cat([sums, (measures[:, 3] + (decided != 1))[:, None]], 1)
+    measures.copy_(_unless(found_inf, told, measures))
+    alphas.copy_(_unless(found_inf, decided, alphas))
 
 
 def _unless(found_inf: Tensor | None, value: Tensor, old: Tensor) -> Tensor:

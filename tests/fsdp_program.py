@@ -16,11 +16,18 @@ from torch.nn.functional import cross_entropy
 
 import robustft_kernels as rft
 
+
+def around(params: object, lr: float, **pull: object) -> rft.Anchored:
+    return rft.Anchored(torch.optim.AdamW(params, lr=lr), **pull)
+
+
 KINDS = {
     "spd": (rft.AdamSPD, {}),
     "ftp": (rft.AdamFTP, {}),
     "ftp, zero": (rft.AdamFTP, dict(anchor="zero")),
     "bf16 state": (rft.AdamSPD, dict(state_dtype=torch.bfloat16)),
+    "around spd": (around, {}),
+    "around project": (around, dict(method="project", norm="mars", radius=0.05)),
     "sgd": (rft.SGDPGM, dict(momentum=0.9, radius=0.02)),
 }
 

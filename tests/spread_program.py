@@ -29,6 +29,14 @@ METHODS = (
     dict(method="project", norm="mars_rows", radius=0.05),
     dict(method="ftp", radius_lr=0.1, k=0.7),
 )
+AROUND = (
+    dict(strength=1.3),
+    dict(norm="mars_rows", strength=torch.tensor(1.3)),
+    dict(method="l2sp", strength=5.0),
+    dict(method="project", radius=0.05),
+    dict(method="project", norm="mars", radius=torch.tensor(0.05)),
+    dict(method="project", norm="mars_rows", radius=0.05, anchor="zero"),
+)
 
 
 @dataclass
@@ -39,8 +47,12 @@ class Case:
     make: Callable[..., Any]
     kwargs: dict[str, Any]
     dtype: torch.dtype = torch.float32
-    scaled: bool = False
+    skipped_by: str = ""  # "some" or "all" processes, in the third step, whose gradients are scaled
     apart: float = 0.0  # what may differ, because random bits go by the place in a part's own memory
+
+
+def around(groups: Any, lr: float, backend: str, **pull: Any) -> Any:
+    return rft.Anchored(torch.optim.AdamW(groups, lr=lr, fused=True), backend=backend, **pull)
 
 
 CASES = [Case(f"adamw {m}", rft.AnchoredAdamW, dict(lr=1e-2, **m)) for m in METHODS]
@@ -49,10 +61,14 @@ CASES += [
     Case("sgd ftp", rft.SGDFTP, dict(lr=1e-2)),
     Case("zero anchor", rft.AdamSPD, dict(lr=1e-2, anchor="zero")),
     Case("clipped", rft.AdamSPD, dict(lr=1e-2, max_grad_norm=0.7)),
-    Case("scaled", rft.AdamFTP, dict(lr=1e-2), scaled=True),
-    Case("scaled mars_sp, maximize", rft.AnchoredSGD, dict(lr=1e-2, method="mars_sp", maximize=True), scaled=True),
+    Case("scaled", rft.AdamFTP, dict(lr=1e-2), skipped_by="some"),
+    Case(
+        "scaled mars_sp, maximize", rft.AnchoredSGD, dict(lr=1e-2, method="mars_sp", maximize=True), skipped_by="some"
+    ),
     Case("bf16, master", rft.AdamSPD, dict(lr=1e-2, master_weights=True), torch.bfloat16),
     Case("bf16 moments", rft.AdamPGM, dict(lr=1e-2, radius=0.3, state_dtype=torch.bfloat16), apart=5e-2 / 256),
+    *(Case(f"around {m}", around, dict(lr=1e-2, **m)) for m in AROUND),
+    Case("around, scaled", around, dict(lr=1e-2), skipped_by="all"),
     Case("float64", rft.AdamFTP, dict(lr=1e-2), torch.float64),
 ]
 
@@ -81,7 +97,7 @@ def placed(placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ..
 
 
 def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[Any, list[Any]]:
-    """Five steps; the optimizer, and its parameters. The middle one is skipped, where the case is scaled."""
+    """Five steps; the optimizer, and its parameters."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
     params = [nn.Parameter(p.clone() if spread is None else spread(p.clone())) for p in start]
@@ -93,9 +109,9 @@ def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor]
             away = first.float() if t % 2 == 0 else -first.float()
             grad = (0.3 * torch.randn(first.shape, generator=generator) + 0.5 * away).to(case.dtype)
             p.grad = grad if spread is None else spread(grad)
-        if case.scaled:
+        if case.skipped_by:
             optimizer.grad_scale = torch.tensor(8.0)
-            skipped = t == 2 and (spread is None or dist.get_rank() % 2)  # not all have seen it; all must skip
+            skipped = t == 2 and (spread is None or case.skipped_by == "all" or dist.get_rank() % 2)
             optimizer.found_inf = torch.tensor(float(skipped))
         optimizer.step()
     return optimizer, params
@@ -127,7 +143,7 @@ def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[An
     gathered = [torch.zeros_like(bits) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, bits)
     assert all(torch.equal(bits, other) for other in gathered), f"{case.name}, {name}: the processes differ"
-    if spread.grad_norm is not None:
+    if getattr(spread, "grad_norm", None) is not None:
         torch.testing.assert_close(spread.grad_norm, whole.grad_norm)
 
 
