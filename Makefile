@@ -59,7 +59,8 @@ codegen: install
 
 # Both say why, and succeed, where there is no GPU.
 test-gpu: install
-	$(BIN)/python -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py tests/test_triton.py tests/test_gpu.py
+	$(BIN)/python -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py tests/test_triton.py tests/test_gpu.py \
+		tests/test_spread.py
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu --out $(RESULTS)

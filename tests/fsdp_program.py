@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 import robustft_kernels as rft
 
+from .processes import join, randn
+
 
 def around(params: object, lr: float, **pull: object) -> rft.Anchored:
     return rft.Anchored(torch.optim.AdamW(params, lr=lr), **pull)
@@ -38,7 +40,11 @@ def net(seed: int) -> nn.Sequential:
 
 
 def sharded(model: nn.Sequential, world: int) -> nn.Sequential:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")) if world == 4 else None
+    mesh = (
+        init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("replicas", "shards"))
+        if world == 4
+        else None
+    )
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
@@ -48,7 +54,7 @@ def sharded(model: nn.Sequential, world: int) -> nn.Sequential:
 def batch(t: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in every process, so that one process alone has the same gradients."""
     generator = torch.Generator().manual_seed(t)
-    return torch.randn(16, 13, generator=generator), torch.randint(3, (16,), generator=generator)
+    return randn((16, 13), generator), randn((16, 3), generator).argmax(1)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -189,8 +195,7 @@ def resume(world: int, folder: Path, same: bool) -> None:
 
 
 def main(rank: int, world: int, args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{args.store}", world_size=world, rank=rank)
+    join(rank, world, args.store, args.device)
     folder = Path(args.folder)
     if args.what == "train":
         check_training(world)
@@ -210,6 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("train", "save", "resume"))
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--store", required=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", required=True)
     options = parser.parse_args()
     mp.spawn(main, (options.world, options), nprocs=options.world)

@@ -1,7 +1,6 @@
 """A program, run by test_spread.py in several processes: optimizers over DTensors against the same on whole tensors."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import robustft_kernels as rft
+
+from .processes import join, randn
 
 # Uneven and empty shards, rows of several chunks, every number of dimensions.
 SHAPES = ((3,), (1,), (33001,), (7, 5), (64, 300), (2, 40000), (1, 9), (8, 4, 3, 3), ())
@@ -74,14 +75,15 @@ CASES += [
 
 
 def layouts(world: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    line = init_device_mesh("cpu", (world,))
+    device = torch.get_default_device().type
+    line = init_device_mesh(device, (world,))
     laid: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rows": (line, (Shard(0),)),
         "columns": (line, (Shard(1),)),
         "replicated": (line, (Replicate(),)),
     }
     if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        square = init_device_mesh(device, (2, 2), mesh_dim_names=("a", "b"))
         laid = {
             "rows": laid["rows"],
             "hsdp": (square, (Replicate(), Shard(0))),
@@ -99,7 +101,7 @@ def placed(placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ..
 def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[Any, list[Any]]:
     """Five steps; the optimizer, and its parameters."""
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator).to(case.dtype) for shape in SHAPES]
+    start = [randn(shape, generator).to(case.dtype) for shape in SHAPES]
     params = [nn.Parameter(p.clone() if spread is None else spread(p.clone())) for p in start]
     named = [(f"w{k}", p) for k, p in enumerate(params)]
     groups = [{"params": named[:4]}, {"params": named[4:], "lr": 3e-3}]
@@ -107,7 +109,7 @@ def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor]
     for t in range(5):
         for p, first in zip(params, start, strict=True):
             away = first.float() if t % 2 == 0 else -first.float()
-            grad = (0.3 * torch.randn(first.shape, generator=generator) + 0.5 * away).to(case.dtype)
+            grad = (0.3 * randn(first.shape, generator) + 0.5 * away).to(case.dtype)
             p.grad = grad if spread is None else spread(grad)
         if case.skipped_by:
             optimizer.grad_scale = torch.tensor(8.0)
@@ -147,13 +149,12 @@ def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[An
         torch.testing.assert_close(spread.grad_norm, whole.grad_norm)
 
 
-def main(rank: int, world: int, store: str, backends: list[str], pick: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", world_size=world, rank=rank)
+def main(rank: int, world: int, args: argparse.Namespace) -> None:
+    join(rank, world, args.store, args.device)
     for name, (mesh, placements) in layouts(world).items():
         for case in CASES:
-            for backend in backends:
-                if pick in f"{name} {case.name} {backend}":
+            for backend in args.backends:
+                if args.pick in f"{name} {case.name} {backend}":
                     compare(case, backend, name, mesh, placements)
     dist.destroy_process_group()
 
@@ -162,8 +163,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--store", required=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--backends", nargs="+", default=["native"])
     parser.add_argument("--pick", default="")
-    args = parser.parse_args()
-    mp.spawn(main, (args.world, args.store, args.backends, args.pick), nprocs=args.world)
-    sys.exit(0)
+    options = parser.parse_args()
+    mp.spawn(main, (options.world, options), nprocs=options.world)

@@ -41,11 +41,13 @@ def give_grads(params, seed):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_repeat_50_times(form, dtype):
+@pytest.mark.parametrize("name", ["adamw, decay", "adamw, amsgrad, bf16 state", "adamw, master"])
+def test_bits_repeat_50_times(form, dtype, name):
     """Chunks arrive in another order each time, beside other work."""
-    start = settled(LARGE, SETTINGS[1], "spd", dtype)
+    settings = next(settings for settings in SETTINGS if settings.name == name)
+    start = settled(LARGE, settings, "spd", dtype)
     grads, first = start.grads(), start.clone()
-    first.run(prepare_of("triton", SETTINGS[1]), grads)
+    first.run(prepare_of("triton", settings), grads)
     assert (first.alphas < 1).any()
     noise, beside = torch.randn(2000, 2000), torch.cuda.Stream()
     for _ in range(50):
@@ -53,14 +55,24 @@ def test_bits_repeat_50_times(form, dtype):
         torch.cuda.synchronize()
         with torch.cuda.stream(beside):
             noise @ noise
-        again.run(prepare_of(form, SETTINGS[1]), grads)
+        again.run(prepare_of(form, settings), grads)
         assert_bits(again, first)
 
 
+OPTIONS = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 3.0},
+    "master": {"dtype": torch.bfloat16, "master_weights": True},
+    "bf16 state": {"state_dtype": torch.bfloat16},
+    "host anchors": {"anchor_device": "cpu"},
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_a_replayed_graph_follows_lr_and_gradients(form):
-    eager, plain = optimizer_of(form)
-    captured, graphed = optimizer_of(form, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_replayed_graph_follows_lr_and_gradients(form, options):
+    eager, plain = optimizer_of(form, **options)
+    captured, graphed = optimizer_of(form, lr=torch.tensor(1e-3, device="cuda"), capturable=True, **options)
     lr = graphed.param_groups[0]["lr"]
     static = [torch.zeros_like(p) for p in captured]
 
@@ -126,6 +138,39 @@ def test_a_steady_step_neither_waits_nor_allocates(form):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_anchors_in_host_memory_give_the_bits_of_those_on_the_device(form):
+    near, there = optimizer_of(form)
+    far, host = optimizer_of(form, anchor_device="cpu")
+    anchors = [host.state[p]["anchor"] for p in far]
+    assert all(anchor.is_cpu and anchor.is_pinned() for anchor in anchors)
+    for t in range(5):
+        give_grads(near, t)
+        for p, q in zip(near, far, strict=True):
+            q.grad = p.grad
+        there.step()
+        host.step()
+        assert all(map(torch.equal, far, near))
+    assert any(of.selections for of in host.telemetry().values())
+
+
+def test_clipping_is_that_of_torch():
+    """The norm to the rounding of torch's own float32 sum of 10⁶ squares, taken in float64 here."""
+    mine, clipping = optimizer_of("triton", max_grad_norm=3.0)
+    theirs, clipped = optimizer_of("triton")
+    for t in range(3):
+        give_grads(mine, t)
+        for p, q in zip(mine, theirs, strict=True):
+            q.grad = p.grad.clone()
+        clipping.step()
+        norm = nn.utils.clip_grad_norm_(theirs, 3.0)
+        clipped.step()
+        assert clipping.grad_norm.is_cuda
+        torch.testing.assert_close(clipping.grad_norm.float(), norm, rtol=1e-5, atol=0)
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)

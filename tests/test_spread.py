@@ -1,4 +1,4 @@
-"""Parameters spread over processes: 2 and 4 of them on the CPU, by gloo."""
+"""Parameters spread over processes: 2 and 4 of them on the CPU, by gloo; on GPUs, by NCCL, where there are so many."""
 
 import os
 import subprocess
@@ -10,37 +10,45 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 
-def launch(program, tmp_path, *args, timeout=900, **env):
-    """The program in processes of its own; its output, if it fails, is the test's."""
-    command = [sys.executable, "-m", f"tests.{program}", "--store", str(tmp_path / "store"), *args]
-    run = subprocess.run(
-        command, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+@pytest.fixture
+def launch(device):
+    """Runs a program in so many processes; its output, if it fails, is the test's."""
+
+    def run(program, folder, world, *args):
+        if device.type == "cuda" and torch.cuda.device_count() < world:
+            pytest.skip(f"needs {world} GPUs")
+        command = [sys.executable, "-m", f"tests.{program}", "--store", str(folder / "store"), "--world", str(world)]
+        done = subprocess.run(
+            [*command, "--device", device.type, *args],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_any_mesh_equals_one_process(tmp_path, world):
+def test_any_mesh_equals_one_process(launch, device, tmp_path, world):
     """Every method, on meshes of one and two dimensions, sharded by rows, columns and both, replicated and not: the
     weights of one process to rounding, its decisions, and the same bits everywhere."""
-    launch("spread_program", tmp_path, "--world", str(world))
+    backends = {"cpu": ["native"], "cuda": ["triton", "triton_tickets"]}[device.type]
+    launch("spread_program", tmp_path, world, "--backends", *backends)
 
 
-def test_the_reference_backend_too(tmp_path):
-    launch("spread_program", tmp_path, "--world", "2", "--backends", "reference", "--pick", "columns")
+def test_the_reference_backend_too(launch, tmp_path):
+    launch("spread_program", tmp_path, 2, "--backends", "reference", "--pick", "columns")
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_fsdp_ddp_and_tpgm(tmp_path, world):
+def test_fsdp_ddp_and_tpgm(launch, tmp_path, world):
     """FSDP2, by four processes in its hybrid form, and DDP against one process; anchors given whole and in a file; the
     functions and TPGM over DTensors."""
-    launch("fsdp_program", tmp_path, "train", "--world", str(world), "--folder", str(tmp_path))
+    launch("fsdp_program", tmp_path, world, "train", "--folder", str(tmp_path))
 
 
-def test_checkpoints_over_numbers_of_processes(tmp_path):
+def test_checkpoints_over_numbers_of_processes(launch, tmp_path):
     """torch.distributed.checkpoint: two processes save, and go on bit for bit; four, and one, go on to rounding."""
     for k, (what, world) in enumerate((("save", 2), ("resume", 4), ("resume", 1))):
         folder = tmp_path / str(k)
         folder.mkdir()
-        launch("fsdp_program", folder, what, "--world", str(world), "--folder", str(tmp_path))
+        launch("fsdp_program", folder, world, what, "--folder", str(tmp_path))
