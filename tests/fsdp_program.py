@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import robustft_kernels as rft
 
-from .processes import join, randn
+from .processes import parser, randn, spawn
 
 
 def around(params: object, lr: float, **pull: object) -> rft.Anchored:
@@ -194,9 +193,8 @@ def resume(world: int, folder: Path, same: bool) -> None:
         assert_close(full(model), want, f"{kind}, {world} processes", 5e-4 if kind == "bf16 state" else 2e-5)
 
 
-def main(rank: int, world: int, args: argparse.Namespace) -> None:
-    join(rank, world, args.store, args.device)
-    folder = Path(args.folder)
+def main(args: argparse.Namespace) -> None:
+    world, folder = args.world, Path(args.folder)
     if args.what == "train":
         check_training(world)
         check_given_anchors(world, folder)
@@ -207,15 +205,10 @@ def main(rank: int, world: int, args: argparse.Namespace) -> None:
         resume(world, folder, same=True)
     else:
         resume(world, folder, same=False)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("train", "save", "resume"))
-    parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", required=True)
-    options = parser.parse_args()
-    mp.spawn(main, (options.world, options), nprocs=options.world)
+    options = parser()
+    options.add_argument("what", choices=("train", "save", "resume"))
+    options.add_argument("--folder", required=True)
+    spawn(main, options.parse_args())

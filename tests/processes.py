@@ -1,16 +1,39 @@
-"""What the programs that test_spread.py runs in several processes begin with: by gloo on the CPU, by NCCL on GPUs."""
+"""What the programs that test_spread.py runs in several processes share: by gloo on the CPU, by NCCL on GPUs."""
+
+import argparse
+import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 
-def join(rank: int, world: int, store: str, device: str) -> None:
-    """Makes this process one of so many, and `device` (its own GPU, for "cuda") the default."""
+def parser() -> argparse.ArgumentParser:
+    """The options of every such program."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def spawn(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs `main` in each of `args.world` processes; on GPUs, each has its own, which is the default device."""
+    mp.spawn(_process, (main, args), nprocs=args.world)
+
+
+def _process(rank: int, main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    if device == "cuda":
+    if args.device == "cuda":
         torch.cuda.set_device(rank)
-    torch.set_default_device(device)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{store}", world_size=world, rank=rank)
+    torch.set_default_device(args.device)
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{args.store}", world_size=args.world, rank=rank)
+    main(args)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still let go of tensors, which aborts an interpreter that is being torn down
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import robustft_kernels as rft
 
-from .processes import join, randn
+from .processes import parser, randn, spawn
 
 # Uneven and empty shards, rows of several chunks, every number of dimensions.
 SHAPES = ((3,), (1,), (33001,), (7, 5), (64, 300), (2, 40000), (1, 9), (8, 4, 3, 3), ())
@@ -149,22 +148,16 @@ def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[An
         torch.testing.assert_close(spread.grad_norm, whole.grad_norm)
 
 
-def main(rank: int, world: int, args: argparse.Namespace) -> None:
-    join(rank, world, args.store, args.device)
-    for name, (mesh, placements) in layouts(world).items():
+def main(args: argparse.Namespace) -> None:
+    for name, (mesh, placements) in layouts(args.world).items():
         for case in CASES:
             for backend in args.backends:
                 if args.pick in f"{name} {case.name} {backend}":
                     compare(case, backend, name, mesh, placements)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backends", nargs="+", default=["native"])
-    parser.add_argument("--pick", default="")
-    options = parser.parse_args()
-    mp.spawn(main, (options.world, options), nprocs=options.world)
+    options = parser()
+    options.add_argument("--backends", nargs="+", default=["native"])
+    options.add_argument("--pick", default="")
+    spawn(main, options.parse_args())
