@@ -77,6 +77,7 @@ inline To bit_cast(From from) {
 }
 
 struct bf16 { uint16_t bits; };
+struct exact_bf16 { uint16_t bits; };  // of a value that is a bf16 already: nothing is left to round
 struct f16 { uint16_t bits; };
 
 inline float widen(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -91,11 +92,15 @@ inline float widen(f16 x) {
 }
 
 // Round to nearest, ties to even; nan stays nan.
-inline void narrow(float x, bf16& to) {
+inline float nearest_bf16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-  to.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
+  return bit_cast<float>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded);
 }
+
+inline void narrow(float x, exact_bf16& to) { to.bits = uint16_t(bit_cast<uint32_t>(x) >> 16); }
+
+inline void narrow(float x, bf16& to) { to.bits = uint16_t(bit_cast<uint32_t>(nearest_bf16(x)) >> 16); }
 
 inline void narrow(float x, f16& to) {
   const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
@@ -113,6 +118,7 @@ inline double widen(double x) { return x; }
 inline void narrow(double x, float& to) { to = float(x); }
 inline void narrow(double x, double& to) { to = x; }
 inline void narrow(double x, bf16& to) { narrow(float(x), to); }
+inline void narrow(double x, exact_bf16& to) { narrow(float(x), to); }
 inline void narrow(double x, f16& to) { narrow(float(x), to); }
 
 // Where a block of a row lies: contiguous from `offset`, or element by element at `places`.
@@ -191,18 +197,17 @@ void store(const T* from, const Block& block, const Buffer& to) {
   }
 }
 
-// What values become once they are stored.
-template <class S, class T>
-void round_as(int n, const T* values, T* to) {
-  alignas(64) S stored[kTile];
-  store_as<S>(values, n, stored, 0);
-  load_as<S>(stored, 0, n, to);
-}
-
+// What values of a tile become once they are stored.
 template <class T>
 void round_to(DType dtype, int n, T* values) {
-  if (dtype == DType::bf16) round_as<bf16>(n, values, values);
-  if (dtype == DType::f16) round_as<f16>(n, values, values);
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) values[i] = T(nearest_bf16(float(values[i])));
+  } else if (dtype == DType::f16) {
+    alignas(64) f16 stored[kTile];
+    store_as<f16>(values, n, stored, 0);
+    load_as<f16>(stored, 0, n, values);
+  }
 }
 
 // A master weight counts as long as it rounds to the weight that is worked with: who writes that, writes both.
@@ -283,8 +288,13 @@ class View {
 
   T* data() const { return data_; }
   T* at(int i) const { return data_ ? data_ + i : nullptr; }
-  void flush() const {
-    if (data_ == stage_) store(stage_, block_, buffer_);
+  // exact: whether all values are of the buffer's dtype already.
+  void flush(bool exact = false) const {
+    if (data_ != stage_) return;
+    if (exact && buffer_.dtype == DType::bf16)
+      store_as<exact_bf16>(stage_, buffer_.data, block_);
+    else
+      store(stage_, block_, buffer_);
   }
 
  private:
