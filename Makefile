@@ -3,9 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
-RESULTS ?= benchmarks/results/gpu.md
+RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-integrations lint bench \
+.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-integrations lint bench bench-check peers \
 	codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
@@ -36,13 +36,16 @@ experiment-sentiment: install
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
 	$(BIN)/python -m examples.sentiment.run $(ARGS)
 
+# A worker for each core; their OpenMP threads are not to spin while they wait for each other.
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
-# timm asks for a torchvision, which would ask for a torch of its own; both stay in a folder that only this test sees.
-test-integrations: install
+# timm asks for a torchvision, which would ask for a torch of its own; both stay in a folder that few commands see.
+.cache/timm: | install
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ timm==1.0.31 torchvision==0.28.0
+
+test-integrations: install .cache/timm
 	$(BIN)/python -m pip install --quiet -r tests/integrations/requirements.txt
-	test -d .cache/timm || $(BIN)/python -m pip install --quiet --no-deps --target .cache/timm timm==1.0.31 torchvision==0.28.0
 	PYTHONPATH=.cache/timm $(BIN)/python -m pytest -rs tests/integrations
 
 lint: install
@@ -50,9 +53,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install
-	$(BIN)/python -m benchmarks.steps
-	$(BIN)/python -m benchmarks.methods
+# Some 16 minutes on two cores, and 200 MB of packages to measure against; nothing else should run meanwhile.
+BENCH = PYTHONPATH=.cache/timm $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" \
+	-o filterwarnings=ignore --benchmark-quiet -rs
+
+bench: install peers
+	$(BENCH) --benchmark-json=results/bench.json $(ARGS)
+	$(BIN)/python -m benchmarks.report results/bench.json --keep benchmarks/results/cpu.json --page docs/benchmarks.md
+
+peers: install .cache/timm
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]" -r tests/integrations/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
+
+bench-check: install
+	$(BENCH) --benchmark-json=results/bench.json -k "methods or eager or fire" $(ARGS)
+	$(BIN)/python -m benchmarks.check results/bench.json benchmarks/results/cpu.json
 
 codegen: install
 	$(BIN)/python -m benchmarks.codegen --out docs/codegen.md
@@ -63,7 +78,9 @@ test-gpu: install
 		tests/test_spread.py
 
 bench-gpu: install
-	$(BIN)/python -m benchmarks.gpu --out $(RESULTS)
+	$(BENCH) --device cuda --benchmark-json=results/bench-gpu.json $(ARGS)
+	test ! -f results/bench-gpu.json || $(BIN)/python -m benchmarks.report results/bench-gpu.json \
+		--keep $(RESULTS) --page docs/benchmarks-gpu.md
 
 clean:
 	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so

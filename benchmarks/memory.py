@@ -1,8 +1,10 @@
-"""What each choice of precision keeps: bytes a parameter of the optimizer's state, as it is and as the process grows.
+"""What an optimizer takes of memory, measured in a process of its own.
 
-python -m benchmarks.memory        a table, for docs/precision.md
+python -m benchmarks.memory CHOICE cpu        prints one line of JSON
 """
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,72 +12,113 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import robustft_kernels as rft
 
-N = 8 * 2**20  # parameters
-BF16, F32 = torch.bfloat16, torch.float32
-# Weights of 32 bits, and such as a bfloat16 checkpoint gives; the optimizer's arguments.
-CHOICES = {
-    "torch.optim.AdamW": (F32, False, None),
-    "AdamSPD": (F32, False, {}),
-    "AdamSPD, weights from a bf16 checkpoint": (F32, True, {}),
-    'AdamSPD, `anchor="zero"`': (F32, False, {"anchor": "zero"}),
-    "AdamSPD, anchors in a file": (F32, False, {"anchor": "file"}),
-    "AdamSPD, `state_dtype=torch.bfloat16`": (F32, False, {"state_dtype": BF16}),
-    "AdamFTP": (F32, False, {"method": "ftp"}),
-    "bf16 weights: AdamSPD": (BF16, False, {}),
-    "bf16 weights: AdamSPD, `master_weights=True`": (BF16, False, {"master_weights": True}),
-    "bf16 weights: AdamSPD, `state_dtype=torch.bfloat16`": (BF16, False, {"state_dtype": BF16}),
-    "bf16 weights: both": (BF16, False, {"master_weights": True, "state_dtype": BF16}),
-}
+from . import contenders
+from .contenders import BASELINE, BF16, COMPILED, EAGER, F32, METHODS, PEERS, TORCH, Contender, Params
+from .shapes import MODELS, SMOKE, Shapes, numel
 
 
-def anonymous() -> int:
-    """Bytes of memory that are this process's own."""
-    return 1024 * int(re.search(r"Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+def _from_file(params: Params) -> rft.AnchoredAdamW:
+    from safetensors.torch import save_file
+
+    folder = tempfile.mkdtemp(dir=os.environ["ANCHORS"])
+    named = [(f"p{k}", param) for k, param in enumerate(params)]
+    save_file({name: param.detach() for name, param in named}, Path(folder) / "model.safetensors")
+    return rft.AdamSPD(named, anchor=folder)
 
 
-def measure(name: str, folder: str) -> None:
-    dtype, stored, kwargs = CHOICES[name]
-    torch.manual_seed(0)
-    weights = torch.randn(N)
-    param = torch.nn.Parameter((weights.to(BF16) if stored else weights).to(dtype))
-    del weights
-    param.grad = torch.full_like(param, 0.1)
-    small = torch.nn.Parameter(torch.zeros(10, dtype=dtype))
-    small.grad = torch.ones_like(small)
-    rft.AdamSPD([small]).step()
-    if kwargs is not None and kwargs.get("anchor") == "file":
-        kwargs = {**kwargs, "anchor": folder}
-    before = anonymous()
-    if kwargs is None:
-        optimizer = torch.optim.AdamW([param], fused=True)
-    else:
-        optimizer = rft.AnchoredAdamW([("w", param)], **{"method": "spd", **kwargs})
-    optimizer.step()
-    kept = sum(
-        t.untyped_storage().nbytes()
-        for t in optimizer.state[param].values()
-        if t.numel() > 3 and not (kwargs and kwargs.get("anchor") == folder and t is optimizer.state[param]["anchor"])
-    )
-    print(kept / N, (anonymous() - before) / N)
+# What compiles is left out: the compiler's own memory would count.
+OTHERS = {name: of for name, of in {**TORCH, **PEERS}.items() if name not in COMPILED}
+STORED = "AdamSPD, weights from a bf16 checkpoint"
+FILE = "AdamSPD, anchors in a file"
+LISTS: dict[torch.dtype, dict[str, Contender]] = {
+    F32: {
+        **OTHERS, **{f"{name}, eager": of for name, of in EAGER.items()}, **contenders.CHOICES["float32"],
+        STORED: METHODS["AdamSPD"], FILE: Contender(_from_file), "AdamFTP": METHODS["AdamFTP"],
+    },
+    BF16: {BASELINE: TORCH[BASELINE], **contenders.CHOICES["bfloat16"]},
+}  # fmt: skip
+CHOICES = {f"{str(dtype)[6:]}: {name}": (dtype, of) for dtype, names in LISTS.items() for name, of in names.items()}
 
 
-def main() -> None:
+def found(choice: str, device: str, smoke: bool = False) -> dict[str, float | str]:
+    """Bytes a parameter: `state`, of its tensors; `kept`, by which the process grew; `peak`, the most during two steps.
+    Or `missing`: why there is none."""
     with tempfile.TemporaryDirectory() as folder:
-        from safetensors.torch import save_file
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", choice, device, *(["--smoke"] if smoke else [])],
+            # Freed memory goes back at once, so that what was freed is not counted.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "ANCHORS": folder},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if run.returncode:
+        return {"missing": (run.stderr.strip().splitlines() or ["?"])[-1][:100]}
+    measured: dict[str, float | str] = json.loads(run.stdout.splitlines()[-1])
+    return measured
 
-        save_file({"w": torch.randn(N)}, Path(folder) / "model.safetensors")
-        print("| | bytes a parameter, state | as the process grew |")
-        print("|---|---|---|")
-        for name in CHOICES:
-            command = [sys.executable, "-m", "benchmarks.memory", name, folder]
-            kept, grown = map(
-                float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-            )
-            print(f"| {name} | {kept:.0f} | {grown:.1f} |")
+
+def main(choice: str, device: str, *smoke: str) -> None:
+    dtype, contender = CHOICES[choice]
+    if why := contender.missing():
+        raise SystemExit(why)
+    _run(contender, _weights(SMOKE, dtype, device))  # what is loaded once is not the optimizer's
+    shapes = SMOKE if smoke else MODELS["Swin-T"]
+    rounded = BF16 if STORED in choice else dtype
+    params = [nn.Parameter(p.detach().to(rounded).to(dtype)) for p in _weights(shapes, dtype, device)]
+    grads = [torch.full_like(p, 0.1) for p in params]
+    kept, risen = _now(device)
+    _forget_peak(device)
+    optimizer = _run(contender, params, grads)
+    state = sum(
+        t.untyped_storage().nbytes()
+        for of in optimizer.state.values()
+        for name, t in of.items()
+        if isinstance(t, torch.Tensor) and t.numel() > 3 and not (FILE in choice and name == "anchor")
+    )
+    now, n = _now(device)[0], numel(shapes)
+    print(json.dumps({"state": state / n, "kept": (now - kept) / n, "peak": (_peak(device) - risen) / n}))
+
+
+def _weights(shapes: Shapes, dtype: torch.dtype, device: str) -> Params:
+    torch.manual_seed(0)
+    return [nn.Parameter((torch.randn(shape, device=device) * 0.02).to(dtype)) for shape in shapes]
+
+
+def _run(contender: Contender, params: Params, grads: list[torch.Tensor] | None = None) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = contender.make(params)
+    for _ in range(2):
+        for k, param in enumerate(params):
+            param.grad = torch.full_like(param, 0.1) if grads is None else grads[k]
+        optimizer.step()
+    return optimizer
+
+
+def _now(device: str) -> tuple[int, int]:
+    """Bytes that are this process's own, and all bytes, of which the peak is told."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated(), torch.cuda.memory_allocated()
+    return _proc("smaps_rollup", "Anonymous"), _proc("status", "VmRSS")
+
+
+def _forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _proc("status", "VmHWM")
+
+
+def _proc(file: str, what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/self/{file}").read_text())
+    assert found, f"no {what}"
+    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    main(*sys.argv[1:])

@@ -1,0 +1,254 @@
+"""Contenders take turns, round after round, in one process; a ratio is that of two steps of the same round."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from statistics import median, quantiles
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .contenders import BASELINE, Contender
+from .machine import BUSY, Others, wait_until_idle
+from .shapes import SMOKE, Shapes
+
+WARM_UP = 3
+ROUNDS = 5, 60  # at least, at most
+COPY = "copy"  # of as many bytes as the parameters have, read and written: the unit of GB/s
+TINY = 1e-8
+
+
+@dataclass
+class Times:
+    """Seconds of each round: by the wall until the device is idle, and of them, until the call returned."""
+
+    wall: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+    def add(self, run: Callable[[], object], device: torch.device) -> None:
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+        synchronize()
+        began = time.perf_counter()
+        run()
+        returned = time.perf_counter()
+        synchronize()
+        self.wall.append(time.perf_counter() - began)
+        self.host.append(returned - began)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def _nothing() -> None: ...
+
+
+class Field:
+    """Parameters of these shapes for each contender, and gradients that all share.
+
+    The first gradient leads away from the anchor; later ones are tiny, so that the momentum goes on leading away, and
+    tensors with `fire` of all elements have gradients that lead back: under SPD they fire, the others do not.
+    """
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, fire: float = 0.5) -> None:
+        self.device, self.dtype = device, dtype
+        self.sizes = [prod(shape) for shape in shapes]
+        generator = torch.Generator(device).manual_seed(0)
+        self._shapes, self._block = shapes, torch.randn(2**20, generator=generator, device=device) * 0.02
+        self.grads = [self._tiled(shape).neg_() for shape in shapes]
+        self.fired = self._choose(fire)
+        self._later = False
+
+    def _choose(self, fire: float) -> list[bool]:
+        chosen, seen, fired = [], 0, 0
+        for size in self.sizes:
+            seen += size
+            chosen.append(fired + size / 2 < fire * seen)
+            fired += size * chosen[-1]
+        return chosen
+
+    def params(self) -> list[nn.Parameter]:
+        return [nn.Parameter(self._tiled(shape)) for shape in self._shapes]
+
+    def _tiled(self, shape: tuple[int, ...]) -> Tensor:
+        flat = torch.empty(prod(shape), dtype=self.dtype, device=self.device)
+        for part in flat.split(self._block.numel()):
+            part.copy_(self._block[: part.numel()])
+        return flat.view(shape)
+
+    def turn(self) -> None:
+        """From the first gradients to the later ones."""
+        if not self._later:
+            for grad, fires in zip(self.grads, self.fired, strict=True):
+                grad.mul_(-TINY if fires else TINY)
+            self._later = True
+
+
+class Entrant(Protocol):
+    """Who takes turns: `step` is timed, `prepare` is not."""
+
+    def prepare(self) -> None: ...
+
+    def step(self) -> None: ...
+
+    def moved(self) -> float | None:
+        """Bytes that a step had to move, if they are counted."""
+
+
+class Work:
+    """Any work as an entrant."""
+
+    def __init__(
+        self, run: Callable[[], object], prepare: Callable[[], object] = _nothing, moved: float | None = None
+    ) -> None:
+        self.step, self.prepare, self._moved = run, prepare, moved
+
+    def moved(self) -> float | None:
+        return self._moved
+
+
+class Stepper:
+    """A contender's optimizer on a field."""
+
+    def __init__(self, contender: Contender, on: Field) -> None:
+        self.params, self._field, self._contender = on.params(), on, contender
+        self.optimizer = contender.make(self.params)
+
+    def prepare(self) -> None:
+        for param, grad in zip(self.params, self._field.grads, strict=True):
+            param.grad = grad
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def moved(self) -> float | None:
+        count = self._contender.moves
+        return count and count(self._field.sizes, self._field.dtype, self.fired())
+
+    def fired(self) -> float:
+        """The share of the elements that the last step pulled; 0 for others' optimizers."""
+        telemetry = getattr(self.optimizer, "telemetry", None)
+        if telemetry is None:
+            return 0.0
+        pairs = zip(telemetry().values(), self._field.sizes, strict=True)
+        return float(sum(of.selected * size for of, size in pairs) / sum(self._field.sizes))
+
+
+def copy_of(n: int, device: torch.device) -> Work:
+    """A copy by the device of n bytes, or as many as are enough to tell its bandwidth."""
+    n = min(n, 2**29)
+    source = torch.ones(n // 4, device=device)
+    target = torch.empty_like(source)
+    return Work(lambda: target.copy_(source), moved=2 * n)
+
+
+def _ratios(of: list[float], to: list[float]) -> list[float]:
+    return [a / b for a, b in zip(of, to, strict=True)]
+
+
+@dataclass
+class Ring:
+    """Where contests take place: pytest-benchmark's fixture, the device, how many seconds a contest is to take, and how
+    many to wait for others to let the machine go."""
+
+    benchmark: Any
+    device: torch.device
+    seconds: float
+    smoke: bool
+    patience: float
+
+    def rounds(self, seconds: float) -> int:
+        """How many, where one takes so long."""
+        low, high = ROUNDS
+        return 2 if self.smoke else min(high, max(low, int(self.seconds / seconds)))
+
+    def contest(
+        self,
+        entrants: Mapping[str, Entrant],
+        watched: str,
+        n: int,
+        baseline: str = BASELINE,
+        **told: Any,
+    ) -> dict[str, Any]:
+        """Times the `step` of each entrant, each after its `prepare`; pytest-benchmark takes those of the watched one.
+
+        n: of parameters. Leaves in the benchmark's `extra_info`, beside what is told: of each entrant quartiles of its
+        time over the baseline's, median seconds, the host's share of them, and the bytes it moved; and how many cores
+        others used.
+        """
+        lasted = 0.0
+        for _ in range(WARM_UP):
+            if lasted > self.seconds:
+                break
+            began = time.perf_counter()
+            for entrant in entrants.values():
+                entrant.prepare()
+                entrant.step()
+            lasted = time.perf_counter() - began
+        gc.collect()
+        idle = wait_until_idle(self.patience)
+        times = {name: Times() for name in entrants}
+
+        def others_first() -> None:
+            for name, entrant in entrants.items():
+                entrant.prepare()
+                if name != watched:
+                    times[name].add(entrant.step, self.device)
+            entrants[watched].prepare()
+
+        def step() -> None:
+            times[watched].add(entrants[watched].step, self.device)
+
+        others = Others()
+        self.benchmark.pedantic(step, setup=others_first, rounds=self.rounds(lasted), iterations=1)
+        busy = others.cores()
+        info: dict[str, Any] = self.benchmark.extra_info
+        info.update(
+            told, baseline=baseline, watched=watched, busy=round(busy, 2), trusted=idle and busy <= BUSY, parameters=n,
+            threads=torch.get_num_threads(),
+            contenders={
+                name: {
+                    "ratio": [round(q, 4) for q in quartiles(_ratios(of.wall, times[baseline].wall))],
+                    "seconds": median(of.wall),
+                    "host": median(of.host),
+                    **({} if (moved := entrants[name].moved()) is None else {"bytes": moved}),
+                }
+                for name, of in times.items()
+            },
+        )  # fmt: skip
+        return info
+
+    def race(
+        self,
+        contenders: Mapping[str, Contender],
+        shapes: Shapes,
+        dtype: torch.dtype,
+        watched: str,
+        baseline: str = BASELINE,
+        fire: float = 0.5,
+        **told: Any,
+    ) -> None:
+        """A contest of optimizers on one list of shapes; those that cannot run here are named with the reason."""
+        on = Field(SMOKE if self.smoke else shapes, dtype, self.device, fire)
+        entrants: dict[str, Entrant] = {}
+        absent: dict[str, str] = {}
+        for name, contender in contenders.items():
+            if why := contender.missing():
+                absent[name] = why
+                continue
+            try:
+                entrant = Stepper(contender, on)
+                entrant.prepare()
+                entrant.step()  # many fail only here
+            except Exception as error:
+                absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+            else:
+                entrants[name] = entrant
+        on.turn()
+        n, about = sum(on.sizes), entrants[watched]
+        entrants[COPY] = copy_of(4 * n, self.device)
+        info = self.contest(entrants, watched, n, baseline, absent=absent, tensors=len(on.sizes), **told)
+        info.update(dtype=str(dtype).removeprefix("torch."), fired=about.fired())

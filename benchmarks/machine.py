@@ -1,0 +1,74 @@
+"""The machine that measures: what it is, whether something else keeps it busy, how much memory is left."""
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustft_kernels import ops
+
+BUSY = 0.2  # cores that others may use
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a number is worth only together with."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    facts: dict[str, Any] = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+        return {**facts, "device": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
+    name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    isa = "" if ops.NATIVE_MISSING else ops._native.ISA
+    return {**facts, "device": name or platform.machine(), "cores": os.cpu_count(), "isa": isa}
+
+
+class Others:
+    """How many cores processes other than this one use, from when it is made until it is asked."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return time.perf_counter(), _ticks() / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def cores(self) -> float:
+        elapsed, busy, own = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return max(0.0, busy - own) / elapsed if elapsed else 0.0
+
+
+def wait_until_idle(seconds: float = 60) -> bool:
+    """Whether the others let the machine go within so many seconds."""
+    ends = time.monotonic() + seconds
+    while True:
+        others = Others()
+        time.sleep(0.3)
+        if others.cores() <= BUSY:
+            return True
+        if time.monotonic() > ends:
+            return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    kib = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), "0")
+    return 1024 * int(kib)
+
+
+def _ticks() -> int:
+    """That all cores together have been at work; 0 where the system does not tell."""
+    user, nice, system = map(int, (_lines("/proc/stat") or ["cpu 0 0 0"])[0].split()[1:4])
+    return user + nice + system
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if os.path.exists(file) else []

@@ -1,0 +1,177 @@
+"""Writes the page of the benchmarks and its pictures from what a run found.
+
+python -m benchmarks.report NEW.json --keep benchmarks/results/cpu.json --page docs/benchmarks.md        (make bench)
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from math import isnan
+from pathlib import Path
+
+from . import pictures
+from .contenders import BASELINE
+from .contest import COPY
+from .results import Results, Row, eager_over_ours, read, write
+from .shapes import MODELS
+
+
+def told(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.2g} ({low:.2g}–{high:.2g})" if middle >= 10 else f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def number(value: float, form: str = "{:.2f}") -> str:
+    return "–" if isnan(value) else form.format(value)
+
+
+def peers(results: Results, dtype: str) -> str:
+    """A row for each contender, a column for each model: over torch fused."""
+    rows = [row for row in results.of("peers") if row["dtype"] == dtype]
+    names = list(dict.fromkeys(name for row in rows for name in row.contenders if name not in (COPY, BASELINE)))
+    names.sort(key=lambda name: not pictures.is_ours(name))
+    cells = [[name, *(told(row.ratio(name)) if name in row.contenders else "–" for row in rows)] for name in names]
+    return table([f"{dtype}: over {BASELINE}", *(row["model"] for row in rows)], cells)
+
+
+def absent(results: Results) -> str:
+    why = {name: reason for row in results.rows for name, reason in row.told.get("absent", {}).items()}
+    seen = {(row["model"], row["dtype"]) for row in results.of("peers")}
+    for model, dtype in product(MODELS, ("float32", "bfloat16")):
+        if (model, dtype) not in seen:
+            why[f"{model}, {dtype}"] = "this machine has not the memory"
+    return "\n".join(f"- {name}: {reason}" for name, reason in why.items()) or "- none"
+
+
+def by_bytes(rows: list[Row], labels: Callable[[Row], str]) -> str:
+    """Measured beside what the bytes say; all rows against the same."""
+    cells = []
+    for row in rows:
+        name = row["watched"]
+        cells.append(
+            [labels(row), told(row.ratio()), number(row.bytes_say(name)), number(row.bandwidth(name), "{:.0f}"),
+             number(row.of_copy(name), "{:.0%}")]
+        )  # fmt: skip
+    over = f"over {rows[0]['baseline']}" if rows else ""
+    return table(["", over, "bytes say", "GB/s", "of a copy"], cells)
+
+
+def eager(results: Results) -> str:
+    cells = [[row["model"], row["watched"], told(eager_over_ours(row))] for row in results.of("eager", "tpgm")]
+    return table(["", "", "eager / ours"], cells)
+
+
+def end_to_end(results: Results) -> str:
+    cells = []
+    for row in results.of("end_to_end"):
+        speeds = [f"{row['items'] / of['seconds']:.3g}" for of in row.contenders.values()]
+        ratios = [told(row.ratio(name)) for name in row.contenders if name != row["baseline"]]
+        cells.append([row["model"], row["unit"], *speeds, *ratios])
+    names = list(row.contenders) if cells else []
+    over = [f"time of {name} over {names[0]}" for name in names[1:]]
+    return table(["", "a second", *names, *over], cells)
+
+
+def tpgm_run(results: Results) -> str:
+    lines = []
+    for row in results.of("tpgm_run"):
+        train, project = row["steps"]
+        run = f"{row['model']}, {train} steps of training, {project} on the radii, the projection"
+        lines.append(f"{run}: {told(row.ratio())} of the {train} alone.")
+    return "\n".join(lines) or "Not measured here."
+
+
+def memory(results: Results) -> str:
+    rows = results.of("memory")
+    cells = [[row["choice"], *(f"{row[key]:.1f}" for key in ("state", "kept", "peak"))]
+             for row in rows if "missing" not in row.told]  # fmt: skip
+    missing = [f"- {row['choice']}: {row['missing']}" for row in rows if "missing" in row.told]
+    return table(["bytes a parameter", "state", "kept", "peak"], cells) + "\n\n" + "\n".join(missing)
+
+
+def growth(results: Results, question: str, label: str, value: Callable[[Row], str]) -> str:
+    cells = [[value(row), told(row.ratio()), f"{1e3 * row.contenders['AdamSPD']['seconds']:.3g}"]
+             for row in results.of(question)]  # fmt: skip
+    return table([label, f"AdamSPD over {BASELINE}", "ms, here"], cells)
+
+
+def parts(results: Results) -> str:
+    cells = []
+    for row in results.of("parts"):
+        whole, backend, one = (row.contenders[name]["seconds"] for name in pictures.PARTS)
+        host = row.contenders["whole step"]["host"]
+        shares = [part / whole for part in (host, whole - backend, one, backend - one)]
+        cells.append([row["model"], f"{1e3 * whole:.3g}", *map("{:.0%}".format, shares)])
+    return table(["", "ms, here", "until the call returns", "before the backend", "sweep 1", "sweep 2"], cells)
+
+
+def losses(results: Results) -> str:
+    """Where a peer's AdamW beats our fastest AdamSPD, beyond the spread."""
+    lines = []
+    for row in results.of("peers"):
+        mine = min((name for name in row.contenders if name.startswith("AdamSPD")), key=lambda name: row.ratio(name)[1])
+        for name in row.contenders:
+            if name != COPY and not pictures.is_ours(name) and row.ratio(name)[2] < row.ratio(mine)[0]:
+                pair = ", ".join(f"{who} {told(row.ratio(who))}" for who in (name, mine))
+                lines.append(f"- {row['model']}, {row['dtype']}: {pair}")
+    return "\n".join(lines) or "- nowhere"
+
+
+def write_page(results: Results, page: Path) -> None:
+    """The words of benchmarks.md.in with what was measured in place of their fields; its pictures beside it."""
+    machine = dict(results.machine)
+    others = {name: version for name, version in machine.pop("packages").items() if name != "torch"}
+    packages = ", ".join(f"{name} {version}" for name, version in others.items())
+    untrusted = [row.name for row in results.rows if not row["trusted"]]
+    copies = sorted(row.bandwidth(COPY) for row in results.rows if COPY in row.contenders and row["parameters"] > 2**24)
+    fields = {
+        "machine": ", ".join(f"{key} {value}" for key, value in machine.items() if value) + f"; {packages}",
+        "copy": f"{copies[len(copies) // 2]:.0f}" if copies else "?",
+        "untrusted": ", ".join(untrusted) or "none",
+        "losses": losses(results),
+        "peers_f32": peers(results, "float32"),
+        "peers_bf16": peers(results, "bfloat16"),
+        "absent": absent(results),
+        "methods": by_bytes(results.of("methods", "reference"), lambda row: row["watched"]),
+        "precision": by_bytes(results.of("precision"), lambda row: f"{row['dtype']}: {row['watched']}"),
+        "eager": eager(results),
+        "parameters": growth(
+            results, "parameters", "parameters", lambda row: f"{row['parameters'] >> 20} Mi, {row['dtype']}"
+        ),
+        "tensors": growth(results, "tensors", "tensors", lambda row: f"{row['tensors']:,}"),
+        "fire": growth(results, "fire", "of the elements fire", lambda row: f"{row['fired']:.0%}"),
+        "threads": growth(results, "threads", "threads", lambda row: f"{row['threads']}"),
+        "parts": parts(results),
+        "projections": by_bytes(results.of("projections"), lambda row: row["watched"]),
+        "end_to_end": end_to_end(results),
+        "tpgm_run": tpgm_run(results),
+        "memory": memory(results),
+        "page": page.stem,
+    }
+    text = Path(__file__).with_name("benchmarks.md.in").read_text()
+    for key, value in fields.items():
+        text = text.replace(f"{{{key}}}", value)
+    page.write_text(text)
+    for name, draw in pictures.PICTURES.items():
+        draw(results, page.with_name(f"{page.stem}-{name}.png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("found", type=Path)
+    parser.add_argument("--keep", type=Path, help="where the ratios are kept that check.py holds to")
+    parser.add_argument("--page", type=Path, help="the page to write, docs/benchmarks.md")
+    args = parser.parse_args()
+    results = read(args.found)
+    if args.keep:
+        write(results, args.keep)
+    if args.page:
+        write_page(results, args.page)
+
+
+if __name__ == "__main__":
+    main()
