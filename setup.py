@@ -22,6 +22,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fvisibility=hidden",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # of GCC 12's own intrinsics
 ]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 

@@ -2,16 +2,16 @@
 // No method is known here.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <algorithm>
 
-#define ROBUSTFT_INLINE inline __attribute__((always_inline))
+#include "rounding.h"
 
 namespace robustft {
 
 constexpr int64_t kChunk = 16384;  // elements that share one partial: the unit of a deterministic reduction
-constexpr int64_t kBlock = 1024;  // elements staged at once, and folded from float lanes into double
-constexpr int kTile = 64;          // elements in flight: all streams advance together, as prefetchers like it
+constexpr int64_t kBlock = 1024;   // elements that are summed in their own type, then in double
+constexpr int kTile = 256;         // elements that are converted at once, in the innermost cache
+constexpr int kAhead = 512;        // bytes before its use that memory is asked for
 constexpr int kLanes = 16;         // accumulators of a reduction: the same on every instruction set, so are the bits
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
@@ -59,249 +59,182 @@ struct Piece {
   int64_t row, rows, begin, end;
 };
 
-// A length that the compiler knows: loops of a full tile have no remainder.
-template <int kValue>
-struct Count {
-  constexpr operator int() const { return kValue; }
-};
-
-// Everything below is compiled once for each instruction set; internal linkage keeps the copies apart.
 namespace {
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-struct bf16 { uint16_t bits; };
-struct exact_bf16 { uint16_t bits; };  // of a value that is a bf16 already: nothing is left to round
-struct f16 { uint16_t bits; };
-
-inline float widen(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-
-inline float widen(f16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;  // exponent and fraction, in float's places
-  const uint32_t normal = magnitude + (112u << 23);            // exponent bias 15 becomes 127
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude + (113u << 23)) - 0x1p-14f);
-  const uint32_t special = magnitude + (224u << 23);  // inf and nan
-  const uint32_t bits = magnitude < 0x00800000u ? subnormal : magnitude >= 0x0f800000u ? special : normal;
-  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
-}
-
-// Round to nearest, ties to even; nan stays nan.
-inline float nearest_bf16(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
-  return bit_cast<float>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded);
-}
-
-inline void narrow(float x, exact_bf16& to) { to.bits = uint16_t(bit_cast<uint32_t>(x) >> 16); }
-
-inline void narrow(float x, bf16& to) { to.bits = uint16_t(bit_cast<uint32_t>(nearest_bf16(x)) >> 16); }
-
-inline void narrow(float x, f16& to) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t rebased = magnitude - (112u << 23);
-  const uint32_t normal = (rebased + 0xfffu + ((rebased >> 13) & 1)) >> 13;
-  // Next to 0.5 a float's last place is 2^-24, the spacing of half's subnormals: the addition rounds.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // 65520 and beyond round to inf
-  to.bits = uint16_t((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u));
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline void narrow(double x, float& to) { to = float(x); }
-inline void narrow(double x, double& to) { to = x; }
-inline void narrow(double x, bf16& to) { narrow(float(x), to); }
-inline void narrow(double x, exact_bf16& to) { narrow(float(x), to); }
-inline void narrow(double x, f16& to) { narrow(float(x), to); }
-
-// Where a block of a row lies: contiguous from `offset`, or element by element at `places`.
-class Block {
- public:
-  int n;
-
-  Block(const Rows& rows, int64_t row, int64_t at, int n) : n(n), offset_(rows.place(row, at)) {
-    if (rows.contiguous()) return;
-    scattered_ = true;
-    int64_t place = offset_, left = rows.stride - at % rows.stride;  // of this run
-    for (int i = 0; i < n; ++i, ++place, --left) {
-      if (left == 0) place += rows.stride * (rows.count - 1), left = rows.stride;
-      places_[i] = place;
-    }
-  }
-
-  bool scattered() const { return scattered_; }
-  const int64_t* places() const { return places_; }
-  int64_t operator[](int i) const { return scattered_ ? places_[i] : offset_ + i; }
-
- private:
-  int64_t offset_;
-  bool scattered_ = false;
-  int64_t places_[kBlock];
-};
-
-template <class S, class T>
-inline void load_as(const void* data, int64_t offset, int n, T* to) {
-  const S* from = static_cast<const S*>(data) + offset;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) to[i] = T(widen(from[i]));
-}
-
-template <class S, class T>
-inline void store_as(const T* from, int n, void* data, int64_t offset) {
-  S* to = static_cast<S*>(data) + offset;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
-}
-
-template <class S, class T>
-inline void load_as(const void* data, const Block& block, T* to) {
-  if (!block.scattered()) return load_as<S>(data, block[0], block.n, to);
-  const S* from = static_cast<const S*>(data);
-  for (int i = 0; i < block.n; ++i) to[i] = T(widen(from[block.places()[i]]));
-}
-
-template <class S, class T>
-inline void store_as(const T* from, void* data, const Block& block) {
-  if (!block.scattered()) return store_as<S>(from, block.n, data, block[0]);
-  S* to = static_cast<S*>(data);
-  for (int i = 0; i < block.n; ++i) narrow(from[i], to[block.places()[i]]);
-}
 
 template <class T> constexpr DType kNative = DType::f32;
 template <> constexpr DType kNative<double> = DType::f64;
 
-template <class T>
-void load(const Buffer& from, const Block& block, T* to) {
-  switch (from.dtype) {
-    case DType::f32: return load_as<float>(from.data, block, to);
-    case DType::f64: return load_as<double>(from.data, block, to);
-    case DType::bf16: return load_as<bf16>(from.data, block, to);
-    case DType::f16: return load_as<f16>(from.data, block, to);
+inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Up to kBlock elements of a row that lie side by side from `place` on, or up to kTile that lie at `places`.
+struct Tile {
+  int n;
+  int64_t place;
+  const int64_t* places = nullptr;
+
+  // Whether memory itself can serve as numbers, a register at a time.
+  bool whole() const { return places == nullptr && n % kLanes == 0; }
+  int64_t operator[](int i) const { return places ? places[i] : place + i; }
+};
+
+// Elements [at, at + n) of a row that does not lie side by side. to: room for their places, with zeros up to kLanes.
+inline Tile gathered(const Rows& rows, int64_t row, int64_t at, int n, int64_t* to) {
+  int64_t place = rows.place(row, at), left = rows.stride - at % rows.stride;  // of this run
+  for (int i = 0; i < n; ++i, ++place, --left) {
+    if (left == 0) place += rows.stride * (rows.count - 1), left = rows.stride;
+    to[i] = place;
+  }
+  std::fill(to + n, to + padded(n), 0);
+  return {n, to[0], to};
+}
+
+// As many numbers as a register holds, from memory of another dtype.
+template <DType kFrom, class T>
+ROBUSTFT_INLINE Vec<T> widened(const char* from) {
+  if constexpr (kFrom == kNative<T>) return read<Vec<T>>(from);
+  if constexpr (sizeof(T) == 4 && kFrom == DType::bf16) return from_bf16(read<Halves>(from));
+  if constexpr (sizeof(T) == 4 && kFrom == DType::f16) return from_f16(read<Halves>(from));
+  Vec<T> v;
+  if constexpr (kFrom == DType::f64) {
+    for (int l = 0; l < kWidth<T>; ++l) v[l] = T(read<double>(from + 8 * l));
+  } else {  // half a register of floats
+    alignas(64) char room[ROBUSTFT_REGISTER] = {};
+    std::memcpy(room, from, kWidth<T> * size_of(kFrom));
+    const Vec<float> narrow = widened<kFrom, float>(room);
+    for (int l = 0; l < kWidth<T>; ++l) v[l] = T(narrow[l]);
+  }
+  return v;
+}
+
+// To nearest, unless exact: then the numbers are of that dtype already.
+template <DType kTo, class T>
+ROBUSTFT_INLINE void narrowed(Vec<T> v, char* to, bool exact) {
+  if constexpr (kTo == kNative<T>) return write(v, to);
+  if constexpr (sizeof(T) == 4 && kTo == DType::bf16) return write(to_bf16(exact ? v : nearest_bf16(v)), to);
+  if constexpr (sizeof(T) == 4 && kTo == DType::f16) return write(to_f16(v), to);
+  if constexpr (kTo == DType::f64) {
+    for (int l = 0; l < kWidth<T>; ++l) write(double(v[l]), to + 8 * l);
+  } else {
+    alignas(64) char room[ROBUSTFT_REGISTER];
+    Vec<float> narrow = {};
+    for (int l = 0; l < kWidth<T>; ++l) narrow[l] = float(v[l]);
+    narrowed<kTo, float>(narrow, room, exact);
+    std::memcpy(to, room, kWidth<T> * size_of(kTo));
   }
 }
 
-template <class T>
-void store(const T* from, const Block& block, const Buffer& to) {
-  switch (to.dtype) {
-    case DType::f32: return store_as<float>(from, to.data, block);
-    case DType::f64: return store_as<double>(from, to.data, block);
-    case DType::bf16: return store_as<bf16>(from, to.data, block);
-    case DType::f16: return store_as<f16>(from, to.data, block);
+template <class F>
+ROBUSTFT_INLINE void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(std::integral_constant<DType, DType::f32>());
+    case DType::f64: return f(std::integral_constant<DType, DType::f64>());
+    case DType::bf16: return f(std::integral_constant<DType, DType::bf16>());
+    case DType::f16: return f(std::integral_constant<DType, DType::f16>());
   }
 }
 
-// What values of a tile become once they are stored.
+// One element, as it is.
+inline void move(char* to, const char* from, int size) {
+  size == 4 ? std::memcpy(to, from, 4) : size == 2 ? std::memcpy(to, from, 2) : std::memcpy(to, from, 8);
+}
+
+// A tile as numbers, with zeros after it up to kLanes.
+template <class T>
+void load(const Buffer& buffer, const Tile& tile, T* to) {
+  alignas(64) char room[kTile * 8];
+  const int size = size_of(buffer.dtype), n = padded(tile.n);
+  const char *const data = static_cast<const char*>(buffer.data), *from = data + tile.place * size;
+  if (tile.whole()) {
+    for (int b = 0; b < n * size; b += 64) __builtin_prefetch(from + b + kAhead);
+  } else {
+    for (int i = 0; i < tile.n; ++i) move(room + i * size, data + tile[i] * size, size);
+    std::memset(room + tile.n * size, 0, (n - tile.n) * size);
+    from = room;
+  }
+  with_dtype(buffer.dtype, [&](auto dtype) {
+    for (int i = 0; i < n; i += kWidth<T>) write(widened<dtype, T>(from + i * size_of(dtype)), to + i);
+  });
+}
+
+template <class T>
+void store(const T* from, const Tile& tile, const Buffer& buffer, bool exact) {
+  alignas(64) char room[kTile * 8];
+  const int size = size_of(buffer.dtype), n = padded(tile.n);
+  char *const data = static_cast<char*>(buffer.data), *const to = tile.whole() ? data + tile.place * size : room;
+  with_dtype(buffer.dtype, [&](auto dtype) {
+    for (int i = 0; i < n; i += kWidth<T>) narrowed<dtype, T>(read<Vec<T>>(from + i), to + i * size_of(dtype), exact);
+  });
+  if (to == room)
+    for (int i = 0; i < tile.n; ++i) move(data + tile[i] * size, room + i * size, size);
+}
+
+// The nearest numbers of a dtype.
+ROBUSTFT_INLINE Vec<float> nearest(DType dtype, Vec<float> v) {
+  return dtype == DType::bf16 ? nearest_bf16(v) : dtype == DType::f16 ? from_f16(to_f16(v)) : v;
+}
+ROBUSTFT_INLINE Vec<double> nearest(DType, Vec<double> v) { return v; }  // float64 goes with float64
+
 template <class T>
 void round_to(DType dtype, int n, T* values) {
-  if (dtype == DType::bf16) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) values[i] = T(nearest_bf16(float(values[i])));
-  } else if (dtype == DType::f16) {
-    alignas(64) f16 stored[kTile];
-    store_as<f16>(values, n, stored, 0);
-    load_as<f16>(stored, 0, n, values);
-  }
+  for (int i = 0; i < n; i += kWidth<T>) write(nearest(dtype, read<Vec<T>>(values + i)), values + i);
 }
 
 // A master weight counts as long as it rounds to the weight that is worked with: who writes that, writes both.
 template <class T>
 void reconcile(DType dtype, int n, const T* working, T* master) {
-  alignas(64) T shown[kTile];
-  std::memcpy(shown, master, n * sizeof(T));
-  round_to(dtype, n, shown);
-#pragma omp simd
-  for (int i = 0; i < n; ++i) master[i] = shown[i] == working[i] ? master[i] : working[i];
-}
-
-// MurmurHash3's finalizer: every bit sways every bit of the result.
-inline uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
-  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
-
-// What is rounded stochastically within a step, each with bits of its own.
-enum class Phase : uint32_t { step, pull, moments };
-
-inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
-  return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
-}
-
-// A finite value becomes a bf16 neighbour, the upper one with the probability of its distance from the lower.
-ROBUSTFT_INLINE float dithered(float value, uint32_t chance) {
-  const uint32_t bits = bit_cast<uint32_t>(value), moved = (bits + chance) & 0xffff0000u;
-  return bit_cast<float>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
-}
-
-// The counter is the element's place in memory, from `offset`, and all must share its upper 32 bits. The second values,
-// if there are any, take the other half of the random bits.
-template <bool kTwo>
-ROBUSTFT_INLINE void dither_within(int n, uint32_t key, int64_t offset, float* values, float* second) {
-  const uint32_t low = uint32_t(offset), high = mix(key + uint32_t(offset >> 32));
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const uint32_t random = mix(mix((low + uint32_t(i)) ^ key) + high);
-    values[i] = dithered(values[i], random >> 16);
-    if constexpr (kTwo) second[i] = dithered(second[i], random & 0xffff);
+  for (int i = 0; i < n; i += kWidth<T>) {
+    const Vec<T> shown = read<Vec<T>>(working + i), kept = read<Vec<T>>(master + i);
+    write(nearest(dtype, kept) == shown ? kept : shown, master + i);
   }
 }
 
-template <bool kTwo>
-ROBUSTFT_INLINE void dither_all(int n, uint32_t key, const Block& block, int i, float* values, float* second) {
-  const int64_t first = block[i], ahead = (int64_t(1) << 32) - (first & 0xffffffff);
-  const int near = block.scattered() ? 0 : int(n <= ahead ? n : ahead);
-  if (near) dither_within<kTwo>(near, key, first, values, second);
-  for (int k = near; k < n; ++k) dither_within<kTwo>(1, key, block[i + k], values + k, kTwo ? second + k : nullptr);
+// Rounds to bf16 by chance; the second values, if there are any, take the other half of the random bits.
+inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
+  const Chance chance(key, tile.place);
+  for (int i = 0; i < tile.n; i += kWidth<float>) {
+    const Bits bits = tile.places ? chance.at(tile.places + i) : chance.at(tile.place + i);
+    put(dithered(get(values + i), bits >> 16), values + i);
+    if (second) put(dithered(get(second + i), bits & 0xffff), second + i);
+  }
 }
+inline void dither(uint32_t, const Tile&, double*, double* = nullptr) {}  // float64 keeps its state alike
 
-ROBUSTFT_INLINE void dither(int n, uint32_t key, const Block& block, int i, float* values, float* second = nullptr) {
-  if (second)
-    dither_all<true>(n, key, block, i, values, second);
-  else
-    dither_all<false>(n, key, block, i, values, nullptr);
-}
-inline void dither(int, uint32_t, const Block&, int, double*, double* = nullptr) {}  // float64 keeps its state alike
-
-// A block of a buffer as numbers of the arithmetic type: the memory itself where it already holds that type
-// (no copy), otherwise a staged conversion.
+// A buffer as numbers of the arithmetic type, a tile at a time: the memory itself where it already holds that type,
+// otherwise a copy.
 template <class T>
 class View {
  public:
-  // read: whether what is there is needed, or only written.
-  View(const Buffer& buffer, const Block& block, bool read = true) : buffer_(buffer), block_(block) {
-    if (buffer.data == nullptr) return;
-    if (buffer.dtype == kNative<T> && !block.scattered()) {
-      data_ = static_cast<T*>(buffer.data) + block[0];
-    } else {
-      if (read) load(buffer, block, stage_);
-      data_ = stage_;
-    }
-  }
+  explicit View(const Buffer& buffer) : buffer_(buffer) {}
   View(const View&) = delete;
 
-  T* data() const { return data_; }
-  T* at(int i) const { return data_ ? data_ + i : nullptr; }
-  // exact: whether all values are of the buffer's dtype already.
-  void flush(bool exact = false) const {
-    if (data_ != stage_) return;
-    if (exact && buffer_.dtype == DType::bf16)
-      store_as<exact_bf16>(stage_, buffer_.data, block_);
-    else
-      store(stage_, block_, buffer_);
+  bool present() const { return buffer_.data != nullptr; }
+  bool is(DType dtype) const { return !present() || buffer_.dtype == dtype; }
+
+  // Memory itself, of elements of type S that lie side by side.
+  template <class S>
+  S* at(const Tile& tile) const {
+    return present() ? static_cast<S*>(buffer_.data) + tile.place : nullptr;
+  }
+
+  // nullptr where it is absent. read: whether what is there is needed, or only written.
+  T* open(const Tile& tile, bool read = true) {
+    if (!present()) return nullptr;
+    if (direct(tile)) return at<T>(tile);
+    if (read) load(buffer_, tile, stage_);
+    return stage_;
+  }
+  // exact: whether all numbers are of the buffer's dtype already.
+  void close(const Tile& tile, bool exact = false) {
+    if (present() && !direct(tile)) store(stage_, tile, buffer_, exact);
   }
 
  private:
-  const Buffer& buffer_;
-  const Block& block_;
-  T* data_ = nullptr;
-  alignas(64) T stage_[kBlock];
+  bool direct(const Tile& tile) const { return buffer_.dtype == kNative<T> && tile.whole(); }
+
+  const Buffer buffer_;
+  alignas(64) T stage_[kTile];
 };
 
 }  // namespace

@@ -37,6 +37,7 @@ namespace {
 template <class T>
 struct AdamW {
   static constexpr bool kMoves = true;
+  static constexpr int kStates = 3;  // the last may be absent
   T sign, decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps;
 
   AdamW(const AdamWHyper& h, double t, double sign)
@@ -49,31 +50,13 @@ struct AdamW {
         root_scale(T(1 / std::sqrt(1 - std::pow(h.beta2, t)))),
         eps(T(h.eps)) {}
 
-  template <bool kAmsgrad>
-  ROBUSTFT_INLINE void run(int n, const T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, T* next) const {
-    const AdamW a = *this;  // by value: a loop over references does not vectorise
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const T g = a.sign * grad[i];
-      const T m = exp_avg[i] + a.beta1_rest * (g - exp_avg[i]);
-      const T v = a.beta2 * exp_avg_sq[i] + a.beta2_rest * g * g;
-      exp_avg[i] = m;
-      exp_avg_sq[i] = v;
-      T root = v;
-      if constexpr (kAmsgrad) {
-        const T old = max_exp_avg_sq[i];
-        root = (v > old || v != v) ? v : old;  // as torch.maximum: nan wins
-        max_exp_avg_sq[i] = root;
-      }
-      next[i] = a.decay * param[i] - a.step_size * (m / (std::sqrt(root) * a.root_scale + a.eps));
-    }
-  }
-
-  ROBUSTFT_INLINE void operator()(int n, const T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, T* next) const {
-    if (max_exp_avg_sq)
-      run<true>(n, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, next);
-    else
-      run<false>(n, param, grad, exp_avg, exp_avg_sq, nullptr, next);
+  ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T> grad, Vec<T>* state, bool amsgrad) const {
+    const Vec<T> g = sign * grad;
+    const Vec<T> m = state[0] + beta1_rest * (g - state[0]);
+    const Vec<T> v = beta2 * state[1] + beta2_rest * g * g;
+    state[0] = m, state[1] = v;
+    if (amsgrad) state[2] = (v > state[2]) | (v != v) ? v : state[2];  // as torch.maximum: nan wins
+    return decay * param - step_size * (m / (root<T>(amsgrad ? state[2] : v) * root_scale + eps));
   }
 };
 
@@ -82,6 +65,7 @@ struct AdamW {
 template <class T>
 struct SGD {
   static constexpr bool kMoves = true;
+  static constexpr int kStates = 1;  // may be absent
   T sign, lr, weight_decay, keep, take, buffer_weight, grad_weight;
 
   SGD(const SGDHyper& h, double t, double sign)
@@ -93,52 +77,31 @@ struct SGD {
         buffer_weight(T(h.nesterov ? h.momentum : 1)),
         grad_weight(T(h.nesterov ? 1 : 0)) {}
 
-  template <bool kMomentum>
-  ROBUSTFT_INLINE void run(int n, const T* param, const T* grad, T* momentum_buffer, T* next) const {
-    const SGD s = *this;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const T g = s.sign * grad[i] + s.weight_decay * param[i];
-      T direction = g;
-      if constexpr (kMomentum) {
-        const T b = s.keep * momentum_buffer[i] + s.take * g;
-        momentum_buffer[i] = b;
-        direction = s.grad_weight * g + s.buffer_weight * b;
-      }
-      next[i] = param[i] - s.lr * direction;
-    }
-  }
-
-  ROBUSTFT_INLINE void operator()(int n, const T* param, const T* grad, T* momentum_buffer, T*, T*, T* next) const {
-    if (momentum_buffer)
-      run<true>(n, param, grad, momentum_buffer, next);
-    else
-      run<false>(n, param, grad, nullptr, next);
+  ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T> grad, Vec<T>* state, bool momentum) const {
+    const Vec<T> g = sign * grad + weight_decay * param;
+    if (!momentum) return param - lr * g;
+    state[0] = keep * state[0] + take * g;
+    return param - lr * (grad_weight * g + buffer_weight * state[0]);
   }
 };
 
 // g + penalty, for a base that will multiply it by `scale`.
 template <class T>
-ROBUSTFT_INLINE void penalize(int n, T scale, T linear, T sign, const T* param, const T* anchor, const T* grad, T* to) {
-  linear /= scale, sign /= scale;
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const T d = anchor ? param[i] - anchor[i] : param[i];
-    to[i] = grad[i] + linear * d + (d > 0 ? sign : d < 0 ? -sign : 0);
-  }
+ROBUSTFT_INLINE Vec<T> penalized(T scale, T linear, T sign, Vec<T> d, Vec<T> grad) {
+  const Vec<T> zero = {}, toward = zero + sign / scale;
+  return grad + linear / scale * d + (d > 0 ? toward : d < 0 ? -toward : zero);
 }
 
-// theta~ = theta
+// theta~ = theta; the pull of a sweep of its own, and the measures of one
 template <class T>
 struct Still {
   static constexpr bool kMoves = false;
+  static constexpr int kStates = 0;
   T sign;
 
   Still(const StillHyper&, double, double sign) : sign(T(sign)) {}
 
-  ROBUSTFT_INLINE void operator()(int n, const T* param, const T*, T*, T*, T*, T* next) const {
-    for (int i = 0; i < n; ++i) next[i] = param[i];
-  }
+  ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T>, Vec<T>*, bool) const { return param; }
 };
 
 }  // namespace

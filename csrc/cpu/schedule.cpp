@@ -13,8 +13,10 @@ namespace robustft {
 namespace {
 
 constexpr int64_t kWhole = 2 * kChunk;  // tensors up to this size are finished by one thread; small ones share a task
-constexpr int64_t kBatch = 4096;        // elements of short rows that are stepped and then pulled, in its cache
+constexpr int64_t kBatch = kChunk;  // elements of short rows that are stepped and then pulled, in a core's own cache
 constexpr int64_t kBatchRows = 64;
+constexpr int64_t kRun = 8;  // pieces that a thread takes at once: where streams break off, the prefetchers lose them
+constexpr int64_t kTurns = 32;  // that each thread has at least, before it takes so many
 
 // A tensor in pieces of at most kChunk elements: several whole rows, or a part of one.
 class Pieces {
@@ -76,6 +78,10 @@ void decide(const Job& job, const std::vector<Measures>& found) {
     record(job, i, found[i], job.rule->tied ? tied : job.rule->alpha(found[i], job.terms));
 }
 
+void pull(const Job& job, const Piece& piece) {
+  sweeps().still(job.param, {}, job.t, alpha_of(job), piece, Measuring::none, nullptr);
+}
+
 // Rows that need nothing of each other: step, measure, decide and pull a few at a time, while they are in the cache.
 void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
   const int64_t batch = std::clamp<int64_t>(kBatch / std::max<int64_t>(1, piece.end - piece.begin), 1, kBatchRows);
@@ -84,7 +90,7 @@ void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
     const Piece few{row, std::min(batch, piece.row + piece.rows - row), piece.begin, piece.end};
     step(job, {}, few, job.rule->measuring, found);
     for (int64_t i = 0; i < few.rows; ++i) record(job, row + i, found[i], job.rule->alpha(found[i], job.terms));
-    sweeps().pull(job.param, job.t, alpha_of(job), few);
+    pull(job, few);
   }
 }
 
@@ -127,12 +133,30 @@ void finish(const Job& job) {
   job.radius->value = std::min(job.radius->value, largest);
 }
 
-enum class Kind : uint8_t { whole, survey, step, pull };
+enum class Kind : uint8_t { whole, survey, step };
 
+// What is drawn: jobs as a whole, or the first sweep of some pieces of one.
 struct Task {
   Kind kind;
-  int first, last;  // jobs
-  int64_t piece;    // of the one job, where it is not whole
+  int first, last;
+  int64_t begin, end;
+};
+
+// Pieces that several threads may take, each once.
+class Claims {
+ public:
+  explicit Claims(int64_t n) : taken_(n), left_(n) {}
+
+  bool any() const { return left_.load(std::memory_order_relaxed) > 0; }
+  bool take(int64_t i) {
+    if (taken_[i].exchange(true, std::memory_order_relaxed)) return false;
+    left_.fetch_sub(1, std::memory_order_relaxed);
+    return true;
+  }
+
+ private:
+  std::vector<std::atomic<bool>> taken_;
+  std::atomic<int64_t> left_;
 };
 
 // What the threads tell each other about a tensor that several of them work on.
@@ -140,9 +164,11 @@ struct Progress {
   std::vector<Measures> found;
   std::atomic<int64_t> unsurveyed, unstepped;  // pieces
   std::atomic<bool> surveyed{false}, decided{false};
+  Claims steps, pulls;
 
   explicit Progress(const Pieces& pieces)
-      : found(pieces.found()), unsurveyed(pieces.count()), unstepped(pieces.count()) {}
+      : found(pieces.found()), unsurveyed(pieces.count()), unstepped(pieces.count()), steps(pieces.count()),
+        pulls(pieces.count()) {}
 };
 
 void wait_for(const std::atomic<bool>& flag) {
@@ -156,7 +182,9 @@ class Run {
 
   void operator()() {
     const auto drain = [this](int64_t, int64_t) {
-      for (size_t i; (i = ticket_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) work(tasks_[i]);
+      Worker worker{*this};
+      for (size_t i; (i = ticket_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) worker.start(tasks_[i]);
+      worker.finish();
     };
     if (tasks_.size() == 1)
       drain(0, 1);
@@ -165,18 +193,67 @@ class Run {
   }
 
  private:
-  // Tasks are taken in this order, so an earlier one is never waiting for a thread: a task that waits for those
-  // before it cannot deadlock. The pull of a tensor follows its measures by one round of the threads, and goes
-  // backwards: what was measured last is still in the cache.
+  // A thread goes on with what it began, as soon as the tensor's other pieces are as far: what it surveyed it steps,
+  // what it stepped it pulls, the last first, since that is still in its own cache. It waits only when nothing is left
+  // to draw, for what running threads have drawn, the earliest tensor first: that cannot deadlock.
+  struct Worker {
+    Run& run;
+    std::deque<Task> surveyed = {}, stepped = {};
+
+    void start(const Task& task) {
+      if (task.kind == Kind::whole) {
+        for (int j = task.first; j < task.last; ++j) run.whole(run.jobs_[j]);
+      } else if (task.kind == Kind::survey) {
+        for (int64_t i = task.begin; i < task.end; ++i) run.survey_piece(task.first, i);
+        surveyed.push_back(task);
+      } else {
+        step(task);
+      }
+      while (run.is_decided(stepped)) pull();
+      while (run.is_surveyed(surveyed)) step_surveyed();
+    }
+
+    void finish() {
+      for (; !surveyed.empty(); step_surveyed()) wait_for(run.progress_[surveyed.front().first]->surveyed);
+      run.help_to_step();
+      for (; !stepped.empty(); pull()) wait_for(run.progress_[stepped.front().first]->decided);
+      run.help_to_pull();
+    }
+
+   private:
+    void step(const Task& task) {
+      for (int64_t i = task.begin; i < task.end; ++i) run.step_piece(task.first, i);
+      if (run.pulls_later(task.first)) stepped.push_back(task);
+    }
+    void step_surveyed() {
+      for (const Task& task : first_job(surveyed)) step(task);
+    }
+    void pull() {
+      for (const Task& task : first_job(stepped))
+        for (int64_t i = task.end; i-- > task.begin;) run.pull_piece(task.first, i);
+    }
+
+    // Removes what concerns the first job, and returns it backwards.
+    static std::vector<Task> first_job(std::deque<Task>& tasks) {
+      std::vector<Task> taken;
+      for (const int job = tasks.front().first; !tasks.empty() && tasks.front().first == job; tasks.pop_front())
+        taken.push_back(tasks.front());
+      std::reverse(taken.begin(), taken.end());
+      return taken;
+    }
+  };
+
+  bool is_surveyed(const std::deque<Task>& tasks) const {
+    return !tasks.empty() && progress_[tasks.front().first]->surveyed.load(std::memory_order_acquire);
+  }
+  bool is_decided(const std::deque<Task>& tasks) const {
+    return !tasks.empty() && progress_[tasks.front().first]->decided.load(std::memory_order_acquire);
+  }
+
   void plan() {
-    const size_t lag = at::get_num_threads();
-    std::deque<std::pair<size_t, Task>> pulls;  // with the number of tasks after which each is due
-    const auto emit = [&](const Task& task) {
-      tasks_.push_back(task);
-      for (; !pulls.empty() && pulls.front().first <= tasks_.size(); pulls.pop_front())
-        tasks_.push_back(pulls.front().second);
-    };
-    int64_t gathered = 0;
+    int64_t total = 0, gathered = 0;
+    for (const Job& job : jobs_) total += job.param.rows.numel();
+    const int64_t run = std::clamp<int64_t>(total / (at::get_num_threads() * kTurns * kChunk), 1, kRun);
     for (int j = 0; j < int(jobs_.size()); ++j) {
       const int64_t numel = jobs_[j].param.rows.numel();
       if (numel <= kWhole) {
@@ -185,60 +262,73 @@ class Run {
         if (joins)
           tasks_.back().last = j + 1;
         else
-          emit({Kind::whole, j, j + 1, 0});
+          tasks_.push_back({Kind::whole, j, j + 1, 0, 0});
         continue;
       }
-      const Rule& rule = *jobs_[j].rule;
       const Pieces pieces(jobs_[j].param.rows);
-      if (rule.survey != Survey::none || rule.measuring != Measuring::none)
-        progress_[j] = std::make_unique<Progress>(pieces);
-      if (rule.survey != Survey::none)
-        for (int64_t i = 0; i < pieces.count(); ++i) emit({Kind::survey, j, j + 1, i});
-      for (int64_t i = 0; i < pieces.count(); ++i) emit({Kind::step, j, j + 1, i});
-      if (rule.measuring != Measuring::none && !pulls_at_once(jobs_[j], pieces))
-        for (int64_t i = pieces.count(); i-- > 0;) pulls.push_back({tasks_.size() + lag, {Kind::pull, j, j + 1, i}});
+      if (surveys(j) || jobs_[j].rule->measuring != Measuring::none) progress_[j] = std::make_unique<Progress>(pieces);
+      const Kind kind = surveys(j) ? Kind::survey : Kind::step;
+      for (int64_t i = 0; i < pieces.count(); i += run)
+        tasks_.push_back({kind, j, j + 1, i, std::min(i + run, pieces.count())});
     }
-    for (const auto& [due, task] : pulls) tasks_.push_back(task);
   }
 
+  bool surveys(int j) const { return jobs_[j].rule->survey != Survey::none; }
+  // Whether rows are pulled as soon as they are measured, or once the whole tensor is.
   static bool pulls_at_once(const Job& job, const Pieces& pieces) {
     return job.rule->rows && !job.rule->tied && !pieces.split();
   }
+  bool pulls_later(int j) const {
+    return jobs_[j].rule->measuring != Measuring::none && !pulls_at_once(jobs_[j], Pieces(jobs_[j].param.rows));
+  }
 
-  void work(const Task& task) {
-    if (task.kind == Kind::whole) {
-      for (int j = task.first; j < task.last; ++j) whole(jobs_[j]);
-      return;
-    }
-    Job& job = jobs_[task.first];
+  void survey_piece(int j, int64_t i) {
+    const Pieces pieces(jobs_[j].param.rows);
+    Progress& progress = *progress_[j];
+    survey(jobs_[j], pieces[i], &progress.found[pieces.first_found(i)]);
+    if (progress.unsurveyed.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    fold(progress.found, pieces.parts());
+    conclude_survey(jobs_[j], progress.found);
+    progress.surveyed.store(true, std::memory_order_release);
+  }
+
+  void step_piece(int j, int64_t i) {
+    Job& job = jobs_[j];
     const Pieces pieces(job.param.rows);
-    const Piece piece = pieces[task.piece];
-    Progress* const progress = progress_[task.first].get();
-    switch (task.kind) {
-      case Kind::survey:
-        survey(job, piece, &progress->found[pieces.first_found(task.piece)]);
-        if (progress->unsurveyed.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        fold(progress->found, pieces.parts());
-        conclude_survey(job, progress->found);
-        return progress->surveyed.store(true, std::memory_order_release);
-      case Kind::step:
-        if (job.rule->survey != Survey::none) wait_for(progress->surveyed);
-        if (job.rule->measuring == Measuring::none)
-          return step_(job, alpha_of(job), piece, Measuring::none, nullptr);
-        if (pulls_at_once(job, pieces))
-          step_and_pull(job, step_, piece);
-        else
-          step_(job, {}, piece, job.rule->measuring, &progress->found[pieces.first_found(task.piece)]);
-        if (progress->unstepped.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        if (!pulls_at_once(job, pieces)) {  // the last piece to finish folds all of them, in their order
-          fold(progress->found, pieces.parts());
-          decide(job, progress->found);
-        }
-        finish(job);
-        return progress->decided.store(true, std::memory_order_release);
-      default:
-        wait_for(progress->decided);
-        sweeps().pull(job.param, job.t, alpha_of(job), piece);
+    Progress* const progress = progress_[j].get();
+    if (surveys(j) && !progress->steps.take(i)) return;  // somebody has helped
+    if (job.rule->measuring == Measuring::none)
+      return step_(job, alpha_of(job), pieces[i], Measuring::none, nullptr);
+    if (pulls_at_once(job, pieces))
+      step_and_pull(job, step_, pieces[i]);
+    else
+      step_(job, {}, pieces[i], job.rule->measuring, &progress->found[pieces.first_found(i)]);
+    if (progress->unstepped.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    if (pulls_later(j)) {  // whoever finishes the last piece folds all of them, in their order
+      fold(progress->found, pieces.parts());
+      decide(job, progress->found);
+    }
+    finish(job);
+    progress->decided.store(true, std::memory_order_release);
+  }
+
+  void pull_piece(int j, int64_t i) {
+    if (progress_[j]->pulls.take(i)) pull(jobs_[j], Pieces(jobs_[j].param.rows)[i]);
+  }
+
+  // What others began and have not gone on with yet: a thread that the system has put aside does not make all wait.
+  void help_to_step() {
+    for (int j = 0; j < int(jobs_.size()); ++j) {
+      if (!progress_[j] || !surveys(j)) continue;
+      wait_for(progress_[j]->surveyed);
+      for (int64_t i = 0; progress_[j]->steps.any() && i < Pieces(jobs_[j].param.rows).count(); ++i) step_piece(j, i);
+    }
+  }
+  void help_to_pull() {
+    for (int j = 0; j < int(jobs_.size()); ++j) {
+      if (!progress_[j] || !pulls_later(j)) continue;
+      wait_for(progress_[j]->decided);
+      for (int64_t i = 0; progress_[j]->pulls.any() && i < Pieces(jobs_[j].param.rows).count(); ++i) pull_piece(j, i);
     }
   }
 
@@ -254,7 +344,7 @@ class Run {
     if (job.rule->tied) {
       step_(job, {}, all, job.rule->measuring, found.data());
       decide(job, found);
-      sweeps().pull(job.param, job.t, alpha_of(job), all);
+      pull(job, all);
     } else {
       step_and_pull(job, step_, all);
     }

@@ -1,4 +1,4 @@
-// Sweeps: the crossings of memory. Each instruction set offers the same four.
+// Sweeps: the crossings of memory. Each instruction set offers the same three; a pull is the base that makes no step.
 #pragma once
 
 #include "base.h"
@@ -24,7 +24,6 @@ struct Sweeps {
   BaseSweep<AdamWHyper> adamw;
   BaseSweep<SGDHyper> sgd;
   BaseSweep<StillHyper> still;
-  void (*pull)(const Param&, double t, const PerRow& alpha, const Piece&);
 };
 
 extern const Sweeps kBaseline;

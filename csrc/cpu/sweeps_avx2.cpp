@@ -1,6 +1,10 @@
 // The sweeps compiled for AVX2; schedule.cpp chooses them where the processor has it.
 #if defined(__x86_64__)
 // Before the target is raised: what a standard header emits must run on every processor.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +16,7 @@
 #else
 #pragma GCC target("avx2")
 #endif
+#define ROBUSTFT_REGISTER 32
 #define ROBUSTFT_SWEEPS kAvx2
 #define ROBUSTFT_ISA "AVX2"
 #include "sweeps.inc"

@@ -1,6 +1,10 @@
 // The sweeps compiled for AVX512; schedule.cpp chooses them where the processor has it.
 #if defined(__x86_64__)
 // Before the target is raised: what a standard header emits must run on every processor.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +16,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
+#define ROBUSTFT_REGISTER 64
 #define ROBUSTFT_SWEEPS kAvx512
 #define ROBUSTFT_ISA "AVX512"
 #include "sweeps.inc"

@@ -1,0 +1,116 @@
+// Rounding: 16-bit floats and back, to nearest or by chance.
+#pragma once
+
+#include "vector.h"
+
+namespace robustft {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+using Halves = Side<uint16_t, kWidth<float>>::type;  // as many as there are floats in a register
+
+// GCC takes four instructions where there is one.
+ROBUSTFT_INLINE Bits extended(Halves halves) {
+#if defined(__x86_64__) && ROBUSTFT_REGISTER == 64
+  return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(halves)));
+#elif defined(__x86_64__) && ROBUSTFT_REGISTER == 32
+  return bit_cast<Bits>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Bits);
+#endif
+}
+
+ROBUSTFT_INLINE Vec<float> from_bf16(Halves bits) { return bit_cast<Vec<float>>(extended(bits) << 16); }
+
+// Of a value that is a bf16 already.
+ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) { return __builtin_convertvector(bit_cast<Bits>(x) >> 16, Halves); }
+
+// Numbers as they lie in memory.
+ROBUSTFT_INLINE Vec<float> get(const float* from) { return read<Vec<float>>(from); }
+ROBUSTFT_INLINE Vec<double> get(const double* from) { return read<Vec<double>>(from); }
+ROBUSTFT_INLINE Vec<float> get(const bf16* from) { return from_bf16(read<Halves>(from)); }
+
+ROBUSTFT_INLINE void put(Vec<float> v, float* to) { write(v, to); }
+ROBUSTFT_INLINE void put(Vec<double> v, double* to) { write(v, to); }
+ROBUSTFT_INLINE void put(Vec<float> v, bf16* to) { write(to_bf16(v), to); }
+
+// To nearest, ties to even; nan stays nan.
+ROBUSTFT_INLINE Vec<float> nearest_bf16(Vec<float> x) {
+  const Bits bits = bit_cast<Bits>(x), nan = Bits{} + 0x7fc00000u;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
+  return bit_cast<Vec<float>>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+ROBUSTFT_INLINE Vec<float> from_f16(Halves half) {
+  const Bits bits = extended(half);
+  const Bits magnitude = (bits & 0x7fff) << 13;    // exponent and fraction, in float's places
+  const Bits normal = magnitude + (112u << 23);    // exponent bias 15 becomes 127
+  const Bits special = magnitude + (224u << 23);   // inf and nan
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude + (113u << 23)) - 0x1p-14f);
+  const Bits finite = magnitude < 0x00800000u ? subnormal : normal;
+  return bit_cast<Vec<float>>((magnitude >= 0x0f800000u ? special : finite) | (bits & 0x8000) << 16);
+}
+
+// To nearest, ties to even.
+ROBUSTFT_INLINE Halves to_f16(Vec<float> x) {
+  const Bits bits = bit_cast<Bits>(x), magnitude = bits & 0x7fffffffu, rebased = magnitude - (112u << 23);
+  const Bits normal = (rebased + 0xfffu + ((rebased >> 13) & 1)) >> 13;
+  // Next to 0.5 a float's last place is 2^-24, the spacing of half's subnormals: the addition rounds.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits nan = Bits{} + 0x7e00u, inf = Bits{} + 0x7c00u;  // 65520 and beyond round to inf
+  const Bits special = magnitude > 0x7f800000u ? nan : inf;
+  return __builtin_convertvector((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u), Halves);
+}
+
+// MurmurHash3's finalizer: every bit sways every bit of the result.
+template <class U>
+ROBUSTFT_INLINE U mix(U x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// What is rounded stochastically within a step, each with bits of its own.
+enum class Phase : uint32_t { step, pull, moments };
+
+inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
+  return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
+}
+
+// Bits for the elements at a place in memory and after it, or at several places: the counter is an element's place.
+class Chance {
+ public:
+  Chance(uint32_t key, int64_t near) : key_(key), above_(near >> 32), high_(mix(key + uint32_t(above_))) {}
+
+  ROBUSTFT_INLINE Bits at(int64_t place) const {
+    if ((place + kWidth<float> - 1) >> 32 == above_) return bits(iota<uint32_t>() + uint32_t(place), Bits{} + high_);
+    int64_t places[kWidth<float>];
+    for (int l = 0; l < kWidth<float>; ++l) places[l] = place + l;
+    return at(places);
+  }
+  Bits at(const int64_t* places) const {
+    Bits low, high;
+    for (int l = 0; l < kWidth<float>; ++l) low[l] = uint32_t(places[l]), high[l] = mix(key_ + uint32_t(places[l] >> 32));
+    return bits(low, high);
+  }
+
+ private:
+  ROBUSTFT_INLINE Bits bits(Bits low, Bits high) const { return mix(mix(low ^ key_) + high); }
+
+  uint32_t key_;
+  int64_t above_;  // the upper half of most places
+  uint32_t high_;
+};
+
+// A finite value becomes a bf16 neighbour, the upper one with the probability of its distance from the lower.
+ROBUSTFT_INLINE Vec<float> dithered(Vec<float> value, Bits chance) {
+  const Bits bits = bit_cast<Bits>(value), moved = (bits + chance) & 0xffff0000u;
+  return bit_cast<Vec<float>>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
+}
+
+}  // namespace
+}  // namespace robustft

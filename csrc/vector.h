@@ -1,0 +1,99 @@
+// Vector: numbers side by side, as many as a register holds. A translation unit says how many bytes that is.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#ifndef ROBUSTFT_REGISTER
+#define ROBUSTFT_REGISTER 16
+#endif
+#define ROBUSTFT_INLINE inline __attribute__((always_inline))
+
+namespace robustft {
+
+// Everything that knows the width is compiled once for each; internal linkage keeps the copies apart.
+namespace {
+
+template <class T>
+constexpr int kWidth = ROBUSTFT_REGISTER / sizeof(T);
+
+template <class T, int kCount>
+struct Side {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+template <class T>
+using Vec = typename Side<T, kWidth<T>>::type;
+using Bits = Vec<uint32_t>;
+template <class T>
+using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <class To, class From>
+ROBUSTFT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+ROBUSTFT_INLINE V read(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+ROBUSTFT_INLINE void write(V v, void* to) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// 0, 1, 2, ...
+template <class T>
+ROBUSTFT_INLINE Vec<T> iota() {
+  Vec<T> v;
+  for (int l = 0; l < kWidth<T>; ++l) v[l] = T(l);
+  return v;
+}
+
+// GCC has no operator for it.
+#if defined(__clang__)
+template <class T>
+ROBUSTFT_INLINE Vec<T> root(Vec<T> x) {
+  return __builtin_elementwise_sqrt(x);
+}
+#else
+template <class T>
+ROBUSTFT_INLINE Vec<T> root(Vec<T> x) {
+#ifdef __x86_64__
+  if constexpr (sizeof(T) == 4) {
+#if ROBUSTFT_REGISTER == 64
+    return (Vec<T>)_mm512_sqrt_ps((__m512)x);
+#elif ROBUSTFT_REGISTER == 32
+    return (Vec<T>)_mm256_sqrt_ps((__m256)x);
+#else
+    return (Vec<T>)_mm_sqrt_ps((__m128)x);
+#endif
+  } else {
+#if ROBUSTFT_REGISTER == 64
+    return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
+#elif ROBUSTFT_REGISTER == 32
+    return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
+#else
+    return (Vec<T>)_mm_sqrt_pd((__m128d)x);
+#endif
+  }
+#else
+  for (int l = 0; l < kWidth<T>; ++l) x[l] = std::sqrt(x[l]);
+  return x;
+#endif
+}
+#endif
+
+}  // namespace
+}  // namespace robustft
