@@ -58,6 +58,7 @@ BENCH = PYTHONPATH=.cache/timm $(BIN)/python -m pytest benchmarks -o python_file
 	-o filterwarnings=ignore --benchmark-quiet -rs
 
 bench: install peers
+	mkdir -p results
 	$(BENCH) --benchmark-json=results/bench.json $(ARGS)
 	$(BIN)/python -m benchmarks.report results/bench.json --keep benchmarks/results/cpu.json --page docs/benchmarks.md
 
@@ -66,6 +67,7 @@ peers: install .cache/timm
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
 
 bench-check: install
+	mkdir -p results
 	$(BENCH) --benchmark-json=results/bench.json -k "methods or eager or fire" $(ARGS)
 	$(BIN)/python -m benchmarks.check results/bench.json benchmarks/results/cpu.json
 
@@ -78,6 +80,7 @@ test-gpu: install
 		tests/test_spread.py
 
 bench-gpu: install
+	mkdir -p results
 	$(BENCH) --device cuda --benchmark-json=results/bench-gpu.json $(ARGS)
 	test ! -f results/bench-gpu.json || $(BIN)/python -m benchmarks.report results/bench-gpu.json \
 		--keep $(RESULTS) --page docs/benchmarks-gpu.md

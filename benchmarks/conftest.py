@@ -16,7 +16,7 @@ from .machine import describe, free_memory
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     parser.addoption("--threads", default=2, type=int)
-    parser.addoption("--seconds", default=4, type=float, help="that a contest takes, unless five rounds take longer")
+    parser.addoption("--seconds", default=3, type=float, help="that a contest takes, unless five rounds take longer")
     parser.addoption("--smoke", action="store_true", help="two rounds of everything small: does it run?")
 
 

@@ -16,7 +16,7 @@ from .machine import BUSY, Others, wait_until_idle
 from .shapes import SMOKE, Shapes
 
 WARM_UP = 3
-ROUNDS = 5, 60  # at least, at most
+ROUNDS = 5, 36  # at least; at most, lest a bf16 weight stand still as the momentum fades, and its tensor fire no more
 COPY = "copy"  # of as many bytes as the parameters have, read and written: the unit of GB/s
 TINY = 1e-8
 
