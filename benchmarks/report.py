@@ -72,7 +72,7 @@ def end_to_end(results: Results) -> str:
         ratios = [told(row.ratio(name)) for name in row.contenders if name != row["baseline"]]
         cells.append([row["model"], row["unit"], *speeds, *ratios])
     names = list(row.contenders) if cells else []
-    over = [f"time of {name} over {names[0]}" for name in names[1:]]
+    over = [f"time of {name} over {row['baseline']}" for name in names if name != row["baseline"]]
     return table(["", "a second", *names, *over], cells)
 
 

@@ -67,6 +67,7 @@ def read(file: Path) -> Results:
 
 
 def write(results: Results, file: Path) -> None:
+    """The order of the contenders is kept: tables have it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(f"    {json.dumps(vars(row), sort_keys=True)}" for row in results.rows)
+    rows = ",\n".join(f"    {json.dumps(vars(row))}" for row in results.rows)
     file.write_text(f'{{\n  "machine": {json.dumps(results.machine)},\n  "rows": [\n{rows}\n  ]\n}}\n')

@@ -174,7 +174,8 @@ def smoke(pick, folder):
 def test_memory_is_that_of_the_state(choice, state):
     found = memory.found(choice, "cpu", smoke=True)
     assert found["state"] == pytest.approx(state, abs=0.01), found
-    assert 0 < found["kept"] <= found["peak"]
+    batch = 64 * 4096 / numel(SMOKE)  # Linux counts a process's pages so many at a time
+    assert 0 < found["kept"] <= found["peak"] + batch
 
 
 @needs_native
@@ -188,7 +189,9 @@ def test_a_smoke_run_and_its_report(tmp_path):
     assert {row.question for row in results.rows} == set(picks)
     assert all(row["parameters"] == numel(SMOKE) for row in results.rows)
     write(results, tmp_path / "kept.json")
-    assert read(tmp_path / "kept.json") == results
+    kept = read(tmp_path / "kept.json")
+    assert kept == results
+    assert [list(row.contenders) for row in kept.rows] == [list(row.contenders) for row in results.rows]
     report.write_page(results, tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| AdamFTP |" in text
