@@ -11,6 +11,7 @@ namespace robustft {
 constexpr int64_t kChunk = 16384;  // elements that share one partial: the unit of a deterministic reduction
 constexpr int64_t kBlock = 1024;   // elements that are summed in their own type, then in double
 constexpr int kTile = 256;         // elements that are converted at once, in the innermost cache
+constexpr int kShort = 64;         // elements of a row that shares a tile with others
 constexpr int kAhead = 512;        // bytes before its use that memory is asked for
 constexpr int kLanes = 16;         // accumulators of a reduction: the same on every instruction set, so are the bits
 
@@ -68,15 +69,15 @@ inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DTyp
 
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Up to kBlock elements of a row that lie side by side from `place` on, or up to kTile that lie at `places`.
+// Up to kBlock elements that lie side by side from `place` on, or up to kTile that lie at `places`.
 struct Tile {
   int n;
   int64_t place;
   const int64_t* places = nullptr;
+  bool copied = false;  // what is behind its end will be read too
 
   // Whether memory itself can serve as numbers, a register at a time.
-  bool whole() const { return places == nullptr && n % kLanes == 0; }
-  int64_t operator[](int i) const { return places ? places[i] : place + i; }
+  bool whole() const { return places == nullptr && n % kLanes == 0 && !copied; }
 };
 
 // Elements [at, at + n) of a row that does not lie side by side. to: room for their places, with zeros up to kLanes.
@@ -149,7 +150,10 @@ void load(const Buffer& buffer, const Tile& tile, T* to) {
   if (tile.whole()) {
     for (int b = 0; b < n * size; b += 64) __builtin_prefetch(from + b + kAhead);
   } else {
-    for (int i = 0; i < tile.n; ++i) move(room + i * size, data + tile[i] * size, size);
+    if (tile.places)
+      for (int i = 0; i < tile.n; ++i) move(room + i * size, data + tile.places[i] * size, size);
+    else
+      std::memcpy(room, from, tile.n * size);
     std::memset(room + tile.n * size, 0, (n - tile.n) * size);
     from = room;
   }
@@ -166,8 +170,11 @@ void store(const T* from, const Tile& tile, const Buffer& buffer, bool exact) {
   with_dtype(buffer.dtype, [&](auto dtype) {
     for (int i = 0; i < n; i += kWidth<T>) narrowed<dtype, T>(read<Vec<T>>(from + i), to + i * size_of(dtype), exact);
   });
-  if (to == room)
-    for (int i = 0; i < tile.n; ++i) move(data + tile[i] * size, room + i * size, size);
+  if (to != room) return;
+  if (tile.places)
+    for (int i = 0; i < tile.n; ++i) move(data + tile.places[i] * size, room + i * size, size);
+  else
+    std::memcpy(data + tile.place * size, room, tile.n * size);
 }
 
 // The nearest numbers of a dtype.
@@ -234,7 +241,7 @@ class View {
   bool direct(const Tile& tile) const { return buffer_.dtype == kNative<T> && tile.whole(); }
 
   const Buffer buffer_;
-  alignas(64) T stage_[kTile];
+  alignas(64) T stage_[kTile + kLanes];
 };
 
 }  // namespace

@@ -244,6 +244,7 @@ ROW_CASES = (
     *CASES,
     Case("rows of 1", (300, 1)),
     Case("rows of 9", (768, 1, 3, 3)),
+    Case("rows of 37", (90, 37)),
     Case("rows of 768", (70, 768)),
     Case("rows of a chunk", (3, CHUNK)),
     Case("long rows", (3, 2 * CHUNK + 64)),

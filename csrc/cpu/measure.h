@@ -40,8 +40,10 @@ class BlockMeasure {
       gain_[k] += magnitude(u) <= old ? flipped(u, d) : magnitude(d + u) - old;
   }
 
-  // `sign` turns g into the gradient of what the step minimizes.
-  Measures fold(double sign) const { return {sign * sum(grad_dot_delta_), sum(before_), sum(gain_)}; }
+  // `sign` turns g into the gradient of what the step minimizes. used: accumulators that are not 0.
+  Measures fold(double sign, int used = kLanes) const {
+    return {sign * sum(grad_dot_delta_, used), sum(before_, used), sum(gain_, used)};
+  }
 
  private:
   using Lanes = Vec<T>[kLanes / kWidth<T>];
@@ -52,10 +54,9 @@ class BlockMeasure {
   static ROBUSTFT_INLINE Vec<T> flipped(Vec<T> x, Vec<T> sign) {
     return bit_cast<Vec<T>>(bit_cast<Vec<Integer<T>>>(x) ^ (bit_cast<Vec<Integer<T>>>(sign) & kSign));
   }
-  static double sum(const Lanes& lanes) {
+  static double sum(const Lanes& lanes, int used) {
     double sum = 0;
-    for (const Vec<T>& lane : lanes)
-      for (int l = 0; l < kWidth<T>; ++l) sum += double(lane[l]);
+    for (int l = 0; l < used; ++l) sum += double(lanes[l / kWidth<T>][l % kWidth<T>]);
     return sum;
   }
 };
@@ -64,7 +65,7 @@ template <class T>
 class BlockMeasure<T, Measuring::none> {
  public:
   ROBUSTFT_INLINE void add(int, Vec<T>, Vec<T>, Vec<T>, Vec<T>) {}
-  Measures fold(double) const { return {}; }
+  Measures fold(double, int = 0) const { return {}; }
 };
 
 }  // namespace

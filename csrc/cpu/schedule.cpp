@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kWhole = 2 * kChunk;  // tensors up to this size are finished by one thread; small ones share a task
 constexpr int64_t kBatch = kChunk;  // elements of short rows that are stepped and then pulled, in a core's own cache
-constexpr int64_t kBatchRows = 64;
+constexpr int64_t kBatchRows = 512;
 constexpr int64_t kRun = 8;  // pieces that a thread takes at once: where streams break off, the prefetchers lose them
 constexpr int64_t kTurns = 32;  // that each thread has at least, before it takes so many
 
