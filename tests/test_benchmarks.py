@@ -120,10 +120,11 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
         check_results(torch.device("cpu"))
 
 
-def row(name, quartiles, watched="ours", baseline="torch fused", trusted=True):
-    contenders = {"ours": {"ratio": quartiles}, "torch fused": {"ratio": [1, 1, 1]}, "copy": {"ratio": [9, 9, 9]}}
+def row(name, quartiles, watched="ours", baseline="torch fused", trusted=True, speed=1e9):
+    contenders = {"ours": {"ratio": quartiles}, "torch fused": {"ratio": [1, 1, 1]}}
     if baseline == "ours":
         contenders = {"ours": {"ratio": [1, 1, 1]}, "eager": {"ratio": quartiles}}
+    contenders["copy"] = {"ratio": [9, 9, 9], "seconds": 1.0, "bytes": speed}
     told = {"contenders": contenders, "watched": watched, "baseline": baseline, "trusted": trusted}
     return Row("methods", name, told)
 
@@ -141,13 +142,18 @@ def row(name, quartiles, watched="ours", baseline="torch fused", trusted=True):
     ],
 )
 def test_a_loss_beyond_the_spread_fails(new, old, lost):
-    losses, unjudged = compare(Results({}, [new]), Results({}, [old]))
-    assert (len(losses), unjudged) == (int(lost), [])
+    losses, unjudged, judged = compare(Results({}, [new]), Results({}, [old]))
+    assert (len(losses), unjudged, judged) == (int(lost), [], int(new.name == old.name))
 
 
-def test_what_was_disturbed_is_not_judged():
-    losses, unjudged = compare(Results({}, [row("a", [9, 9, 9], trusted=False)]), Results({}, [row("a", [1, 1, 1])]))
-    assert (losses, unjudged) == ([], ["a"])
+@pytest.mark.parametrize(
+    ("other", "why"), [({"trusted": False}, "something else was at work"), ({"speed": 1.4e9}, "a copy ran at 1 GB/s")]
+)
+def test_what_was_not_measured_alike_is_not_judged(other, why):
+    new, old = row("a", [9, 9, 9], **other), row("a", [1, 1, 1])
+    losses, (line,), judged = compare(Results({}, [new]), Results({}, [old]))
+    assert (losses, judged) == ([], 0)
+    assert why in line
 
 
 def smoke(pick, folder):
