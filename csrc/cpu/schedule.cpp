@@ -13,8 +13,7 @@ namespace robustft {
 namespace {
 
 constexpr int64_t kWhole = 2 * kChunk;  // tensors up to this size are finished by one thread; small ones share a task
-constexpr int64_t kBatch = kChunk;  // elements of short rows that are stepped and then pulled, in a core's own cache
-constexpr int64_t kBatchRows = 512;
+constexpr int64_t kBatchRows = 512;     // short rows, a chunk at most, that are stepped and then pulled, in the cache
 constexpr int64_t kRun = 8;  // pieces that a thread takes at once: where streams break off, the prefetchers lose them
 constexpr int64_t kTurns = 32;  // that each thread has at least, before it takes so many
 
@@ -84,7 +83,7 @@ void pull(const Job& job, const Piece& piece) {
 
 // Rows that need nothing of each other: step, measure, decide and pull a few at a time, while they are in the cache.
 void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
-  const int64_t batch = std::clamp<int64_t>(kBatch / std::max<int64_t>(1, piece.end - piece.begin), 1, kBatchRows);
+  const int64_t batch = std::clamp<int64_t>(kChunk / std::max<int64_t>(1, piece.end - piece.begin), 1, kBatchRows);
   Measures found[kBatchRows];
   for (int64_t row = piece.row; row < piece.row + piece.rows; row += batch) {
     const Piece few{row, std::min(batch, piece.row + piece.rows - row), piece.begin, piece.end};
