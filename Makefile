@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
 RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-integrations lint bench bench-check peers \
+.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants test-integrations lint bench bench-check peers \
 	codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
@@ -36,9 +36,20 @@ experiment-sentiment: install
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
 	$(BIN)/python -m examples.sentiment.run $(ARGS)
 
-# A worker for each core; their OpenMP threads are not to spin while they wait for each other.
+# A worker for each core.
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
+
+# In pairs all that can meet; it fails where its CPU time would take two cores more than 12 minutes.
 test: install lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
+	$(PYTEST) -m "not full" --at-most 12 $(ARGS)
+
+# What `make test` leaves out: the two together are everything.
+test-full: install
+	$(PYTEST) -m full $(ARGS)
+
+# Small faults, one at a time, in a copy of the sources: `make test` must catch each. An hour or so on two cores.
+test-mutants: install
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 # timm asks for a torchvision, which would ask for a torch of its own; both stay in a folder that few commands see.
 .cache/timm: | install
@@ -72,7 +83,7 @@ bench-check: install
 	$(BIN)/python -m benchmarks.check results/bench.json benchmarks/results/cpu.json
 
 codegen: install
-	$(BIN)/python -m benchmarks.codegen --out docs/codegen.md
+	$(BIN)/python -m benchmarks.codegen --write
 
 # Both say why, and succeed, where there is no GPU.
 test-gpu: install

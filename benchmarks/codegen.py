@@ -1,21 +1,25 @@
 """What the compilers make of the Triton kernels, without a GPU: registers, memory, the width of every access.
 
-    python -m benchmarks.codegen            a table, for the docs (make codegen)
-    python -m benchmarks.codegen --json     everything, for tests/test_codegen.py
+    python -m benchmarks.codegen            a table of what is kept
+    python -m benchmarks.codegen --write    compiles all anew, and writes facts and table (make codegen)
 
-Each is compiled for sm_80, sm_90, sm_100 and gfx942. `VARIANTS` are the corners of what `variant_of` can ask for: both
-bases with and without their optional state, every storage dtype, anchors present, of another dtype, zero, and mixed,
-and the options that take registers.
+Each is compiled for sm_80, sm_90, sm_100 and gfx942. The facts are kept in results/codegen.json, with the compiler's
+version and a digest of the source, so that tests/test_codegen.py need not compile to hold the kernels to them.
+`VARIANTS` are the corners of what `variant_of` can ask for: both bases with and without their optional state, every
+storage dtype, anchors present, of another dtype, zero, and mixed, and the options that take registers.
 """
 
 import argparse
+import io
 import json
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,15 @@ from triton.compiler import ASTSource
 
 from robustft_kernels.bases import ADAMW, SGD, STILL, Base
 
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "codegen.json"
+PAGE = ROOT / "docs" / "codegen.md"
+# What the generated code depends on: the kernels, what chooses their variants, and this file.
+SOURCES = (
+    *sorted(ROOT.glob("triton_kernels/*.py")),
+    *(ROOT / "robustft_kernels" / f"{name}.py" for name in ("bases", "methods", "state")),
+    Path(__file__),
+)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
 TARGETS = {
@@ -246,26 +259,63 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def code_of(source: str) -> str:
+    """The tokens of a Python source without comments and docstrings, which change no kernel."""
+    kept, fresh = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL) or (token.type == tokenize.STRING and fresh):
+            continue
+        fresh = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        kept.append(token.string.strip() or tokenize.tok_name[token.type])
+    return " ".join(kept)
+
+
+def digest(sources: tuple[Path, ...] = SOURCES) -> str:
+    """Changes with any of the code that `facts` depend on."""
+    code = {path.name: code_of(path.read_text()) for path in sources}
+    return sha256(json.dumps(code).encode()).hexdigest()
+
+
+def jobs() -> list[tuple[int, str, str]]:
+    """Every kernel of every variant for every target."""
+    return [(k, kernel, target) for k, of in enumerate(VARIANTS) for kernel in of.kernels for target in TARGETS]
+
+
+def compile_all() -> list[dict[str, Any]]:
+    """The facts of all jobs; some ten minutes of CPU time."""
+    with ProcessPoolExecutor() as pool:
+        todo = pool.map(facts, jobs(), chunksize=4)
+        return list(tqdm(todo, total=len(jobs()), desc="kernels", leave=False, disable=None))
+
+
+def read() -> dict[str, Any]:
+    """What is kept: "triton", the compiler's version; "source", the digest; "kernels", a row of facts each."""
+    kept: dict[str, Any] = json.loads(KEPT.read_text())
+    return kept
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """A line a kernel, so that a change shows which it concerns."""
+    rows = ",\n".join(json.dumps(row) for row in found)
+    KEPT.write_text(f'{{"triton": "{triton.__version__}", "source": "{digest()}", "kernels": [\n{rows}\n]}}\n')
+
+
+def page(text: str) -> str:
+    """The page with the table of what is kept in place of its own."""
+    kept = read()
+    head, _, rest = text.partition("<!-- table -->\n")
+    told = f"Triton {kept['triton']}, sm_90:\n\n{table(kept['kernels'])}"
+    return f"{head}<!-- table -->\n{told}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path, help="a Markdown file, whose table is replaced")
-    args = parser.parse_args()
-    targets = TARGETS if args.json else ["sm_90"]
-    jobs = [(k, kernel, target) for k, of in enumerate(VARIANTS) for kernel in of.kernels for target in targets]
-    with ProcessPoolExecutor() as pool:
-        found = list(
-            tqdm(pool.map(facts, jobs, chunksize=4), total=len(jobs), desc="kernels", leave=False, disable=None)
-        )
-    if args.json:
-        print(json.dumps(found))
-        return
-    text = f"Triton {triton.__version__}, sm_90:\n\n{table(found)}"
-    if args.out is None:
-        print(text)
-        return
-    head, _, rest = args.out.read_text().partition("<!-- table -->\n")
-    args.out.write_text(f"{head}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        write(compile_all())
+        PAGE.write_text(page(PAGE.read_text()))
+    else:
+        print(table(read()["kernels"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""On which device the tests run, and on which backends.
+"""On which device the tests run, on which backends, and in which tier.
 
-pytest                  on the CPU; Triton kernels in its interpreter
+pytest -m "not full"    on the CPU; Triton kernels in its interpreter (make test)
+pytest -m full          what takes long (make test-full)
+pytest                  both
 pytest --device cuda    the table of cases on the GPU, and what only a GPU can show (make test-gpu)
+
+A test, or a row of one, is of the full tier if it is marked so: @pytest.mark.full. Where Triton's interpreter takes
+long, @pytest.mark.lean(keep=...) leaves those of its rows to the full tier for which keep(**parameters) is false.
 """
 
 import os
@@ -11,12 +16,16 @@ import torch
 
 from robustft_kernels import ops
 
+from .durations import Durations
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--at-most", type=float, default=0, metavar="MINUTES", help="of two cores, or the run fails")
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(Durations(config.getoption("--at-most")), "durations")
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         quicken_interpreter()
@@ -51,12 +60,19 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
-    """More than one thread wherever the machine has them, and the same number for every test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread():
+    """Every core has a worker already. Tests about threads set their number themselves."""
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") != "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("lean")
+        if mark and item.callspec.params["backend"] == "triton" and not mark.kwargs["keep"](**item.callspec.params):
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_generate_tests(metafunc):

@@ -1,8 +1,11 @@
 """The demo at small sizes, what it and the linear model show, and every example of README and docs."""
 
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from examples.linear import run as linear
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.full
 def test_demo_small(tmp_path):
     command = [sys.executable, "-m", "examples.digits.run", "--seeds", "2", "--steps", "12", "--pretrain-steps", "16"]
     command += ["--lr", "1e-3", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
@@ -33,6 +37,7 @@ def test_demo_small(tmp_path):
     assert rows == [line.split("|")[1:-1] for line in second.stdout.splitlines() if line.startswith("| 0.001")]
 
 
+@pytest.mark.full
 def test_robust_methods_show_on_real_data(tmp_path):
     """What a short run can hold: SPD deviates less than AdamW, and TPGM is more accurate out of distribution."""
     command = [sys.executable, "-m", "examples.digits.run", "--methods", "AdamW", "AdamSPD, λ=1", "TPGM, each step"]
@@ -68,7 +73,46 @@ def test_readme_has_examples():
     assert len(EXAMPLES) >= 3
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """Makes processes as forks of one that has imported torch, with what its first optimizer imports, and done nothing
+    else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "robustft_kernels", "tests.test_demo"])
+    return context
+
+
+def run_example(code, folder):
+    """As `python -W error::RuntimeWarning -c code` would, in this process; what it says goes to a file."""
+    os.chdir(folder)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    warnings.resetwarnings()
+    warnings.simplefilter("error", RuntimeWarning)
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+
+
+def outcome(forks, code, folder):
+    """The exit status of an example, and what it said."""
+    process = forks.Process(target=run_example, args=(code, folder))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    return process.exitcode, (folder / "said").read_text()
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code, tmp_path):
+def test_example_runs(forks, code, tmp_path):
     """Each block of README and docs stands alone, so that it can be pasted."""
-    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], cwd=tmp_path, check=True)
+    status, said = outcome(forks, code, tmp_path)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    "wrong", ["print(rft)", "import numpy\nnumpy.log(numpy.zeros(3))"], ids=["an import forgotten", "a warning"]
+)
+def test_an_example_that_fails_is_found(forks, wrong, tmp_path):
+    status, said = outcome(forks, wrong, tmp_path)
+    assert status == 1
+    assert re.search("NameError|RuntimeWarning", said)

@@ -16,11 +16,6 @@ from tests.test_tpgm import fine_tuned, loss_of
 F = nn.functional
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 class Everything:
     """All that an update may touch and must not, as bits."""
 

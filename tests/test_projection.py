@@ -13,11 +13,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ANCHORS = ("same", "zero", "bfloat16", "float64")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 def by_rows(c):
     return c.flatten(1) if c.dim() > 1 else c.reshape(1, -1)
 

@@ -27,7 +27,10 @@ def launch(device):
     return run
 
 
-@pytest.mark.parametrize("world", [2, 4])
+WORLDS = [2, pytest.param(4, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_any_mesh_equals_one_process(launch, device, tmp_path, world):
     """Every method, on meshes of one and two dimensions, sharded by rows, columns and both, replicated and not: the
     weights of one process to rounding, its decisions, and the same bits everywhere."""
@@ -39,13 +42,14 @@ def test_the_reference_backend_too(launch, tmp_path):
     launch("spread_program", tmp_path, 2, "--backends", "reference", "--pick", "columns")
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 def test_fsdp_ddp_and_tpgm(launch, tmp_path, world):
     """FSDP2, by four processes in its hybrid form, and DDP against one process; anchors given whole and in a file; the
     functions and TPGM over DTensors."""
     launch("fsdp_program", tmp_path, world, "train", "--folder", str(tmp_path))
 
 
+@pytest.mark.full
 def test_checkpoints_over_numbers_of_processes(launch, tmp_path):
     """torch.distributed.checkpoint: two processes save, and go on bit for bit; four, and one, go on to rounding."""
     for k, (what, world) in enumerate((("save", 2), ("resume", 4), ("resume", 1))):

@@ -9,9 +9,11 @@ from robustft_kernels.decide import decide
 from robustft_kernels.methods import RULES, rule_of
 from robustft_kernels.testing import DTYPES, ROW_CASES, SETTINGS, Stepper
 
-from .test_steps import METHOD_NORMS, prepare_of, settled, slow
+from .table import METHOD_NORMS
+from .test_steps import prepare_of, settled, slow
 
 
+@pytest.mark.lean(keep=lambda dtype, anchored, **_: dtype == (torch.bfloat16 if anchored else torch.float32))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("rule", ["observe", "observe_rows"])
@@ -116,8 +118,15 @@ def test_projection_without_a_step(backend, device, rule, dtype):
 HALVED = [(method, norm) for method, norm in METHOD_NORMS if RULES[rule_of(method, norm)].elsewhere]
 
 
-@pytest.mark.parametrize("settings", [s for s in SETTINGS if s.stochastic or s.hyper["master_weights"]] + [SETTINGS[0]],
-                         ids=lambda s: s.name)  # fmt: skip
+HALVED_SETTINGS = [s for s in SETTINGS if s.stochastic or s.hyper["master_weights"]] + [SETTINGS[0]]
+
+
+@pytest.mark.lean(
+    keep=lambda method, norm, settings, **_: (
+        HALVED_SETTINGS[HALVED.index((method, norm)) % len(HALVED_SETTINGS)] is settings
+    )
+)
+@pytest.mark.parametrize("settings", HALVED_SETTINGS, ids=lambda s: s.name)
 @pytest.mark.parametrize(("method", "norm"), HALVED)
 def test_two_halves_are_a_whole(backend, device, settings, method, norm):
     """Step and measure, decide in torch, pull as told: the bits of one step, wherever α is; FTP with the radius that

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "robustft_kernels"
 STACK = (
     "__init__", "named", "optimizers", "wrapper", "around", "in_backward", "anchored", "telemetry", "plan", "spread",
     "launch", "decide", "tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection", "ops",
-    "anchors", "testing", "reference", "state", "bases", "sharding", "methods",
+    "anchors", "testing", "cases", "reference", "state", "bases", "sharding", "methods",
 )  # fmt: skip
 TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "norm", "pull", "decide", "measure", "base", "chunk")
 needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
@@ -73,6 +73,7 @@ def test_files_stay_readable():
             assert len(path.read_text().splitlines()) <= 420, path
 
 
+@pytest.mark.full
 def test_wheel_without_a_compiler_installs_and_says_so(tmp_path):
     """Neither a top-level triton_kernels nor csrc; no compiler means no native backend, not no package."""
     env = {**os.environ, "CXX": "no-such-compiler", "CC": "no-such-compiler", "PIP_NO_CACHE_DIR": "1"}
@@ -126,6 +127,7 @@ def test_one_openmp_runtime():
     assert len(runtimes) == 1, runtimes
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None or os.uname().machine != "x86_64", reason="needs g++ on x86-64")
 @pytest.mark.parametrize(("unit", "width"), [("baseline", 16), ("avx2", 32), ("avx512", 64)])
 def test_arithmetic_fills_the_registers(unit, width, tmp_path):

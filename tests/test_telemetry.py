@@ -19,11 +19,6 @@ each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "refe
 RULES = [(method, norm) for method, of in rft.METHODS.items() for norm in of.rules]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("method", "norm"), RULES)

@@ -16,11 +16,6 @@ from tests.test_projection import NoReads, norms_of, oracle
 F = nn.functional
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 class Net(nn.Module):
     """A convolution, a batch-norm, dropout, and two layers that share a weight; one parameter the loss does not see."""
 

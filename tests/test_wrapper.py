@@ -16,11 +16,6 @@ TURNS = (-3.0, -3.0, 0.5, -3.0, 0.5, -3.0, 0.4, 0.5)
 each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not ops.backends()[n]])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 class Lion(torch.optim.Optimizer):
     """Chen et al., 2023, as a user would write it. how: what else it does to its parameters."""
 

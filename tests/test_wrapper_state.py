@@ -14,12 +14,6 @@ from robustft_kernels.wrapper import Anchored
 from tests.test_state import saved_and_loaded
 from tests.test_wrapper import SHAPES, TURNS, Lion, each_backend, far, give_grads, make, run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    torch.set_num_threads(1)
-
-
 KINDS = [
     (AdamW, dict(lr=1e-2, amsgrad=True), dict(strength=1.5)),
     (AdamW, dict(lr=1e-2), dict(anchor="zero")),

@@ -24,12 +24,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """These models are too small for two."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def client(tmp_path):
     """From the name of a client to its `main`, which gets a folder if it asks for one."""

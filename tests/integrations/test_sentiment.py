@@ -20,12 +20,6 @@ from examples.sentiment.report import ZERO_SHOT, Config
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads):
-    """As the experiment's workers."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def task():
     g = torch.Generator().manual_seed(0)

@@ -1,0 +1,65 @@
+"""What the tests cost: a table of CPU seconds by file, printed at the end, and a limit on their sum.
+
+CPU seconds, not seconds: they are the same on a machine that is busy with something else. A program that a test runs
+and waits for counts as the test's; the forks that run the examples of README and docs (test_demo.py) are not counted.
+A plugin of pytest, which conftest.py registers.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+
+CORES = 2  # the limit is in minutes of a machine with so many
+REST = "imports, collection and pytest itself"
+
+
+def cpu_seconds():
+    """Of this process, and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+class Durations:
+    """limit: the minutes that all tests may take; 0 for any."""
+
+    def __init__(self, limit):
+        self.limit, self.seconds, self.tests = limit, Counter(), Counter()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        begin = cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.location[0]] += cpu_seconds() - begin
+            self.tests[item.location[0]] += 1
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        """A worker of pytest-xdist has ended: its controller adds what the worker counted."""
+        seconds, tests = getattr(node, "workeroutput", {}).get("durations", ({}, {}))
+        self.seconds.update(seconds)
+        self.tests.update(tests)
+
+    @pytest.hookimpl(tryfirst=True)  # before the controller waits for its workers, whose seconds it has already
+    def pytest_sessionfinish(self, session):
+        controls = session.config.getoption("dist", "no") != "no"
+        self.seconds[REST] += cpu_seconds() - (0 if controls else sum(self.seconds.values()))
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["durations"] = dict(self.seconds), dict(self.tests)
+        elif self.minutes > self.limit > 0:
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+    @property
+    def minutes(self):
+        return sum(self.seconds.values()) / 60 / CORES
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("CPU seconds")
+        for file, seconds in self.seconds.most_common():
+            terminalreporter.write_line(f"{seconds:8.1f}  {file} ({self.tests[file]})")
+        line = f"{self.minutes:.1f} minutes of {CORES} cores"
+        if self.minutes > self.limit > 0:
+            terminalreporter.write_line(f"{line}: FAILED, since the limit is {self.limit:g}", red=True)
+        else:
+            terminalreporter.write_line(f"{line}, of {self.limit:g} at most" if self.limit else line)
