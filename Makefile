@@ -5,8 +5,8 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
 RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants test-integrations lint bench bench-check peers \
-	codegen test-gpu bench-gpu clean
+.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants \
+	test-integrations lint bench bench-check peers codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
 
@@ -39,7 +39,7 @@ experiment-sentiment: install
 # A worker for each core.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
-# In pairs all that can meet; it fails where its CPU time would take two cores more than 12 minutes.
+# Fails if its CPU time would take two cores over 12 minutes.
 test: install lint
 	$(PYTEST) -m "not full" --at-most 12 $(ARGS)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import robustft_kernels as rft
 from robustft_kernels import reference
-from robustft_kernels.testing import CASES, SETTINGS, Stepper
+from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper
 
 from .test_steps import assert_bits, prepare_of, settled, slow
 
@@ -35,16 +35,51 @@ def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochas
         assert (moved == 0).all()
 
 
+@pytest.mark.lean(keep=lambda settings, norm, **_: settings is STOCHASTIC[0] or norm is None)
+@pytest.mark.parametrize(("method", "norm"), [("l2sp", None), ("project", "l2"), ("project", "mars_rows")])
 @pytest.mark.parametrize("settings", STOCHASTIC, ids=lambda s: s.name)
-def test_every_backend_draws_the_same_bits(backend, device, settings):
-    """Onto the anchor (alpha = 0) there is no arithmetic to differ in: one rounding of float32 anchors, everywhere."""
-    got = Stepper(CASES, settings, "l2sp", torch.bfloat16, torch.float32, device=device)
-    got.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})
+def test_every_backend_draws_the_same_bits(backend, device, settings, method, norm):
+    """Onto the anchor (α = 0) there is no arithmetic to differ in: one rounding of float32 anchors, everywhere; in the
+    sweep that steps, in the one that pulls, and by rows."""
+    cases = LEAN_CASES if slow(backend) else CASES
+    got = Stepper(cases, settings, method, torch.bfloat16, torch.float32, device=device, norm=norm)
+    got.settings = type(settings)(
+        "", settings.base, {**settings.hyper, "strength": 1e9, "radius": 0.0}, settings.state_dtype
+    )
     want, grads = got.clone(), got.grads()
     want.run_oracle(grads)
     got.run(prepare_of(backend, settings), grads)
     assert all(map(torch.equal, got.params, want.params))
     assert any((p.float() != a.to(p.dtype).float()).any() for p, a in zip(got.params, got.anchors, strict=True))
+
+
+def test_every_backend_draws_the_same_bits_for_moments(backend, device):
+    """From zero, with betas that are powers of two, there is one rounding to float32 before the one to bfloat16."""
+    settings = next(s for s in STOCHASTIC if s.state_dtype == torch.bfloat16)
+    exact = {**settings.hyper, "beta1": 0.5, "beta2": 0.75}
+    settings = type(settings)("", settings.base, exact, settings.state_dtype)
+    got = Stepper(LEAN_CASES, settings, "none", torch.float32, anchored=False, device=device)
+    want, grads = got.clone(), got.grads()
+    want.run(prepare_of("reference", settings), grads)
+    got.run(prepare_of(backend, settings), grads)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert all(map(torch.equal, got.states[key], want.states[key])), key
+
+
+def test_moments_are_rounded_up_as_often_as_they_should_and_apart(backend, device):
+    """The first moment lies a quarter of a unit above 1, the second a half: so often each goes up, whatever the other
+    and the neighbours do."""
+    n, ulp = 20000, torch.finfo(torch.bfloat16).eps
+    param = nn.Parameter(torch.ones(n, device=device))
+    optimizer = rft.AnchoredAdamW([param], betas=(0.5, 0.75), state_dtype=torch.bfloat16, backend=backend)
+    param.grad = torch.full_like(param, 2 * (1 + ulp / 4))
+    optimizer.step()
+    up = [(optimizer.state[param][key].double() - 1) / ulp for key in ("exp_avg", "exp_avg_sq")]
+    for of_one, chance in zip(up, (1 / 4, 1 / 2 + ulp / 16), strict=True):
+        assert ((of_one == 0) | (of_one == 1)).all()
+        assert abs(float(of_one.mean()) - chance) < 6 * (chance * (1 - chance) / n) ** 0.5
+    for one, other in (up, (up[0][1:], up[0][:-1]), (up[1][1:], up[1][:-1])):
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 6 / n**0.5
 
 
 def test_seed_parameter_step_and_place_tell_the_bits(backend, device):
@@ -67,7 +102,7 @@ def test_seed_parameter_step_and_place_tell_the_bits(backend, device):
     assert torch.equal(run(7, shapes=((300,),))[0][0], first[0])
 
 
-def test_mix_is_murmurhash3(backend):
+def test_mix_is_murmurhash3():
     """Its published test vectors: the finalizer of 0, 1 and 2³² − 1."""
     assert reference.mix(torch.tensor([0, 1, 0xFFFFFFFF], dtype=torch.int64)).tolist() == [0, 0x514E28B7, 0x81F16F39]
 
