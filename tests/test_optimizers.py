@@ -363,6 +363,16 @@ def test_momentum_that_comes_late(backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_momentum_that_comes_late_where_steps_are_counted(backend):
+    """The count is the buffer's: its first gradient is not dampened, however many steps were rounded before."""
+    params = make(dtype=torch.bfloat16)
+    optimizer = rft.AnchoredSGD(params, lr=1e-2, dampening=0.5, stochastic_rounding=True, backend=backend)
+    run(optimizer, params, 2)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    run(optimizer, params, 1, start=2)
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], p.grad.float()) for p in params)
+
+
 def test_the_default_device_is_left_alone(backend):
     """Nothing of ours is made there: the numbers of a step are the same under another default."""
     results = []
