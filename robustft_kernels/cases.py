@@ -16,6 +16,11 @@ def _transposed(t: Tensor) -> Tensor:
     return t.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
 
 
+def _second_first(t: Tensor) -> Tensor:
+    """Dimension 0 lies inside of dimension 1: a row is in several runs."""
+    return t.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+
 def _channels_last(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.channels_last)
 
@@ -83,6 +88,7 @@ ROW_CASES = (
     Case("one row", (1, 5000)),
     Case("transposed long rows", (5, CHUNK + 3), _transposed),
     Case("no row", (0, 5)),
+    Case("rows in runs of 37", (7, 30, 37), _second_first),
 )
 
 
