@@ -128,6 +128,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(native, addresses,
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
         lambda: setattr(params[0], "grad", torch.randn(6, 4).t()),
+        lambda: setattr(params[0], "grad", torch.randn(4, 6)),  # from one gradient to another in other strides
         lambda: setattr(params[2], "data", torch.randn(4, 6)),
         lambda: setattr(params[2], "data", torch.randn(6, 4).t()),
         lambda: setattr(params[2], "data", torch.randn(24)),
