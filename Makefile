@@ -47,7 +47,7 @@ test: install lint
 test-full: install
 	$(PYTEST) -m full $(ARGS)
 
-# Small faults, one at a time, in a copy of the sources: `make test` must catch each. An hour or so on two cores.
+# Small faults, one at a time, in a copy of the sources: `make test` must catch each. Some 40 minutes on two cores.
 test-mutants: install
 	$(BIN)/python -m tests.mutants $(ARGS)
 

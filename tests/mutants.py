@@ -11,8 +11,8 @@ caught, 1 if any survived, 2 if a row or the copy is not in order.
 
 To add a row: the name says what is wrong then, in plain words. `old` must be in the file exactly once; take more of the
 line, or two lines, where it is not. Think through that `new` is a real fault, which changes a result somewhere, and
-that it compiles or can be imported: a change that breaks the build shows nothing. It must show on every run, not only
-where threads happen to race. `tests` are files in tests/, `pick` is an expression for pytest -k that leaves out what
+that it compiles or can be imported: a change that breaks the build shows nothing. What only a race shows needs a test
+that repeats it often. `tests` are files in tests/, `pick` is an expression for pytest -k that leaves out what
 cannot matter, such as other backends. Only the default tier runs.
 """
 
@@ -168,6 +168,10 @@ MUTANTS = [
     Mutant("Triton: lanes beyond a row's end are measured", "triton_kernels/rows.py",
            "new = tl.where(inside, new, 0.0)  # where eps", "new = new  # where eps", STEPS, "triton and without_eps"),
     # The native backend; every row builds it anew.
+    Mutant("AdamW: the second moment is not corrected", "csrc/cpu/base.h",
+           "T(1 / std::sqrt(1 - std::pow(h.beta2, t)))", "T(1)", STEPS, ORACLE),
+    Mutant("SPD fires at its first step too", "csrc/cpu/decide.h",
+           "m.grad_dot_delta > 0 && m.gain > 0", "m.grad_dot_delta >= 0 && m.gain > 0", STEPS, "native and first_step"),
     Mutant("AdamW: eps is inside the root", "csrc/cpu/base.h",
            "(root<T>(amsgrad ? state[2] : v) * root_scale + eps)",
            "root<T>((amsgrad ? state[2] : v) * root_scale * root_scale + eps)", STEPS, ORACLE),
