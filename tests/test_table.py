@@ -1,4 +1,4 @@
-"""The table of cases is met in pairs, by each tier's rows and on every backend; the sizes reach every path."""
+"""The table of cases is met in pairs, by the default tier, on every backend; the sizes reach every path."""
 
 from itertools import combinations
 
@@ -41,7 +41,7 @@ def test_the_table_is_whole():
 
 
 def test_a_covering_is_small():
-    """No fewer rows can do than there are pairs of the two longest columns; a tenth more do."""
+    """No fewer rows can do than there are pairs of the two longest columns; 15% more are allowed."""
     pairs = len({row.names[::2] for row in TABLE})
     for turn in range(3):
         assert pairs <= len(covering(turn)) <= 1.15 * pairs
