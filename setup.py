@@ -3,7 +3,7 @@
 import platform
 import sys
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SOURCES = [
     "csrc/bindings.cpp",
@@ -58,7 +58,7 @@ def say_missing(what):
 
 
 setup(
-    packages=["robustft_kernels", "robustft_kernels.triton_kernels"],
+    packages=[*find_packages(include=["robustft_kernels*"]), "robustft_kernels.triton_kernels"],
     package_dir={"robustft_kernels.triton_kernels": "triton_kernels"},
     **native_extension(),
 )

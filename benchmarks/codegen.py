@@ -26,22 +26,19 @@ from typing import Any
 import torch
 import triton
 from robustft_kernels.triton_kernels import norm, row_sweeps, sweeps
-from robustft_kernels.triton_kernels.table import options_of, variant_of
+from robustft_kernels.triton_kernels.variant import Dtypes, Variant, options_of, variant_of
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from robustft_kernels.bases import ADAMW, SGD, STILL, Base
+from robustft_kernels.core.bases import ADAMW, NO_STEP, SGD, Base
+from robustft_kernels.core.methods import RULES
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "codegen.json"
 PAGE = ROOT / "docs" / "codegen.md"
-# What the generated code depends on: the kernels, what chooses their variants, and this file.
-SOURCES = (
-    *sorted(ROOT.glob("triton_kernels/*.py")),
-    *(ROOT / "robustft_kernels" / f"{name}.py" for name in ("bases", "methods", "state")),
-    Path(__file__),
-)
+HOST = ("__init__.py", "launch.py", "table.py", "variant.py")  # no line of these is compiled
+KERNELS = tuple(path for path in sorted(ROOT.glob("triton_kernels/*.py")) if path.name not in HOST)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
 TARGETS = {
@@ -51,11 +48,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # One kernel for all of each, as groups may mix them.
-TENSOR_RULES = ("project", "spd", "keep", "l2sp")
-ROW_RULES = ("ftp", "project_mars", "project_rows", "spd_rows", "mars_sp")
+_CHOOSING = [rule for rule in RULES.values() if (rule.pulls or rule.surveys) and not rule.given]
+TENSOR_RULES = ("keep", *sorted(rule.name for rule in _CHOOSING if not rule.crosses_rows))
+ROW_RULES = tuple(sorted(rule.name for rule in _CHOOSING if rule.crosses_rows))
+LINEAR_RULES = tuple(rule.name for rule in RULES.values() if rule.penalty == "linear")
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
-    "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "measures": "*fp64", "alphas": "*fp64",
+    "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "results": "*fp64", "alphas": "*fp64",
     "grad_scale": "*fp32", "found_inf": "*fp32", "largest": "*i64", "counter": "*i32", "squared": "*fp64",
 }  # fmt: skip
 
@@ -63,7 +62,7 @@ ARGUMENTS = {
 @dataclass(frozen=True)
 class Shipped:
     """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
-    an anchor and the last of the states, some not. coupled: with the rule "l2sp_coupled" too. rows: the kernels for
+    an anchor and the last of the states, some not. coupled: with rules of a linear penalty too. rows: the kernels for
     segments that are rows. low: bfloat16 moments. master: float32 master weights. norm: the kernel for the gradients'
     norm."""
 
@@ -112,10 +111,10 @@ class Shipped:
             return {name: getattr(row_sweeps, name) for name in ("row_survey", "row_step", "row_pull")}
         return {name: getattr(sweeps, name) for name in ("step_sweep", "pull_sweep", "ticket_sweep")}
 
-    def variant(self) -> sweeps.Variant:
+    def variant(self) -> Variant:
         return variant_of(
             self.base,
-            (
+            Dtypes(
                 F32 if self.master else self.param,
                 self.param,
                 self.anchor or self.param,
@@ -123,7 +122,7 @@ class Shipped:
                 self.param if self.master else None,
             ),
             states=(self.states - self.mixed, self.states),
-            rules=ROW_RULES if self.rows else TENSOR_RULES + ("l2sp_coupled",) * self.coupled,
+            rules=ROW_RULES if self.rows else TENSOR_RULES + LINEAR_RULES * self.coupled,
             stochastic=self.stochastic,
             anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
         )
@@ -162,8 +161,8 @@ VARIANTS += [
     Shipped(ADAMW, 3, F32, F32, rows=True),
     Shipped(ADAMW, 2, F16, F16, rows=True),
     Shipped(ADAMW, 3, BF16, BF16, stochastic=True, options=True, rows=True),
-    Shipped(STILL, 0, F32, F32, rows=True),
-    Shipped(STILL, 0, F32, F32),
+    Shipped(NO_STEP, 0, F32, F32, rows=True),
+    Shipped(NO_STEP, 0, F32, F32),
 ]
 VARIANTS += [
     Shipped(ADAMW, 2, F32, BF16, low=True),
@@ -181,6 +180,7 @@ VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F6
 def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it ahead of time."""
     variant, function = shipped.variant(), shipped.kernels[kernel]
+    options = options_for(variant, target)
     absent = () if shipped.options else ("live", "grad_scale", "found_inf")
     names = function.arg_names
     signature = {name: "constexpr" if name == "V" or name in absent else ARGUMENTS[name] for name in names}
@@ -188,8 +188,28 @@ def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
         (i,): variant if name == "V" else None for i, name in enumerate(names) if signature[name] == "constexpr"
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
-    options = options_of(variant, (target.backend, target.arch if target.backend == "cuda" else 0))
     return triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=options)
+
+
+def options_for(variant: Variant, target: GPUTarget) -> dict[str, Any]:
+    """How the variant is compiled for the target."""
+    return options_of(variant, (target.backend, target.arch if target.backend == "cuda" else 0))
+
+
+def configuration(which: int, kernel: str, target: str) -> list[Any]:
+    """What a job is compiled for, as text."""
+    shipped = VARIANTS[which]
+    variant = shipped.variant()
+    fields = {name: _told(value) for name, value in vars(variant).items() if name != "CODE"}
+    arguments = [ARGUMENTS.get(name, "") for name in shipped.kernels[kernel].arg_names]
+    return [kernel, target, shipped.options, fields, arguments, options_for(variant, TARGETS[target])]
+
+
+def _told(value: Any) -> str:
+    """A field of a variant: a number, a dtype, the name of a device function, or several."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_told, value))
+    return str(getattr(value, "value", None) if hasattr(value, "value") else value.__name__)
 
 
 def facts(job: tuple[int, str, str]) -> dict[str, Any]:
@@ -270,10 +290,11 @@ def code_of(source: str) -> str:
     return " ".join(kept)
 
 
-def digest(sources: tuple[Path, ...] = SOURCES) -> str:
-    """Changes with any of the code that `facts` depend on."""
-    code = {path.name: code_of(path.read_text()) for path in sources}
-    return sha256(json.dumps(code).encode()).hexdigest()
+def digest() -> str:
+    """Changes with all that `facts` depend on: the code of the kernels, and what each is compiled for."""
+    code = {path.name: code_of(path.read_text()) for path in KERNELS}
+    asked = [configuration(*job) for job in jobs()]
+    return sha256(json.dumps([code, asked]).encode()).hexdigest()
 
 
 def jobs() -> list[tuple[int, str, str]]:

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from robustft_kernels import ops
+import robustft_kernels as rft
 from robustft_kernels.testing import CASES, SETTINGS, Stepper, assert_same_step
 
 from .contenders import versions
@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     backend = {"cpu": "native", "cuda": "triton"}[config.getoption("--device")]
-    if missing := ops.backends()[backend]:
+    if missing := rft.backends()[backend]:
         pytest.exit(f"nothing to measure: {missing}", returncode=0)
 
 
@@ -42,7 +42,7 @@ def check_results(device, methods=(("spd", None), ("ftp", None), ("project", "ma
                     grads, before = got.grads(), got.clone()
                     want = before.clone()
                     want.run_oracle(grads)
-                    got.run(ops.PREPARE[backend][settings.base.name], grads)
+                    got.run(backend, grads)
                     assert_same_step(got, want, before, grads)
 
 

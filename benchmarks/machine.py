@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from robustft_kernels import ops
+from robustft_kernels.backends import native
 
 BUSY = 0.2  # cores that others may use
 
@@ -25,8 +25,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
         return {**facts, "device": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
     name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    isa = "" if ops.NATIVE_MISSING else ops._native.ISA
-    return {**facts, "device": name or platform.machine(), "cores": os.cpu_count(), "isa": isa}
+    return {**facts, "device": name or platform.machine(), "cores": os.cpu_count(), "isa": native.ISA}
 
 
 class Others:

@@ -1,5 +1,10 @@
-// The native backend as Python sees it: a prepared step holds its tensors as jobs; run() takes the gradients.
+// The native backend as Python sees it: a prepared step holds its tensors as jobs, and takes their gradients.
 #include <torch/extension.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <sstream>
 
 #include "cpu/schedule.h"
 
@@ -9,14 +14,22 @@ namespace {
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: TORCH_CHECK(false, "robustft: the native backend does not take ", tensor.scalar_type());
-  }
+// Dtypes as a set, and in the order of DType.
+constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+using Dtypes = unsigned;
+constexpr Dtypes only(DType dtype) { return 1u << int(dtype); }
+constexpr Dtypes kAny = 0b1111, kSingle = only(DType::f32) | only(DType::bf16);
+
+// Where the dtype of a tensor stands in kDtypes, or 4.
+int place_in_dtypes(const Tensor& tensor) {
+  return int(std::find(std::begin(kDtypes), std::end(kDtypes), tensor.scalar_type()) - std::begin(kDtypes));
+}
+
+std::string names_of(Dtypes dtypes) {
+  std::ostringstream text;
+  for (int k = 0; k < 4; ++k)
+    if (dtypes >> k & 1) text << (text.tellp() > 0 ? " or " : "") << kDtypes[k];
+  return text.str();
 }
 
 // Strides of dimensions of size 1 say nothing about memory.
@@ -35,136 +48,115 @@ Rows rows_of(const Tensor& tensor, bool by_rows) {
   return {count, length, n && count > 1 ? tensor.stride(0) : length};
 }
 
-Buffer buffer_of(const Tensor& tensor, const Tensor& param, const char* name) {
-  TORCH_CHECK(tensor.has_storage(), "robustft: a tensor of ", name, " has no memory of its own");
-  TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided && same_layout(tensor, param),
-              "robustft: a tensor of ", name, " has not the device, shape and strides of its param");
-  return {tensor.data_ptr(), dtype_of(tensor)};
+std::string described(const Tensor& t) {
+  std::ostringstream text;
+  text << t.scalar_type() << " of shape " << t.sizes();
+  if (t.layout() == at::kStrided) text << " and strides " << t.strides();
+  text << " on " << t.device();
+  return text.str();
 }
 
-// A list whose entries are taken one by one, because not every parameter has one.
-template <class T>
-class Feed {
- public:
-  Feed(const std::vector<T>& list, const char* name) : list_(list), name_(name) {}
+// Where a message says that a tensor is: "exp_avg of params[3], parameter 'head.weight',".
+std::string place_of(const char* what, size_t i, const std::string& label) {
+  const std::string index = "params[" + std::to_string(i) + "]";
+  return (what == std::string("param") ? index : what + (" of " + index)) + (label.empty() ? "" : ", " + label + ",");
+}
 
-  const T& next() {
-    TORCH_CHECK(at_ < list_.size(), "robustft: ", name_, " has ", list_.size(), " entries, too few for the groups");
-    return list_[at_++];
-  }
-  void check_all_taken() const {
-    TORCH_CHECK(at_ == list_.size(), "robustft: ", name_, " has ", list_.size(), " entries; the groups take ", at_);
-  }
-
- private:
-  const std::vector<T>& list_;
-  const char* name_;
-  size_t at_ = 0;
-};
-
-void check_table(const Tensor& table, at::IntArrayRef sizes, const char* name) {
+void check_table(const Tensor& table, at::IntArrayRef sizes, const std::string& name) {
   TORCH_CHECK(table.device().is_cpu() && table.scalar_type() == at::kDouble && table.is_contiguous() &&
                   table.sizes().equals(sizes),
-              "robustft: ", name, " must be a contiguous float64 CPU tensor of shape ", sizes);
+              "robustft: ", name, " must be a contiguous float64 CPU tensor of shape ", sizes, ", got ",
+              described(table));
 }
 
 void bump_version(const Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// The tensors of one launch. `Hyper` tells the base; a group's row says which lists its parameters draw from.
+Measuring measuring_of(const std::string& name) {
+  return name == "squares" ? Measuring::squares : name == "magnitudes" ? Measuring::magnitudes : Measuring::none;
+}
+
+// The facts of a rule, as methods.Rule declares them, with its functions.
+Rule rule_of(const py::handle& facts) {
+  const auto text = [&](const char* key) { return facts.attr(key).cast<std::string>(); };
+  const auto flag = [&](const char* key) { return facts.attr(key).cast<bool>(); };
+  const std::string name = text("name"), surveys = text("surveys"), penalty = text("penalty");
+  Rule rule;
+  rule.measuring = measuring_of(text("measures"));
+  rule.by_rows = flag("by_rows"), rule.tied = flag("tied"), rule.given = flag("given");
+  rule.pulls = flag("pulls"), rule.tracks = flag("tracks");
+  rule.survey = surveys == "slope" ? Survey::slope : surveys == "largest_row" ? Survey::largest_row : Survey::none;
+  rule.linear = penalty == "linear", rule.sign = penalty == "sign";
+  if (!rule.given) rule.alpha = rule.pulls ? row_of(kAlphas, name).function : keep;
+  if (!text("learns").empty()) rule.learning = &row_of(kLearnings, name);
+  return rule;
+}
+
+// All tensors of a step. `Hyper` tells the base.
 template <class Hyper>
 class PreparedStep {
  public:
-  // What each list of moments is called, and whether the parameters of a group with this row have an entry in it.
-  struct StateList {
-    const char* name;
-    bool (*drawn)(const Hyper&);
-  };
-
-  // states: as `lists` has them, then deltas, radius_states and masters.
-  PreparedStep(BaseSweep<Hyper> sweep, const std::vector<StateList>& lists, bool (*counted)(const Hyper&), Tensors params,
-               const Tensors& anchors, const std::vector<Tensors>& states, const Tensors& steps, Tensor measures,
-               Tensor alphas, Tensor hyper, const std::vector<int64_t>& group_sizes,
-               const std::vector<std::string>& rules, const std::vector<int64_t>& seeds)
-      : sweep_(sweep), measures_(std::move(measures)), alphas_(std::move(alphas)), hyper_(std::move(hyper)) {
-    const int64_t groups = group_sizes.size();
-    check_table(hyper_, {groups, int64_t(sizeof(Hyper) / sizeof(double))}, "hyper");
-    TORCH_CHECK(int64_t(rules.size()) == groups, "robustft: ", groups, " groups but ", rules.size(), " rules");
-
-    Feed<Tensor> param_feed(params, "params"), anchor_feed(anchors, "anchors"), step_feed(steps, "steps");
-    std::vector<Feed<Tensor>> state_feeds;
-    for (size_t s = 0; s < lists.size(); ++s) state_feeds.emplace_back(states[s], lists[s].name);
-    Feed<Tensor> delta_feed(states[lists.size()], "deltas"), radius_feed(states[lists.size() + 1], "radius_states");
-    Feed<Tensor> master_feed(states[lists.size() + 2], "masters");
-    TORCH_CHECK(seeds.empty() || seeds.size() == params.size(), "robustft: seeds has ", seeds.size(), " entries for ",
-                params.size(), " params; give one each, or none");
+  // table: a contract.StepTable.
+  PreparedStep(BaseSweep<Hyper> sweep, const py::object& table)
+      : sweep_(sweep),
+        results_(table.attr("results").cast<Tensor>()),
+        alphas_(table.attr("alphas").cast<Tensor>()),
+        hyper_(table.attr("hyper").cast<Tensor>()) {
+    constexpr int64_t kColumns = sizeof(Hyper) / sizeof(double);
+    check_table(hyper_, {hyper_.dim() ? hyper_.size(0) : 0, kColumns}, "hyper");
+    for (const py::handle& key : table.attr("base").attr("moments")) moments_.push_back(key.cast<std::string>());
+    TORCH_CHECK(moments_.size() <= kStates, "robustft: the native backend has room for ", kStates, " moments");
+    std::map<std::string, const Rule*> rules;
     int64_t segments = 0;
-    for (int row = 0; row < groups; ++row) {
-      const Rule& rule = rule_of(rules[row]);
-      const bool learns = rule.survey == Survey::slope;
-      const Hyper& h = rows()[row];
-      for (int64_t k = 0; k < group_sizes[row]; ++k) {
-        const int64_t i = jobs_.size();
-        Held& held = held_.emplace_back();
-        held.param = param_feed.next();
-        TORCH_CHECK(held.param.is_non_overlapping_and_dense(), "robustft: params[", i, "] is not dense");
-        if (h.anchored) held.anchor = anchor_feed.next();
-        for (size_t s = 0; s < lists.size(); ++s)
-          if (lists[s].drawn(h)) held.state[s] = state_feeds[s].next();
-        if (rule.tracks) held.delta = delta_feed.next();
-        if (learns) {
-          held.radius = radius_feed.next();
-          check_table(held.radius, {int64_t(sizeof(Radius) / sizeof(double))}, "an entry of radius_states");
-        }
-        if (counted(h) || rule.tracks) {
-          held.step = step_feed.next();
-          TORCH_CHECK(held.step.device().is_cpu() && held.step.scalar_type() == at::kFloat && held.step.numel() == 1,
-                      "robustft: the step count of params[", i, "] must be one float32 on the CPU");
-        }
-        Job job{};
-        if (h.master_weights && held.param.element_size() == 2) {
-          held.master = master_feed.next();
-          TORCH_CHECK(held.master.scalar_type() == at::kFloat, "robustft: masters are float32");
-        }
-        job.param.seed = seeds.empty() ? 0 : seeds[i];
-        job.param.dithered =
-            h.stochastic_rounding && held.param.scalar_type() == at::kBFloat16 && !held.master.defined();
-        job.param.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
-        job.rule = &rule;
-        job.row = row;
-        job.param.rows = rows_of(held.param, rule.rows || rule.survey != Survey::none);
-        first_segment_.push_back(segments);
-        segments += job.segments();
-        jobs_.push_back(job);
-      }
+    for (const py::handle& of : table.attr("tensors")) {
+      const py::object facts = of.attr("spec").attr("rule");
+      const Rule*& rule = rules[facts.attr("name").cast<std::string>()];
+      if (!rule) rule = &rules_.emplace_back(rule_of(facts));
+      Job job{};
+      job.rule = rule;
+      job.row = of.attr("row").cast<int>();
+      TORCH_CHECK(job.row >= 0 && job.row < hyper_.size(0), "robustft: hyper has ", hyper_.size(0),
+                  " rows, and params[", jobs_.size(), "] asks for row ", job.row);
+      job.param.seed = of.attr("seed").cast<int64_t>();
+      job.param.dithered = of.attr("dithered").cast<bool>();
+      take(of, *rule, facts);
+      const Held& held = held_.back();
+      job.param.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
+      job.param.rows = rows_of(held.param, rule->by_rows || rule->survey != Survey::none);
+      first_segment_.push_back(segments);
+      segments += job.segments();
+      jobs_.push_back(job);
     }
-    param_feed.check_all_taken(), anchor_feed.check_all_taken(), step_feed.check_all_taken();
-    delta_feed.check_all_taken(), radius_feed.check_all_taken(), master_feed.check_all_taken();
-    for (const auto& feed : state_feeds) feed.check_all_taken();
-    check_table(measures_, {segments, kMeasures}, "measures");
+    check_table(results_, {segments, kResults}, "results");
     check_table(alphas_, {segments}, "alphas");
   }
 
   // The sum of all squares of gradients, in an order of its own that does not depend on the threads.
   Tensor squared_norm(const Tensors& grads) const {
-    static const Rule& rule = rule_of("observe");
+    static const Rule rule = [] {
+      Rule observe;
+      observe.measuring = Measuring::squares, observe.alpha = keep;
+      return observe;
+    }();
     Tensors dense;  // alive until the sweep is done
     std::vector<Job> jobs(grads.size());
-    std::vector<double> measures(kMeasures * grads.size()), alphas(grads.size());
+    std::vector<double> results(kResults * grads.size()), alphas(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       dense.push_back(grads[i].is_non_overlapping_and_dense() ? grads[i] : grads[i].contiguous());
       Job& job = jobs[i];
       job.param.rows = rows_of(dense[i], false);
-      job.param.param = buffer_of(dense[i], dense[i], "grads");
-      job.rule = &rule, job.measures = &measures[kMeasures * i], job.alphas = &alphas[i];
+      TORCH_CHECK(place_in_dtypes(dense[i]) < 4, "robustft: grads[", i, "] must be ", names_of(kAny), ", got ",
+                  described(dense[i]));
+      job.param.param = {dense[i].data_ptr(), DType(place_in_dtypes(dense[i]))};
+      job.rule = &rule, job.results = &results[kResults * i], job.alphas = &alphas[i];
     }
     py::gil_scoped_release release;
     robustft::run(jobs, [](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring, Measures* found) {
-      sweeps().still(job.param, {}, 0, alpha, piece, measuring, found);
+      sweeps().no_step(job.param, {}, 0, alpha, piece, measuring, found);
     });
     double sum = 0;
-    for (size_t i = 0; i < grads.size(); ++i) sum += measures[kMeasures * i + 1];
+    for (const Job& job : jobs) sum += recorded(job, 0).before;
     return at::scalar_tensor(sum, at::kDouble);
   }
 
@@ -180,7 +172,7 @@ class PreparedStep {
     }
 
     for (size_t i = 0; i < jobs_.size(); ++i) {
-      if (kMoves || jobs_[i].rule->pulls()) bump_version(held_[i].param);
+      if (kMoves || jobs_[i].rule->pulls) bump_version(held_[i].param);
       if (kMoves && held_[i].step.defined()) *held_[i].step.template data_ptr<float>() += 1;
     }
     py::gil_scoped_release release;
@@ -191,11 +183,61 @@ class PreparedStep {
   }
 
  private:
-  static constexpr bool kMoves = !std::is_same_v<Hyper, StillHyper>;
+  static constexpr bool kMoves = !std::is_same_v<Hyper, NoStepHyper>;
+
+  static constexpr int kStates = 3;
 
   struct Held {
-    Tensor param, anchor, state[3], delta, radius, master, step;
+    Tensor param, anchor, state[kStates], delta, learned, master, step;
+    std::string label;
   };
+
+  // The tensors of the next parameter, checked as far as they stay what they are.
+  void take(const py::handle& of, const Rule& rule, const py::object& facts) {
+    const size_t i = held_.size();
+    Held& held = held_.emplace_back();
+    held.label = of.attr("label").cast<std::string>();
+    held.param = of.attr("param").cast<Tensor>();
+    const py::dict state = of.attr("state").cast<py::dict>();
+    const auto kept = [&](const std::string& key) {
+      return state.contains(key) ? state[key.c_str()].cast<Tensor>() : Tensor();
+    };
+    const auto needed = [&](const std::string& key) {
+      TORCH_CHECK(state.contains(key), "robustft: ", place_of("param", i, held.label), " has no ", key,
+                  " in its state, which its rule needs");
+      return kept(key);
+    };
+    TORCH_CHECK(held.param.is_non_overlapping_and_dense(), "robustft: ", place_of("param", i, held.label),
+                " must fill its memory without gaps, got ", described(held.param));
+    if (const py::object anchor = of.attr("anchor"); !anchor.is_none()) held.anchor = anchor.cast<Tensor>();
+    for (size_t s = 0; s < moments_.size(); ++s) held.state[s] = kept(moments_[s]);
+    for (size_t s = 0; s + 1 < moments_.size(); ++s) needed(moments_[s]);  // the last may be absent
+    if (rule.tracks) held.delta = needed("delta");
+    if (rule.learning) {
+      const auto key = facts.attr("learns").cast<std::string>();
+      held.learned = needed(key);
+      check_table(held.learned, {rule.learning->numbers}, place_of(key.c_str(), i, held.label));
+    }
+    held.master = kept("master");
+    if (const py::object step = of.attr("step"); !step.is_none()) held.step = step.cast<Tensor>();
+    TORCH_CHECK(!held.step.defined() || (held.step.device().is_cpu() && held.step.scalar_type() == at::kFloat &&
+                                         held.step.numel() == 1),
+                "robustft: ", place_of("step", i, held.label), " must be one Float on the CPU, got ",
+                held.step.defined() ? described(held.step) : "");
+  }
+
+  // The memory of a tensor, which must be of one of these dtypes and lie as its param does.
+  Buffer buffer_of(const Tensor& tensor, size_t i, const char* what, Dtypes dtypes) const {
+    const Held& held = held_[i];
+    const int dtype = place_in_dtypes(tensor);
+    TORCH_CHECK(tensor.has_storage(), "robustft: ", place_of(what, i, held.label), " has no memory of its own");
+    TORCH_CHECK((dtypes >> dtype & 1) && tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
+                    same_layout(tensor, held.param),
+                "robustft: ", place_of(what, i, held.label), " must be ", names_of(dtypes), " of shape ",
+                held.param.sizes(), " and lie in memory as the param does, with strides ", held.param.strides(),
+                " on cpu; got ", described(tensor));
+    return {tensor.data_ptr(), DType(dtype)};
+  }
 
   // Thousands of small tensors: their headers are scattered, and waiting for them would cost as much as the step.
   static void prefetch(const Held& held) {
@@ -213,33 +255,34 @@ class PreparedStep {
     const Held& held = held_[i];
     const Hyper& h = rows()[job.row];
     Param& p = job.param;
-    job.terms = {h.strength, h.lr, h.radius};
-    job.radius_hyper = {h.k, h.radius_lr, h.radius_beta1, h.radius_beta2};
+    job.terms = terms_of(h);
     job.t = held.step.defined() ? *held.step.template const_data_ptr<float>() + kMoves : 0;
-    job.measures = measures_.data_ptr<double>() + kMeasures * first_segment_[i];
+    job.results = results_.data_ptr<double>() + kResults * first_segment_[i];
     job.alphas = alphas_.data_ptr<double>() + first_segment_[i];
-    job.radius = held.radius.defined() ? static_cast<Radius*>(held.radius.data_ptr()) : nullptr;
+    job.learned = held.learned.defined() ? held.learned.template data_ptr<double>() : nullptr;
     job.graded = grad != nullptr;
     p.sign = (h.maximize ? -1 : 1) / scale;
     p.penalty = job.rule->penalty(h.strength);
-    p.param = buffer_of(held.param, held.param, "params");
-    if (held.master.defined()) p.working = p.param, p.param = buffer_of(held.master, held.param, "masters");
-    if (grad && same_layout(*grad, held.param)) {
-      p.grad = buffer_of(*grad, held.param, "grads");
-    } else if (grad) {
+    p.param = buffer_of(held.param, i, "param", kAny);
+    const bool is_double = p.param.dtype == DType::f64;
+    if (held.master.defined()) p.working = p.param, p.param = buffer_of(held.master, i, "master", only(DType::f32));
+    p.grad = {};
+    if (grad && grad->sizes().equals(held.param.sizes()) && !same_layout(*grad, held.param)) {
       relaid.push_back(at::empty_like(held.param, grad->options()).copy_(*grad));
-      p.grad = buffer_of(relaid.back(), held.param, "grads");
-    } else {
-      p.grad = {};
+      grad = &relaid.back();
     }
-    if (held.anchor.defined()) p.anchor = buffer_of(held.anchor, held.param, "anchors");
-    if (held.delta.defined()) p.delta = buffer_of(held.delta, held.param, "deltas");
-    for (int s = 0; s < 3; ++s)
-      if (held.state[s].defined()) p.state[s] = buffer_of(held.state[s], held.param, "the state");
+    if (grad) p.grad = buffer_of(*grad, i, "grad", kAny);
+    if (held.anchor.defined()) p.anchor = buffer_of(held.anchor, i, "anchor", kAny);
+    if (held.delta.defined()) p.delta = buffer_of(held.delta, i, "delta", only(is_double ? DType::f64 : DType::bf16));
+    for (int s = 0; s < kStates; ++s)
+      if (held.state[s].defined())
+        p.state[s] = buffer_of(held.state[s], i, moments_[s].c_str(), is_double ? only(DType::f64) : kSingle);
   }
 
   BaseSweep<Hyper> sweep_;
-  Tensor measures_, alphas_, hyper_;
+  Tensor results_, alphas_, hyper_;
+  std::vector<std::string> moments_;  // their names
+  std::deque<Rule> rules_;  // jobs point to them
   std::vector<Held> held_;
   std::vector<Job> jobs_;
   std::vector<int64_t> first_segment_;
@@ -247,38 +290,7 @@ class PreparedStep {
 
 using AdamWStep = PreparedStep<AdamWHyper>;
 using SGDStep = PreparedStep<SGDHyper>;
-using StillStep = PreparedStep<StillHyper>;
-using Sizes = std::vector<int64_t>;
-using Names = std::vector<std::string>;
-
-AdamWStep prepare_adamw(Tensors params, const Tensors& anchors, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                        const Tensors& max_exp_avg_sqs, const Tensors& deltas, const Tensors& radius_states,
-                        const Tensors& masters, const Tensors& steps, Tensor measures, Tensor alphas, Tensor hyper,
-                        const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
-  const auto always = [](const AdamWHyper&) { return true; };
-  const auto amsgrad = [](const AdamWHyper& h) { return h.amsgrad != 0; };
-  return {sweeps().adamw, {{"exp_avgs", always}, {"exp_avg_sqs", always}, {"max_exp_avg_sqs", amsgrad}}, always,
-          std::move(params), anchors, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs, deltas, radius_states, masters}, steps,
-          std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
-}
-
-SGDStep prepare_sgd(Tensors params, const Tensors& anchors, const Tensors& momentum_buffers, const Tensors& deltas,
-                    const Tensors& radius_states, const Tensors& masters, const Tensors& steps, Tensor measures,
-                    Tensor alphas, Tensor hyper, const Sizes& group_sizes, const Names& rules, const Sizes& seeds) {
-  const auto momentum = [](const SGDHyper& h) { return h.momentum != 0; };
-  const auto counted = [](const SGDHyper& h) { return h.momentum != 0 || h.stochastic_rounding != 0; };
-  return {sweeps().sgd, {{"momentum_buffers", momentum}}, counted, std::move(params), anchors,
-          {momentum_buffers, deltas, radius_states, masters}, steps, std::move(measures), std::move(alphas), std::move(hyper),
-          group_sizes, rules, seeds};
-}
-
-StillStep prepare_still(Tensors params, const Tensors& anchors, const Tensors& masters, const Tensors& steps,
-                        Tensor measures, Tensor alphas, Tensor hyper, const Sizes& group_sizes, const Names& rules,
-                        const Sizes& seeds) {
-  const auto counted = [](const StillHyper& h) { return h.stochastic_rounding != 0; };
-  return {sweeps().still, {}, counted, std::move(params), anchors, {{}, {}, masters}, steps,
-          std::move(measures), std::move(alphas), std::move(hyper), group_sizes, rules, seeds};
-}
+using NoStepStep = PreparedStep<NoStepHyper>;
 
 // Everything that a plan depends on: parameters, gradients but for their addresses, and which objects the state is.
 class Fingerprint {
@@ -341,16 +353,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<SGDStep>(m, "SGDStep")
       .def("__call__", &SGDStep::run, grads, grad_scale, found_inf)
       .def("squared_norm", &SGDStep::squared_norm, grads);
-  py::class_<StillStep>(m, "StillStep").def("__call__", &StillStep::run, grads, grad_scale, found_inf);
-  m.def("prepare_adamw", &prepare_adamw);
-  m.def("prepare_sgd", &prepare_sgd);
-  m.def("prepare_still", &prepare_still);
+  py::class_<NoStepStep>(m, "NoStepStep").def("__call__", &NoStepStep::run, grads, grad_scale, found_inf);
+  m.def("prepare_adamw", [](const py::object& table) { return AdamWStep(sweeps().adamw, table); });
+  m.def("prepare_sgd", [](const py::object& table) { return SGDStep(sweeps().sgd, table); });
+  m.def("prepare_no_step", [](const py::object& table) { return NoStepStep(sweeps().no_step, table); });
   m.def("fingerprint", &fingerprint);
   m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,
   m.attr("ADAMW_HYPER") = std::vector<std::string>{ROBUSTFT_ADAMW_HYPER(ROBUSTFT_NAME)};
   m.attr("SGD_HYPER") = std::vector<std::string>{ROBUSTFT_SGD_HYPER(ROBUSTFT_NAME)};
-  m.attr("STILL_HYPER") = std::vector<std::string>{ROBUSTFT_STILL_HYPER(ROBUSTFT_NAME)};
+  m.attr("NO_STEP_HYPER") = std::vector<std::string>{ROBUSTFT_NO_STEP_HYPER(ROBUSTFT_NAME)};
+  m.attr("MEASURES") = std::vector<std::string>{ROBUSTFT_MEASURES(ROBUSTFT_NAME)};
 #undef ROBUSTFT_NAME
   m.attr("CHUNK") = kChunk;
   m.attr("ISA") = sweeps().isa;

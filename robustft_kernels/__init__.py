@@ -1,15 +1,19 @@
 """Fused multi-tensor kernels for robust fine-tuning, as PyTorch optimizers."""
 
-from .in_backward import StepInBackward
-from .methods import METHODS
-from .named import SGDFTP, SGDL2SP, SGDPGM, SGDSPD, AdamFTP, AdamL2SP, AdamPGM, AdamSPD
-from .ops import backends
-from .optimizers import AnchoredAdamW, AnchoredSGD
-from .param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_probe, partial_fusion
-from .projection import deviation, interpolate_, project, project_
-from .tpgm import TPGM
-from .wise import wise_ft, wise_ft_, wise_sweep
-from .wrapper import Anchored
+from ._import_paths import install
+from .backends.registry import backends
+from .core.methods import METHODS
+from .finetune.param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_probe, partial_fusion
+from .finetune.projection import deviation, interpolate_, project, project_
+from .finetune.tpgm import TPGM
+from .finetune.wise import wise_ft, wise_ft_, wise_sweep
+from .optim.in_backward import StepInBackward
+from .optim.named import SGDFTP, SGDL2SP, SGDPGM, SGDSPD, AdamFTP, AdamL2SP, AdamPGM, AdamSPD
+from .optim.optimizers import AnchoredAdamW, AnchoredSGD
+from .optim.wrapper import Anchored
+from .step import ops as _ops  # noqa: F401 - defines torch.ops.robustft
+
+install()
 
 __version__ = "0.3.0"
 __all__ = [

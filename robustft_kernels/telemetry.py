@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .bases import MEASURES, Group
-from .methods import METHODS, RULES, rule_of, segments_of
-from .projection import deviation
+from .core.bases import Group
+from .core.methods import METHODS, RESULTS, rule_of
+from .finetune.projection import deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Found = Mapping[Tensor, tuple[Tensor, Tensor]]
+Results = Mapping[Tensor, tuple[Tensor, Tensor]]
 
 
 class Telemetry(NamedTuple):
@@ -50,15 +50,15 @@ class Writer(Protocol):
 
 
 @torch.no_grad()
-def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], found: Found) -> dict[str, Telemetry]:
+def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], results: Results) -> dict[str, Telemetry]:
     """`Telemetry` of every parameter of `groups`, by name; without names by place: "0", "1", ... over all groups.
 
-    kept: what there is of each parameter: its "anchor", its "radius_state". found: of plan.Plan. A parameter that has
+    kept: what there is of each parameter: its "anchor", its "radius_state". results: of plan.Plan. A parameter that has
     made no step has α = 1, no selections, and the deviation that it has now.
 
     One transfer from each device, of all segments' sums. ‖θ₀‖ is measured at the first call, and kept.
     """
-    subjects = list(_subjects(groups, kept, found))
+    subjects = list(_subjects(groups, kept, results))
     told: dict[str, Telemetry] = {}
     for device in {subject.param.device for subject in subjects}:
         there = [subject for subject in subjects if subject.param.device == device]
@@ -166,10 +166,11 @@ class _Subject:
         deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
         alpha, selected, selections = 1.0, 0.0, 0.0
         if len(alphas := numbers.get("alphas", ())):
-            _, before, gain, times = numbers["measures"].reshape(-1, len(MEASURES)).T
-            alpha, selected, selections = float(alphas.mean()), float((alphas != 1).mean()), float(times.mean())
+            found = dict(zip(RESULTS, numbers["results"].reshape(-1, len(RESULTS)).T, strict=True))
+            alpha, selected = float(alphas.mean()), float((alphas != 1).mean())
+            selections = float(found["selected"].mean())
             if self.measured:
-                sizes = np.maximum(before + gain, 0)
+                sizes = np.maximum(found["before"] + found["gain"], 0)
                 deviation = float(((np.sqrt(sizes) if self.norm == "l2" else sizes) * alphas).max())
         elif self.measured:
             deviation = 0.0  # it has no rows
@@ -177,7 +178,7 @@ class _Subject:
         return Telemetry(deviation, deviation / whole if whole else nan, alpha, selected, selections, radius)
 
 
-def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], found: Found) -> Iterable[_Subject]:
+def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], results: Results) -> Iterable[_Subject]:
     place = 0
     for group in groups:
         method, names = group["method"], group.get("param_names")
@@ -185,23 +186,23 @@ def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], fou
         norm = group["norm"] or next(iter(METHODS[method].rules))
         for k, param in enumerate(group["params"]):
             of_param = kept.get(param, {})
-            measures, alphas = found.get(param, (torch.empty(0), torch.empty(0)))
-            known = param in found and len(measures) == segments_of(rule, param.shape)
+            found, alphas = results.get(param, (torch.empty(0), torch.empty(0)))
+            known = param in results and len(found) == rule.segments_of(param.shape)
             subject = _Subject(
                 names[k] if names else str(place),
                 param,
                 None if group["anchor"] == "zero" else of_param.get("anchor"),
                 group["anchor"] == "zero",
                 "l2" if norm == "l2" else "mars",
-                known and RULES[rule].measured,
+                known and bool(rule.measures),
             )
             if known:
-                subject.numbers.update(measures=measures.flatten(), alphas=alphas)
-            if method == "ftp" and "radius_state" in of_param:
-                subject.numbers["radius"] = of_param["radius_state"][:1]
-            elif method == "project" and _lies_on(param.device, group["radius"]):
+                subject.numbers.update(results=found.flatten(), alphas=alphas)
+            if rule.learns and rule.learns in of_param:
+                subject.numbers["radius"] = of_param[rule.learns][:1]
+            elif "radius" in rule.reads and _lies_on(param.device, group["radius"]):
                 subject.numbers["radius"] = group["radius"].detach().double().reshape(1)
-            elif method == "project":
+            elif "radius" in rule.reads:
                 subject.radius = float(group["radius"])
             yield subject
             place += 1

@@ -14,7 +14,8 @@ import os
 import pytest
 import torch
 
-from robustft_kernels import ops
+import robustft_kernels as rft
+from robustft_kernels.backends import registry
 
 from .durations import Durations
 
@@ -29,7 +30,7 @@ def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         quicken_interpreter()
-    elif missing := ops.backends()["triton"]:
+    elif missing := rft.backends()["triton"]:
         pytest.exit(f"nothing to test on a GPU: {missing}", returncode=0)
     else:
         torch.set_default_device("cuda")
@@ -37,7 +38,7 @@ def pytest_configure(config):
 
 def quicken_interpreter():
     """Triton's interpreter patches triton.language at each call of a device function; once a launch is enough."""
-    if ops.backends()["triton"]:
+    if rft.backends()["triton"]:
         return
     import triton.language as tl
     from triton.runtime import interpreter
@@ -80,5 +81,5 @@ def pytest_generate_tests(metafunc):
     first."""
     if "backend" in metafunc.fixturenames:
         device = torch.device(metafunc.config.getoption("--device"))
-        names = [name for name in ops.FASTEST_FIRST if name != "triton_tickets"]
-        metafunc.parametrize("backend", [n for n in names if not ops.objection_to(n, device, {torch.float32})])
+        names = [name for name in registry.BACKENDS if name != "triton_tickets"]
+        metafunc.parametrize("backend", [n for n in names if not registry.objection_to(n, device, {torch.float32})])

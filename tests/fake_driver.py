@@ -1,6 +1,8 @@
 """A program, run by test_triton.py: optimizer steps through Triton's own host side, with a driver that has no GPU and
 notes what it is told to launch."""
 
+from dataclasses import replace
+
 import torch
 import triton
 from robustft_kernels.triton_kernels import table
@@ -9,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import robustft_kernels as rft
-from robustft_kernels import ops
+from robustft_kernels.backends import registry
 
 launches = []
 loaded = []
@@ -54,8 +56,8 @@ class Driver:
 
 def main() -> None:
     driver.set_active(Driver())
-    ops._triton_missing = lambda: ""
-    ops.objection_to = lambda *_: ""
+    backend = replace(registry.BACKENDS["triton"], missing=lambda: "", device_type=lambda: "")
+    registry.BACKENDS["triton"] = backend
     table.gpu_of = lambda _: ("cuda", 90)
     params = [nn.Parameter(torch.zeros(n)) for n in (20000, 300)]
     optimizer = rft.AdamSPD(params, backend="triton")

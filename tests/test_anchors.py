@@ -1,4 +1,4 @@
-"""Where anchors live: in which dtype, in host memory, in a file; and what a checkpoint says of them."""
+"""What anchors are given as; where they live (in which dtype, in host memory, in a file); what a checkpoint keeps."""
 
 import json
 import subprocess
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import anchors
-from tests.test_optimizers import make, run
+from robustft_kernels.core import anchors
+from tests.test_optimizers import SHAPES, make, run
 from tests.test_state import copies, saved_and_loaded
 
 NAMES = [f"w{i}" for i in range(6)]
@@ -24,6 +24,57 @@ def safetensors():
 def stored_as(dtype, params):
     """The weights of a checkpoint of `dtype`, loaded into wider parameters."""
     return [nn.Parameter(p.detach().to(dtype).to(p.dtype)) for p in params]
+
+
+def test_anchor_kinds(backend):
+    start = [p.detach().clone() for p in make()]
+    results = []
+    names = [f"layer{i}.weight" for i in range(len(SHAPES))]
+    for kwargs in (
+        {},
+        {"anchor": "initial"},
+        {"anchor": [t.clone() for t in start]},
+        {"anchor": tuple(nn.Parameter(t.clone()) for t in start)},
+        {"anchor": {n: t.clone() for n, t in zip(reversed(names), reversed(start), strict=True)}},
+    ):
+        params = make()
+        optimizer = rft.AdamSPD(zip(names, params, strict=True), lr=1e-2, backend=backend, **kwargs)
+        run(optimizer, params)
+        results.append(params)
+        assert all(torch.equal(optimizer.state[p]["anchor"], t) for p, t in zip(params, start, strict=True))
+    for group_key in ({"pre": [t.clone() for t in start]}, {"anchor": [t.clone() for t in start]}):
+        params = make()
+        run(rft.AdamSPD([{"params": params, **group_key}], lr=1e-2, backend=backend), params)
+        results.append(params)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+    zero = []
+    for kwargs in ({"anchor": "zero"}, {"pre": None}, {"anchor": [torch.zeros_like(t) for t in start]}):
+        params = make()
+        optimizer = rft.AdamSPD([{"params": params, **kwargs}], lr=1e-2, backend=backend)
+        run(optimizer, params)
+        zero.append(params)
+        assert ("anchor" in optimizer.state[params[0]]) == isinstance(kwargs.get("anchor"), list)
+    assert all(map(torch.equal, zero[1], zero[0]))
+    assert all(map(torch.equal, zero[2], zero[0]))
+    assert not all(map(torch.equal, zero[0], results[0]))
+
+
+def test_shared_anchor_mapping_over_groups():
+    body, head = make([(5, 7), (7,)]), make([(2, 7)])
+    pretrained = {"a": body[0].detach().clone(), "b": body[1].detach().clone()}
+    groups = [
+        {"params": [("a", body[0]), ("b", body[1])]},
+        {"params": [("head", head[0])], "method": "none"},
+    ]
+    optimizer = rft.AdamSPD(groups, anchor=pretrained)
+    assert optimizer.state[body[0]]["anchor"].data_ptr() == pretrained["a"].data_ptr()
+    assert head[0] not in optimizer.state
+    with pytest.raises(ValueError, match="the anchor mapping names 'running_mean', which no parameter bears"):
+        rft.AdamSPD(groups, anchor={**pretrained, "running_mean": torch.zeros(3)})
+    with pytest.raises(ValueError, match="the anchor mapping lacks 'b'"):
+        rft.AdamSPD(groups, anchor={"a": pretrained["a"]})
 
 
 @pytest.mark.lean(keep=lambda wide, narrow, **_: wide == torch.float32 and narrow == torch.bfloat16)

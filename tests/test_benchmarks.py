@@ -4,22 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import robustft_kernels as rft
 from benchmarks import machine, memory, report
 from benchmarks.check import compare
 from benchmarks.contenders import CHOICES, METHODS, TORCH, Contender
 from benchmarks.contest import ROUNDS, WARM_UP, Field, Stepper, Times
 from benchmarks.results import Results, Row, read, write
 from benchmarks.shapes import MODELS, SMOKE, numel
-from robustft_kernels import ops
+from robustft_kernels.backends import registry
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "cpu.json"
-needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 COMMAND = [sys.executable, "-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-o",
            "python_functions=bench_*", "-o", "filterwarnings=ignore", "--smoke", "--benchmark-quiet"]  # fmt: skip
 
@@ -104,18 +106,18 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     from benchmarks.conftest import check_results
 
     check_results(torch.device("cpu"))
-    right = ops.PREPARE["native"]["adamw"]
+    right = registry.BACKENDS["native"]
 
-    def wrong(params, *rest, **options):
-        run = right(params, *rest, **options)
+    def wrong(table):
+        run = right.prepare(table)
 
         def step(*args):
             run(*args)
-            params[0].mul_(1.001)
+            table.tensors[0].param.mul_(1.001)
 
         return step
 
-    monkeypatch.setitem(ops.PREPARE["native"], "adamw", wrong)
+    monkeypatch.setitem(registry.BACKENDS, "native", replace(right, prepare=wrong))
     with pytest.raises(AssertionError):
         check_results(torch.device("cpu"))
 

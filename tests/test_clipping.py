@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
+from robustft_kernels.backends import registry
 from robustft_kernels.testing import CHUNK, SETTINGS, Stepper
 
-from .test_steps import CASES, prepare_of, slow
+from .test_steps import CASES, slow
 
 SHAPES = [(0,), (1,), (77,), (2 * CHUNK + 5,), (64, 512), (7, 3, 5)]
 
@@ -91,12 +92,12 @@ def test_the_limit_may_be_a_tensor_and_change(backend, device):
 def test_squares_of_every_layout(backend, device):
     """Dense in any order, expanded, empty; the same bits again."""
     stepper = Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=device)
-    run = prepare_of(backend, SETTINGS[0])(stepper.params, *stepper.args())
+    run = registry.prepare(backend, stepper.table())
     grads = stepper.grads()
     exact = sum((g.double() ** 2).sum() for g in grads)
     torch.testing.assert_close(run.squared_norm(grads), exact, rtol=1e-6, atol=0)
     assert torch.equal(run.squared_norm(grads), run.squared_norm(grads))
     expanded = [g if g.dim() < 2 else torch.ones((), device=device).expand(g.shape) for g in grads]
-    run = prepare_of(backend, SETTINGS[0])(stepper.params, *stepper.args())
+    run = registry.prepare(backend, stepper.table())
     exact = sum((g.double() ** 2).sum() for g in expanded)
     torch.testing.assert_close(run.squared_norm(expanded), exact, rtol=1e-6, atol=0)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from robustft_kernels import evaluation
-from robustft_kernels.tpgm import TPGM
+from robustft_kernels.finetune import evaluation
+from robustft_kernels.finetune.tpgm import TPGM
 from tests.test_tpgm import fine_tuned, loss_of
 
 F = nn.functional

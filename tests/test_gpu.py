@@ -14,7 +14,7 @@ from torch import nn
 import robustft_kernels as rft
 from robustft_kernels.testing import CASES, SETTINGS, Case
 
-from .test_steps import assert_bits, prepare_of, settled
+from .test_steps import assert_bits, settled
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_bits_repeat_50_times(form, dtype, name):
     settings = next(settings for settings in SETTINGS if settings.name == name)
     start = settled(LARGE, settings, "spd", dtype)
     grads, first = start.grads(), start.clone()
-    first.run(prepare_of("triton", settings), grads)
+    first.run("triton", grads)
     assert (first.alphas < 1).any()
     noise, beside = torch.randn(2000, 2000), torch.cuda.Stream()
     for _ in range(50):
@@ -55,7 +55,7 @@ def test_bits_repeat_50_times(form, dtype, name):
         torch.cuda.synchronize()
         with torch.cuda.stream(beside):
             noise @ noise
-        again.run(prepare_of(form, settings), grads)
+        again.run(form, grads)
         assert_bits(again, first)
 
 
@@ -212,7 +212,7 @@ def test_compute_sanitizer_finds_nothing(tool):
     program = """
 import torch
 from robustft_kernels.testing import CASES, SETTINGS
-from tests.test_steps import prepare_of, settled
+from tests.test_steps import settled
 torch.set_default_device("cuda")
 for form in ("triton", "triton_tickets"):
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,15 +1,17 @@
 """The contract: schemas, fakes, the choice of a backend."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from robustft_kernels import ops
-from robustft_kernels.bases import ADAMW, SGD
+import robustft_kernels as rft
+from robustft_kernels.backends import native, registry
+from robustft_kernels.core.bases import ADAMW, NO_STEP, SGD
+from robustft_kernels.core.methods import MEASURES
+from robustft_kernels.step.fingerprint import fingerprint
 from robustft_kernels.testing import CASES, CHUNK, SETTINGS, Stepper
-
-BASES = (ADAMW, SGD)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:3] + SETTINGS[3:5], ids=lambda s: s.name)
@@ -17,7 +19,7 @@ BASES = (ADAMW, SGD)
 def test_opcheck(backend, settings, method):
     stepper = Stepper(CASES[:8], settings, method, torch.float32)
     op = getattr(getattr(torch.ops.robustft, f"{settings.base.name}_"), backend)
-    torch.library.opcheck(op, (stepper.params, stepper.grads(), *stepper.args()))
+    torch.library.opcheck(op, (stepper.params, stepper.grads(), *stepper.op_args()))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.name)
@@ -25,8 +27,8 @@ def test_op_is_the_prepared_step(backend, settings):
     op = getattr(getattr(torch.ops.robustft, f"{settings.base.name}_"), backend)
     one = Stepper(CASES, settings, "spd", torch.float32)
     grads, other = one.grads(), one.clone()
-    op(one.params, grads, *one.args())
-    other.run(ops.PREPARE[backend][settings.base.name], grads)
+    op(one.params, grads, *one.op_args())
+    other.run(backend, grads)
     assert all(map(torch.equal, one.tensors(), other.tensors()))
 
 
@@ -38,16 +40,19 @@ def test_mutation_bumps_versions(backend):
     stepper = Stepper(CASES[:1], SETTINGS[3], "none", torch.float32, anchored=False)
     stepper.params, (grad,) = [param], [param.grad]
     with torch.no_grad():
-        stepper.run(ops.PREPARE[backend]["sgd"], [grad])
+        stepper.run(backend, [grad])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
-def test_native_table_has_the_contract_columns():
-    assert tuple(ops._native.ADAMW_HYPER) == ADAMW.hyper
-    assert tuple(ops._native.SGD_HYPER) == SGD.hyper
-    assert ops._native.CHUNK == CHUNK, "or the cases do not reach several chunks"
+@pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING)
+def test_native_tables_are_those_of_the_contract():
+    from robustft_kernels import _native
+
+    for base in (ADAMW, SGD, NO_STEP):
+        assert tuple(getattr(_native, f"{base.name.upper()}_HYPER")) == base.hyper
+    assert tuple(_native.MEASURES) == MEASURES
+    assert _native.CHUNK == CHUNK, "or the cases do not reach several chunks"
 
 
 @pytest.mark.parametrize(
@@ -55,75 +60,116 @@ def test_native_table_has_the_contract_columns():
     [
         (lambda s, a: a.__setitem__(0, s.anchors[:-1]), "anchors has 7 entries, too few"),
         (lambda s, a: a.__setitem__(0, [*s.anchors, s.anchors[0]]), "anchors has 9 entries; the groups take 8"),
-        (lambda s, a: a.__setitem__(1, [t.clone().unsqueeze(0) for t in a[1]]), "a tensor of the state has not"),
-        (lambda s, a: a.__setitem__(-4, torch.zeros(1, 2, dtype=torch.float64)), "hyper must be"),
+        (
+            lambda s, a: a.__setitem__(-4, torch.zeros(1, 2, dtype=torch.float64)),
+            r"hyper must have a row for each of 1 groups and 16 columns.* got the shape \(1, 2\)",
+        ),
         (lambda s, a: a.__setitem__(-3, [7]), "params has 8 entries; the groups take 7"),
-        (lambda s, a: a.__setitem__(-2, ["magic"]), "no rule 'magic'"),
+        (lambda s, a: a.__setitem__(-2, ["magic"]), "no rule 'magic'; the rules are keep, l2sp"),
         (lambda s, a: a.__setitem__(-1, [1, 2]), "seeds has 2 entries for 8 params; give one each, or none"),
-        (lambda s, a: s.params.__setitem__(3, s.params[3].to(torch.int32)), r"does not take (torch\.i|I)nt"),
     ],
 )
-@pytest.mark.parametrize("kernels", ["triton", "native"])  # the oracle trusts its caller
-def test_kernels_refuse_lists_that_do_not_fit(kernels, damage, message):
-    if missing := ops.backends()[kernels]:
-        pytest.skip(missing)
+def test_ops_refuse_lists_that_do_not_fit(damage, message):
     stepper = Stepper(CASES[:8], SETTINGS[0], "spd", torch.float32)
-    args, grads = stepper.args(), stepper.grads()
+    args, grads = stepper.op_args(), stepper.grads()
     damage(stepper, args)
     before = [t.clone() for t in stepper.tensors()]
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.PREPARE[kernels]["adamw"](stepper.params, *args)(grads)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.robustft.adamw_.reference(stepper.params, grads, *args)
     assert all(torch.equal(a, b) for a, b in zip(stepper.tensors(), before, strict=True))
+
+
+def _state(key, change):
+    return lambda of: replace(of, state={**of.state, key: change(of.state[key])})
+
+
+# What is wrong with tensor 4, a vector of 3 numbers called "case '3'", and what the message says of it.
+MISFITS = {
+    "dtype of the param": (lambda of: replace(of, param=of.param.int()), r"params\[4\], case '3',.*[Ii]nt"),
+    "shape of the anchor": (lambda of: replace(of, anchor=torch.zeros(2)), r"anchor of params\[4\], case '3',.*3.*2"),
+    "dtype of a moment": (_state("exp_avg_sq", torch.Tensor.half), r"exp_avg_sq of params\[4\], case '3',.*[Hh]al|16"),
+    "shape of a moment": (_state("exp_avg", lambda t: t[None]), r"exp_avg of params\[4\], case '3',.*3.*1, ?3"),
+    "learned numbers": (_state("radius_state", lambda t: t[:2]), r"radius_state of params\[4\], case '3',.*3.*2"),
+    "dtype of the delta": (_state("delta", torch.Tensor.double), r"delta of params\[4\], case '3',.*64|[Dd]ouble"),
+    "step": (lambda of: replace(of, step=of.step.double()), r"step of params\[4\], case '3',.*(64|[Dd]ouble)"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("kernels", ["triton", "native"])  # the oracle trusts its caller
+def test_kernels_name_the_tensor_that_does_not_fit(kernels, misfit):
+    """By its place and label, with what is expected and what was given; nothing is written."""
+    if missing := rft.backends()[kernels]:
+        pytest.skip(missing)
+    change, message = MISFITS[misfit]
+    stepper = Stepper(CASES[:8], SETTINGS[0], "ftp", torch.float32)
+    table, grads = stepper.table(), stepper.grads()
+    tensors = [change(of) if k == 4 else of for k, of in enumerate(table.tensors)]
+    before = [t.clone() for t in stepper.tensors()]
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        registry.prepare(kernels, replace(table, tensors=tensors))(grads)
+    assert all(torch.equal(a, b) for a, b in zip(stepper.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["triton", "native"])
+@pytest.mark.parametrize("name", ["hyper", "results", "alphas"])
+def test_kernels_name_the_table_that_does_not_fit(kernels, name):
+    if missing := rft.backends()[kernels]:
+        pytest.skip(missing)
+    table = Stepper(CASES[:8], SETTINGS[0], "spd", torch.float32).table()
+    for wrong in (getattr(table, name).float(), getattr(table, name)[..., :-1]):
+        with pytest.raises((RuntimeError, ValueError), match=f"{name} must be a contiguous float64 .*, got "):
+            registry.prepare(kernels, replace(table, **{name: wrong}))
 
 
 def test_auto_takes_the_fastest_that_serves():
     cpu = torch.device("cpu")
-    fastest = "reference" if ops.NATIVE_MISSING else "native"
-    ops._warned.add("cpu")
-    assert ops.choose_backend("auto", cpu, {torch.float32}) == fastest
-    assert ops.choose_backend("reference", cpu, {torch.float32}) == "reference"
+    fastest = "reference" if rft.backends()["native"] else "native"
+    registry._warned.add("cpu")
+    assert registry.choose_backend("auto", cpu, {torch.float32}).name == fastest
+    assert registry.choose_backend("reference", cpu, {torch.float32}).name == "reference"
 
 
 def test_auto_says_once_that_it_is_slow(monkeypatch):
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(registry, "_warned", set())
     with pytest.warns(RuntimeWarning, match="slow reference backend serves the meta parameters.*native: it serves CPU"):
-        ops.choose_backend("auto", torch.device("meta"), {torch.float32})
+        registry.choose_backend("auto", torch.device("meta"), {torch.float32})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.choose_backend("auto", torch.device("meta"), {torch.float32})
+        registry.choose_backend("auto", torch.device("meta"), {torch.float32})
 
 
 def test_a_backend_asked_for_by_name_serves_or_raises():
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
-        ops.check_backend("cuda")
-    if ops.backends()["triton"]:
+        registry.check_backend("cuda")
+    if rft.backends()["triton"]:
         with pytest.raises(RuntimeError, match="backend='triton' is not available"):
-            ops.check_backend("triton")
+            registry.check_backend("triton")
     else:
         with pytest.raises(RuntimeError, match="it serves CPU tensors, not meta"):
-            ops.choose_backend("triton", torch.device("meta"), {torch.float32})
-    if not ops.NATIVE_MISSING:
+            registry.choose_backend("triton", torch.device("meta"), {torch.float32})
+    if not rft.backends()["native"]:
         with pytest.raises(RuntimeError, match="it serves CPU tensors, not meta"):
-            ops.choose_backend("native", torch.device("meta"), {torch.float32})
+            registry.choose_backend("native", torch.device("meta"), {torch.float32})
         with pytest.raises(RuntimeError, match=r"it does not serve torch\.float8_e5m2"):
-            ops.choose_backend("native", torch.device("cpu"), {torch.float8_e5m2})
+            registry.choose_backend("native", torch.device("cpu"), {torch.float8_e5m2})
 
 
 @pytest.mark.parametrize("addresses", [True, False])
-@pytest.mark.parametrize("native", [True, False])
-def test_fingerprint_sees_every_change_but_gradient_addresses(native, addresses, monkeypatch):
-    if native and ops.NATIVE_MISSING:
-        pytest.skip(ops.NATIVE_MISSING)
-    if not native:
-        monkeypatch.setattr(ops, "_native", None)
+@pytest.mark.parametrize("by", ["native", "python"])
+def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, monkeypatch):
+    if by == "native" and native.MISSING:
+        pytest.skip(native.MISSING)
+    if by == "python":
+        monkeypatch.setattr(native, "MISSING", "for this test")
     params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
     kept = [{"anchor": torch.zeros(4, 6), "note": 3}, {}, {}]
     params[0].grad = torch.randn(4, 6)
-    first = ops.fingerprint(params, kept, addresses)
+    first = fingerprint(params, kept, addresses)
     params[0].grad = torch.randn(4, 6)
-    assert ops.fingerprint(params, kept, addresses) == first
+    assert fingerprint(params, kept, addresses) == first
     kept[0]["anchor"].data = torch.zeros(4, 6)
-    assert (ops.fingerprint(params, kept, addresses) != first) == addresses
+    assert (fingerprint(params, kept, addresses) != first) == addresses
     changes = [
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
@@ -141,7 +187,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(native, addresses,
     ]
     alive = list(kept[0].values())
     for change in changes:
-        before = ops.fingerprint(params, kept, addresses)
+        before = fingerprint(params, kept, addresses)
         change()
         alive += kept[0].values()
-        assert ops.fingerprint(params, kept, addresses) != before
+        assert fingerprint(params, kept, addresses) != before

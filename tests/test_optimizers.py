@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import anchored
+from robustft_kernels.optim import anchored
 
 SHAPES = [(), (3,), (5, 7), (300, 130), (40000,), (8, 4, 3, 3)]
 
@@ -174,57 +174,6 @@ def test_strided_parameters_and_gradients(backend):
             results.append(p.detach().clone())
     for other in results[1:]:  # sums run in memory order, so α may differ in its last bits
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
-
-
-def test_anchor_kinds(backend):
-    start = [p.detach().clone() for p in make()]
-    results = []
-    names = [f"layer{i}.weight" for i in range(len(SHAPES))]
-    for kwargs in (
-        {},
-        {"anchor": "initial"},
-        {"anchor": [t.clone() for t in start]},
-        {"anchor": tuple(nn.Parameter(t.clone()) for t in start)},
-        {"anchor": {n: t.clone() for n, t in zip(reversed(names), reversed(start), strict=True)}},
-    ):
-        params = make()
-        optimizer = rft.AdamSPD(zip(names, params, strict=True), lr=1e-2, backend=backend, **kwargs)
-        run(optimizer, params)
-        results.append(params)
-        assert all(torch.equal(optimizer.state[p]["anchor"], t) for p, t in zip(params, start, strict=True))
-    for group_key in ({"pre": [t.clone() for t in start]}, {"anchor": [t.clone() for t in start]}):
-        params = make()
-        run(rft.AdamSPD([{"params": params, **group_key}], lr=1e-2, backend=backend), params)
-        results.append(params)
-    for other in results[1:]:
-        assert all(map(torch.equal, other, results[0]))
-
-    zero = []
-    for kwargs in ({"anchor": "zero"}, {"pre": None}, {"anchor": [torch.zeros_like(t) for t in start]}):
-        params = make()
-        optimizer = rft.AdamSPD([{"params": params, **kwargs}], lr=1e-2, backend=backend)
-        run(optimizer, params)
-        zero.append(params)
-        assert ("anchor" in optimizer.state[params[0]]) == isinstance(kwargs.get("anchor"), list)
-    assert all(map(torch.equal, zero[1], zero[0]))
-    assert all(map(torch.equal, zero[2], zero[0]))
-    assert not all(map(torch.equal, zero[0], results[0]))
-
-
-def test_shared_anchor_mapping_over_groups():
-    body, head = make([(5, 7), (7,)]), make([(2, 7)])
-    pretrained = {"a": body[0].detach().clone(), "b": body[1].detach().clone()}
-    groups = [
-        {"params": [("a", body[0]), ("b", body[1])]},
-        {"params": [("head", head[0])], "method": "none"},
-    ]
-    optimizer = rft.AdamSPD(groups, anchor=pretrained)
-    assert optimizer.state[body[0]]["anchor"].data_ptr() == pretrained["a"].data_ptr()
-    assert head[0] not in optimizer.state
-    with pytest.raises(ValueError, match="the anchor mapping names 'running_mean', which no parameter bears"):
-        rft.AdamSPD(groups, anchor={**pretrained, "running_mean": torch.zeros(3)})
-    with pytest.raises(ValueError, match="the anchor mapping lacks 'b'"):
-        rft.AdamSPD(groups, anchor={"a": pretrained["a"]})
 
 
 BAD = [

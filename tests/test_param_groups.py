@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels.param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_probe, partial_fusion
+from robustft_kernels.finetune.param_groups import (
+    bitfit,
+    keep_requires_grad,
+    layerwise_decay,
+    linear_probe,
+    partial_fusion,
+)
 
 OPTIMIZERS = (torch.optim.AdamW, torch.optim.SGD, rft.AnchoredAdamW, rft.AdamSPD)
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import reference
+from robustft_kernels.backends import reference, registry
 from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper
 
-from .test_steps import assert_bits, prepare_of, settled, slow
+from .test_steps import assert_bits, settled, slow
 
 STOCHASTIC = [s for s in SETTINGS if s.hyper["stochastic_rounding"]]
 
@@ -43,12 +43,10 @@ def test_every_backend_draws_the_same_bits(backend, device, settings, method, no
     sweep that steps, in the one that pulls, and by rows."""
     cases = LEAN_CASES if slow(backend) else CASES
     got = Stepper(cases, settings, method, torch.bfloat16, torch.float32, device=device, norm=norm)
-    got.settings = type(settings)(
-        "", settings.base, {**settings.hyper, "strength": 1e9, "radius": 0.0}, settings.state_dtype
-    )
+    got.settings = settings.but(strength=1e9, radius=0.0)
     want, grads = got.clone(), got.grads()
     want.run_oracle(grads)
-    got.run(prepare_of(backend, settings), grads)
+    got.run(backend, grads)
     assert all(map(torch.equal, got.params, want.params))
     assert any((p.float() != a.to(p.dtype).float()).any() for p, a in zip(got.params, got.anchors, strict=True))
 
@@ -56,12 +54,11 @@ def test_every_backend_draws_the_same_bits(backend, device, settings, method, no
 def test_every_backend_draws_the_same_bits_for_moments(backend, device):
     """From zero, with betas that are powers of two, there is one rounding to float32 before the one to bfloat16."""
     settings = next(s for s in STOCHASTIC if s.state_dtype == torch.bfloat16)
-    exact = {**settings.hyper, "beta1": 0.5, "beta2": 0.75}
-    settings = type(settings)("", settings.base, exact, settings.state_dtype)
+    settings = settings.but(beta1=0.5, beta2=0.75)
     got = Stepper(LEAN_CASES, settings, "none", torch.float32, anchored=False, device=device)
     want, grads = got.clone(), got.grads()
-    want.run(prepare_of("reference", settings), grads)
-    got.run(prepare_of(backend, settings), grads)
+    want.run("reference", grads)
+    got.run(backend, grads)
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         assert all(map(torch.equal, got.states[key], want.states[key])), key
 
@@ -145,8 +142,8 @@ def test_gradients_are_unscaled_in_the_step(backend, device, settings):
     got = settled(CASES, settings, "spd", torch.float32, device=device)
     want, grads = got.clone(), got.grads()
     scale, clear = torch.tensor(1024.0, device=device), torch.tensor(0.0, device=device)
-    prepare_of(backend, settings)(got.params, *got.args())([g * 1024 for g in grads], scale, clear)
-    want.run(prepare_of(backend, settings), grads)
+    registry.prepare(backend, got.table())([g * 1024 for g in grads], scale, clear)
+    want.run(backend, grads)
     if backend == "reference":  # it computes both ways alike
         assert_bits(got, want)
     for a, b in zip(got.tensors(), want.tensors(), strict=True):
@@ -161,7 +158,7 @@ def test_found_inf_leaves_everything_as_it_was(backend, device, settings, method
     for g in grads:
         g.fill_(torch.inf)
     scale, found = torch.tensor(2.0, device=device), torch.tensor(1.0, device=device)
-    prepare_of(backend, settings)(got.params, *got.args())(grads, scale, found)
+    registry.prepare(backend, got.table())(grads, scale, found)
     assert_bits(got, before)
 
 

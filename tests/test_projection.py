@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustft_kernels.projection import NORMS, deviation, interpolate_, project, project_
+from robustft_kernels.finetune.projection import NORMS, deviation, interpolate_, project, project_
 from robustft_kernels.testing import CASES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import ops, state
+from robustft_kernels.core import state
 from tests.test_optimizers import give_grads, make, run
 
 KINDS = [
@@ -205,7 +205,9 @@ def test_is_dense(tensor, dense):
     assert state.is_dense(tensor) is dense
 
 
-@pytest.mark.skipif(sys.platform != "linux" or bool(ops.NATIVE_MISSING), reason="measures the native backend on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or bool(rft.backends()["native"]), reason="measures the native backend on Linux"
+)
 @pytest.mark.parametrize(("anchor", "copies_kept"), [("initial", 3), ("zero", 2)])
 def test_memory_is_two_moments_and_an_anchor(anchor, copies_kept):
     """The peak of three steps over the weights and gradients: the state, and no full-size temporary."""

@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-from robustft_kernels import ops
-from robustft_kernels.methods import RULES, rule_of
+import robustft_kernels as rft
+from robustft_kernels.backends import registry
+from robustft_kernels.backends.triton import interpreted
+from robustft_kernels.core.contract import StepTable, empty_results
+from robustft_kernels.core.methods import RULES, rule_of
 from robustft_kernels.testing import (
     CASES,
     CHUNK,
@@ -23,7 +26,7 @@ from robustft_kernels.testing import (
 
 from .table import ANCHORS, METHOD_NORMS, TABLE, covering
 
-native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
 def tiers(backend, turn):
@@ -50,26 +53,22 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("on", "cases", "row"), params)
 
 
-def prepare_of(backend, settings):
-    return ops.PREPARE[backend][settings.base.name]
-
-
 def ready(config):
     device = torch.device(config.getoption("--device"))
-    names = [name for name in ops.FASTEST_FIRST if name != "triton_tickets"]
-    return [name for name in names if not ops.objection_to(name, device, {torch.float32})]
+    names = [name for name in registry.BACKENDS if name != "triton_tickets"]
+    return [name for name in names if not registry.objection_to(name, device, {torch.float32})]
 
 
 def slow(backend):
     """Whether a launch takes Triton's interpreter a second."""
-    return backend.startswith("triton") and ops.interpreted()
+    return backend.startswith("triton") and interpreted()
 
 
 def settled(cases, settings, method, dtype, backend="reference", steps=2, **kwargs):
     """A stepper some steps into its trajectory."""
     stepper = Stepper(cases, settings, method, dtype, **kwargs)
     for _ in range(steps):
-        stepper.run(prepare_of(backend, settings), stepper.grads())
+        stepper.run(backend, stepper.grads())
     return stepper
 
 
@@ -92,13 +91,13 @@ def test_step_equals_oracle(on, cases, row, device):
     for t in range(4):
         grads, before = got.grads(), got.clone()
         if t not in compared:
-            got.run(prepare_of("reference", settings), grads)
+            got.run("reference", grads)
             firing.append(share_firing(got))
             continue
         untouched = [t.clone() for t in (*grads, *got.anchors)]
         want = before.clone()
         want.run_oracle(grads)
-        got.run(prepare_of(on, settings), grads)
+        got.run(on, grads)
         assert_same_step(got, want, before, grads)
         assert all(map(torch.equal, (*grads, *got.anchors), untouched)), "a gradient or an anchor was written"
         firing.append(share_firing(got))
@@ -113,9 +112,7 @@ def test_step_equals_oracle(on, cases, row, device):
 
 @pytest.mark.lean(keep=lambda dtype, **_: dtype == torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("method", "norm"), [(m, n) for m, n in METHOD_NORMS if RULES[rule_of(m, n)].by_rows or m == "mars_sp"]
-)
+@pytest.mark.parametrize(("method", "norm"), [(m, n) for m, n in METHOD_NORMS if rule_of(m, n).crosses_rows])
 def test_rows_equal_oracle(backend, device, method, norm, dtype):
     """Short and long rows, several chunks of one, aligned or not, contiguous or strided, one or none."""
     cases = ROW_CASES[len(CASES) :]
@@ -123,7 +120,7 @@ def test_rows_equal_oracle(backend, device, method, norm, dtype):
     grads, before = got.grads(), got.clone()
     want = before.clone()
     want.run_oracle(grads)
-    got.run(prepare_of(backend, SETTINGS[0]), grads)
+    got.run(backend, grads)
     assert_same_step(got, want, before, grads)
 
 
@@ -135,19 +132,12 @@ def test_mixed_dtypes_in_one_call(backend, settings):
     grads = [s.grads(torch.float32) for s in steppers]
     want = [s.clone() for s in steppers]
     for s, g in zip(want, grads, strict=True):
-        s.run(prepare_of(backend, settings), g)
-    joined = [
-        sum(lists, [])
-        for lists in zip(*([s.params, s.anchors, *s.states.values(), s.steps] for s in steppers), strict=True)
-    ]
-    n = len(joined[0])
-    measures, alphas = torch.zeros(n, 4, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    hyper, rules = steppers[0].args()[-4].repeat(len(DTYPES), 1), ["spd"] * len(DTYPES)
-    seeds = sum((s.args()[-1] for s in steppers), [])
-    prepare_of(backend, settings)(*joined, measures, alphas, hyper, [len(CASES)] * len(DTYPES), rules, seeds)(
-        sum(grads, [])
-    )
-    assert torch.equal(measures[:, :3], torch.cat([s.measures for s in want])[:, :3])
+        s.run(backend, g)
+    tensors = [s.tensor(i, row) for row, s in enumerate(steppers) for i in range(len(CASES))]
+    results, alphas = empty_results(len(tensors), steppers[0].device)
+    hyper = steppers[0].hyper.repeat(len(DTYPES), 1)
+    registry.prepare(backend, StepTable(settings.base, tensors, hyper, results, alphas))(sum(grads, []))
+    assert torch.equal(results[:, :-1], torch.cat([s.measures for s in want]))
     assert torch.equal(alphas, torch.cat([s.alphas for s in want]))
     for got, one in zip(steppers, want, strict=True):
         assert all(map(torch.equal, got.params, one.params))
@@ -170,15 +160,13 @@ def at_once_equal_single_calls(backend, settings, tensors):
     cases = tuple(Case(str(n), (n,)) for n in sizes)
     together = settled(cases, settings, "spd", torch.float32)
     grads, alone = together.grads(), together.clone()
-    together.run(prepare_of(backend, settings), grads)
+    together.run(backend, grads)
     assert (together.alphas < 1).any()
     assert (together.alphas == 1).any()
-    anchors, *states, steps, measures, alphas, hyper, _, rules, seeds = alone.args()
     for i in range(len(cases)):
-        lists = ([x[i]] if x else [] for x in (anchors, *states, steps))
-        prepare_of(backend, settings)(
-            [alone.params[i]], *lists, measures[i : i + 1], alphas[i : i + 1], hyper, [1], rules, seeds[i : i + 1]
-        )([grads[i]])
+        results, alphas = alone.results[i : i + 1], alone.alphas[i : i + 1]
+        table = StepTable(settings.base, [alone.tensor(i)], alone.hyper, results, alphas)
+        registry.prepare(backend, table)([grads[i]])
     assert_bits(alone, together)
 
 
@@ -193,7 +181,7 @@ def test_bits_do_not_depend_on_threads(backend, dtype):
     for threads in (2, 2) if backend == "reference" else (1, 2, 3, 8, *[4] * 20):
         torch.set_num_threads(threads)
         got = start.clone()
-        got.run(prepare_of(backend, SETTINGS[1]), grads)
+        got.run(backend, grads)
         results.append(got)
     for other in results[1:]:
         assert_bits(other, results[0])
@@ -205,14 +193,14 @@ def test_bits_do_not_depend_on_the_instruction_set():
     program = """
 import hashlib
 import torch
-from robustft_kernels import _native, ops
+from robustft_kernels import _native
 from robustft_kernels.testing import CASES, DTYPES, SETTINGS, Stepper
 digest = hashlib.sha256()
 for settings in SETTINGS:
     for dtype in DTYPES:
         s = Stepper(CASES, settings, "spd", dtype)
         for _ in range(3):
-            s.run(ops.PREPARE["native"][settings.base.name], s.grads())
+            s.run("native", s.grads())
         for t in s.tensors():
             digest.update(t.double().flatten().numpy().tobytes())
 print(_native.ISA, digest.hexdigest())
@@ -236,13 +224,13 @@ def test_oracle_tells_methods_apart(backend):
     want.run_oracle(grads)
     for wrong in ("keep", "l2sp"):
         got = before.clone()
-        got.rule = wrong
-        got.run(prepare_of(backend, settings), grads)
+        got.rule = RULES[wrong]
+        got.run(backend, grads)
         with pytest.raises(AssertionError):
             assert_same_step(got, want, before, grads)
     stronger = before.clone()
-    stronger.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1.31})
-    stronger.run(prepare_of(backend, settings), grads)
+    stronger.settings = settings.but(strength=1.31)
+    stronger.run(backend, grads)
     with pytest.raises(AssertionError):
         assert_same_step(stronger, want, before, grads)
 
@@ -252,8 +240,8 @@ def test_alpha_is_capped_at_the_anchor(backend, method):
     """Where strength·r, or strength·lr, exceeds 1 the weights land on θ₀ and not beyond it."""
     settings = SETTINGS[0]
     got = settled(CASES, settings, method, torch.float32)
-    got.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})
-    got.run(prepare_of(backend, settings), got.grads())
+    got.settings = settings.but(strength=1e9)
+    got.run(backend, got.grads())
     assert ((got.alphas == 0) | (got.alphas == 1)).all()
     assert (got.alphas == 0).sum() > 3
     for alpha, param, anchor in zip(got.alphas, got.params, got.anchors, strict=True):
@@ -277,14 +265,14 @@ def test_storage_rounds_as_torch_does(backend, dtype):
     settings = SETTINGS[3]
     kept = Stepper((Case("every", tuple(every.shape)),), settings, "none", dtype, anchored=False)
     kept.params = [every.clone()]
-    kept.settings = type(settings)("", settings.base, {**settings.hyper, "lr": 0.0})
-    kept.run(prepare_of(backend, settings), [torch.zeros_like(every)])
+    kept.settings = settings.but(lr=0.0)
+    kept.run(backend, [torch.zeros_like(every)])
     assert torch.equal(kept.params[0], every)
 
     pulled = Stepper((Case("floats", tuple(floats.shape)),), settings, "l2sp", dtype, torch.float32)
     pulled.params, pulled.anchors = [torch.zeros_like(floats, dtype=dtype)], [floats]
-    pulled.settings = type(settings)("", settings.base, {**settings.hyper, "strength": 1e9})  # onto the anchor
-    pulled.run(prepare_of(backend, settings), [torch.zeros_like(floats, dtype=dtype)])
+    pulled.settings = settings.but(strength=1e9)  # onto the anchor
+    pulled.run(backend, [torch.zeros_like(floats, dtype=dtype)])
     assert torch.equal(pulled.params[0], floats.to(dtype))
 
 
@@ -292,7 +280,7 @@ def test_first_step_never_fires(backend):
     settings = SETTINGS[0]
     got = Stepper(CASES, settings, "spd", torch.float32)
     got.anchors = [case.lay(p) for case, p in zip(CASES, got.params, strict=True)]
-    got.run(prepare_of(backend, settings), got.grads())
+    got.run(backend, got.grads())
     assert (got.alphas == 1).all()
 
 
@@ -305,7 +293,7 @@ def test_non_finite_gradient(backend, settings, bad):
     k = next(i for i, case in enumerate(CASES) if case.name == "several chunks")
     grads[k].view(-1)[CHUNK + 1] = bad
     before, want = got.clone(), got.clone()
-    got.run(prepare_of(backend, settings), grads)
+    got.run(backend, grads)
     want.run_oracle(grads)
     assert got.alphas[k] == 1
     assert torch.equal(got.params[k].isfinite(), want.params[k].isfinite())
@@ -319,14 +307,13 @@ def test_non_finite_gradient(backend, settings, bad):
 def test_without_eps_lanes_that_hold_nothing_stay_out_of_sums(backend, device):
     """0/0 in the lanes beyond a tensor's end, or a row's, is in no measure."""
     for method, norm in (("spd", "l2"), ("spd", "mars_rows")):
-        own = {**SETTINGS[0].hyper, "eps": 0.0}
         got = settled(LEAN_CASES, SETTINGS[0], method, torch.float32, device=device, norm=norm)
-        got.settings = type(SETTINGS[0])("", SETTINGS[0].base, own)
+        got.settings = SETTINGS[0].but(eps=0.0)
         grads, before = got.grads(), got.clone()
         want = before.clone()
         want.run_oracle(grads)
-        got.run(prepare_of(backend, SETTINGS[0]), grads)
-        assert got.measures[:, :3].isfinite().all()
+        got.run(backend, grads)
+        assert got.measures.isfinite().all()
         assert_same_step(got, want, before, grads)
 
 
@@ -340,7 +327,7 @@ def test_an_infinite_weight_stays_alone(backend):
     grads[k].view(-1)[CHUNK + 1] = 1.0
     want = got.clone()
     want.run_oracle(grads)
-    got.run(prepare_of(backend, settings), grads)
+    got.run(backend, grads)
     assert got.params[k].view(-1)[CHUNK + 1] == torch.inf
     assert all(map(torch.allclose, got.params, want.params))
 

@@ -11,58 +11,96 @@ from pathlib import Path
 
 import pytest
 
-from robustft_kernels import ops
+import robustft_kernels as rft
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
-# From what users import down to what imports nothing of ours.
-STACK = (
-    "__init__", "named", "optimizers", "wrapper", "around", "in_backward", "anchored", "telemetry", "plan", "spread",
-    "launch", "decide", "tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection", "ops",
-    "anchors", "testing", "cases", "reference", "state", "bases", "sharding", "methods",
-)  # fmt: skip
-TRITON_STACK = ("launch", "table", "row_sweeps", "sweeps", "rows", "norm", "pull", "decide", "measure", "base", "chunk")
-needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+# From what users import down to what imports nothing of ours: folders, and the modules in each.
+STACK = {
+    "": ("__init__",),
+    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored"),
+    " ": ("telemetry",),
+    "finetune": ("tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
+    "testing": ("tolerances", "stepper", "cases"),
+    "step": ("plan", "sharded", "launch", "no_step", "hyper", "results", "decide", "fingerprint", "ops"),
+    "backends": ("registry", "triton", "native", "reference", "backend"),
+    "core": ("checkpoint", "anchors", "state", "contract", "bases", "sharding", "ranges", "methods"),
+    "  ": ("_import_paths",),
+}
+ORDER = [f"{folder.strip()}.{name}".strip(".") for folder, names in STACK.items() for name in names]
+TRITON_STACK = (
+    "launch",
+    "table",
+    "variant",
+    "row_sweeps",
+    "sweeps",
+    "rows",
+    "norm",
+    "pull",
+    "decide",
+    "measure",
+    "base",
+    "chunk",
+)
+needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
+
+
+def module_of(path):
+    """A file's dotted name within the package, or "triton_kernels" and its name."""
+    root = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
 def imports_of(path):
+    """The dotted names, within the package, of the modules that a file imports."""
+    here = module_of(path).split(".")
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("robustft_kernels")):
-            module = (node.module or "").removeprefix("robustft_kernels").strip(".")
-            yield from [module.split(".")[0]] if module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("robustft_kernels."))
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "robustft_kernels":
+            base = node.module.split(".")[1:]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            yield from (name.partition(".")[2] for name in names if name.startswith("robustft_kernels."))
+            continue
+        module = ".".join(filter(None, base))
+        if module in ORDER or module.startswith("triton_kernels."):
+            yield module
+        else:  # a folder, or the package: what is imported from it are modules
+            yield from (f"{module}.{alias.name}".strip(".") for alias in node.names)
 
 
 def test_imports_point_down_the_stack():
-    files = {path.stem: path for path in PACKAGE.glob("*.py")}
-    assert set(files) == set(STACK)
-    for name, path in files.items():
-        below = {*STACK[STACK.index(name) + 1 :], "_native"}
-        upward = set(imports_of(path)) - below - ({"triton_kernels"} if name == "ops" else set())
-        assert not upward, f"{name}.py imports {upward}, which is not below it"
+    files = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    assert {name for name in files if not name.endswith(".__init__")} == set(ORDER)
+    for name in ORDER:
+        below = {*ORDER[ORDER.index(name) + 1 :], "_native"}
+        upward = {of for of in imports_of(files[name]) if of.split(".")[0] != "triton_kernels"} - below
+        assert not upward, f"{name} imports {upward}, which is not below it"
 
 
-def test_triton_kernels_know_no_more_than_state_bases_and_methods():
+def test_triton_kernels_know_the_core_alone():
     files = {path.stem: path for path in (ROOT / "triton_kernels").glob("*.py")}
     assert set(files) == {"__init__", *TRITON_STACK}
     for name in TRITON_STACK:
-        below = {*TRITON_STACK[TRITON_STACK.index(name) + 1 :], "state", "bases", "methods"}
-        upward = set(imports_of(files[name])) - below
+        below = {f"triton_kernels.{of}" for of in TRITON_STACK[TRITON_STACK.index(name) + 1 :]}
+        upward = {of for of in imports_of(files[name]) if not of.startswith("core.")} - below
         assert not upward, f"triton_kernels/{name}.py imports {upward}, which is not below it"
 
 
-def test_only_optimizers_know_torch_optim_and_only_ops_the_backends():
-    for path in PACKAGE.glob("*.py"):
-        text = path.read_text()
-        assert ("from torch.optim" in text) == (path.stem in ("anchored", "wrapper", "in_backward"))
-        assert ("import _native" in text) == (path.stem == "ops")
+def test_every_door_has_one_file():
+    """torch.optim, the extension and the Triton kernels are each known to few files."""
+    for path in PACKAGE.rglob("*.py"):
+        text, name = path.read_text(), module_of(path)
+        assert ("from torch.optim" in text) == (name in ("optim.anchored", "optim.wrapper", "optim.in_backward"))
+        assert ("import _native" in text) == (name == "backends.native")
+        assert ("triton_kernels." in text) == (name == "backends.triton"), name
     assert "robustft_kernels" not in (ROOT / "csrc" / "bindings.cpp").read_text()
 
 
 def test_files_stay_readable():
     for pattern in (
-        "robustft_kernels/*.py",
+        "robustft_kernels/**/*.py",
         "triton_kernels/*.py",
         "csrc/**/*.*",
         "tests/*.py",
@@ -70,7 +108,7 @@ def test_files_stay_readable():
         "benchmarks/*.py",
     ):
         for path in ROOT.glob(pattern):
-            assert len(path.read_text().splitlines()) <= 420, path
+            assert len(path.read_text().splitlines()) <= 400, path
 
 
 @pytest.mark.full

@@ -7,7 +7,7 @@ import torch
 from robustft_kernels.testing import CASES, CHUNK, DTYPES, LEAN_CASES, SETTINGS, Stepper
 
 from .table import ANCHORS, METHOD_NORMS, TABLE, covering
-from .test_steps import prepare_of, ready, tiers
+from .test_steps import ready, tiers
 
 
 def test_the_default_tier_meets_every_pair_on_every_backend(pytestconfig):
@@ -67,9 +67,9 @@ def test_options_that_do_not_act_change_no_bit(backend):
                 continue
             results = []
             for options in ({}, {"stochastic_rounding": 0, "master_weights": 0}):
-                own = type(settings)("", settings.base, {**settings.hyper, **options}, settings.state_dtype)
+                own = settings.but(**options)
                 stepper = Stepper(cases, own, "spd", dtype)
                 for _ in range(2):
-                    stepper.run(prepare_of(backend, own), stepper.grads())
+                    stepper.run(backend, stepper.grads())
                 results.append([*stepper.params, *sum(stepper.states.values(), []), stepper.alphas])
             assert all(map(torch.equal, *results)), (settings.name, dtype)

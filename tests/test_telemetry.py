@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels import ops, telemetry
-from robustft_kernels.projection import deviation
+from robustft_kernels import telemetry
+from robustft_kernels.finetune.projection import deviation
+from robustft_kernels.optim.wrapper import Anchored
 from robustft_kernels.telemetry import Telemetry, draw, log
-from robustft_kernels.wrapper import Anchored
 from tests.test_projection import NoReads
 from tests.test_wrapper import TURNS, give_grads, make, run
 
-each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not ops.backends()[n]])
+each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not rft.backends()[n]])
 RULES = [(method, norm) for method, of in rft.METHODS.items() for norm in of.rules]
 
 
@@ -37,7 +37,7 @@ def test_tells_what_the_weights_are(method, norm, dtype, served_by):
         assert list(told) == list(selections)
         measured_by = "l2" if norm == "l2" else "mars"
         for k, of in enumerate(told.values()):
-            p, anchor, (_, alphas) = params[k].detach(), anchors[k], optimizer._plan.found[params[k]]
+            p, anchor, (_, alphas) = params[k].detach(), anchors[k], optimizer._plan.results[params[k]]
             want, whole = (float(deviation(*pair, measured_by)) for pair in (([p], [anchor]), ([anchor], None)))
             ulps = torch.finfo(dtype).eps * float(p.abs().max()) if p.numel() else 0.0
             terms = p.numel() ** 0.5 if norm == "l2" else p.numel() / (len(p) if p.dim() > 1 else 1) if p.numel() else 0

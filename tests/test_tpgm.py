@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from robustft_kernels.projection import NORMS, deviation
-from robustft_kernels.tpgm import TPGM
+from robustft_kernels.finetune.projection import NORMS, deviation
+from robustft_kernels.finetune.tpgm import TPGM
 from tests.test_projection import NoReads, norms_of, oracle
 
 F = nn.functional
@@ -299,7 +299,7 @@ def test_a_foreign_checkpoint_is_refused():
         with pytest.raises(ValueError, match=message):
             tpgm.load_state_dict(other.state_dict())
     saved["anchors"]["head.bias"] = torch.zeros(4)
-    with pytest.raises(ValueError, match=r"anchor of parameter 'head\.bias'"):
+    with pytest.raises(ValueError, match=r"'anchor' of parameter 'head\.bias'"):
         tpgm.load_state_dict(saved)
     assert all(map(torch.equal, tpgm.radii.values(), radii.values()))
 
@@ -335,9 +335,9 @@ SHARED = torch.ones(2)
         (A_PAIR, {"tv": 0.1}, ValueError, "tv needs groups"),
         (A_PAIR, {"tv": -0.1}, ValueError, "tv must be finite and at least 0"),
         (A_PAIR, {"radius_penalty": float("nan")}, ValueError, "radius_penalty must be finite"),
-        (A_PAIR, {"lr": 0.0}, ValueError, "lr must be a finite number above 0"),
-        (A_PAIR, {"init": 0}, ValueError, "init must be a finite number above 0"),
-        (A_PAIR, {"init": float("inf")}, ValueError, "init must be a finite number above 0"),
+        (A_PAIR, {"lr": 0.0}, ValueError, "lr must be finite and above 0"),
+        (A_PAIR, {"init": 0}, ValueError, "init must be finite and above 0"),
+        (A_PAIR, {"init": float("inf")}, ValueError, "init must be finite and above 0"),
         (A_PAIR, {"init": "half"}, ValueError, "unknown init 'half'"),
         (A_PAIR, {"f_proj": 0}, ValueError, "f_proj must be at least 1"),
         (A_PAIR, {"exclude": ["a", "b"]}, ValueError, "no parameter takes part"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustft_kernels import wise
-from robustft_kernels.wise import wise_ft, wise_ft_, wise_sweep
+from robustft_kernels.finetune import wise
+from robustft_kernels.finetune.wise import wise_ft, wise_ft_, wise_sweep
 
 
 class Net(nn.Module):

@@ -6,14 +6,14 @@ from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
 import robustft_kernels as rft
-from robustft_kernels import ops
-from robustft_kernels.wrapper import Anchored
+from robustft_kernels.optim.wrapper import Anchored
+from robustft_kernels.step.no_step import NoStep
 from tests.test_projection import NoReads
 
 SHAPES = [(), (3,), (5, 7), (120, 130), (40000,), (8, 4, 3, 3), (0,), (3, 0)]
 # Away from the anchor, or back, when the momentum still leads away.
 TURNS = (-3.0, -3.0, 0.5, -3.0, 0.5, -3.0, 0.4, 0.5)
-each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not ops.backends()[n]])
+each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not rft.backends()[n]])
 
 
 class Lion(torch.optim.Optimizer):
@@ -232,7 +232,7 @@ def test_optimizer_that_evaluates_several_times():
     before = p.detach().clone()
     wrapped.step(closure)
     assert len(grads) > 1
-    measured = wrapped._around.found[p][0][0]
+    measured = wrapped._around.results[p][0][0]
     assert float(measured[0]) == pytest.approx(float((grads[0] * (before - anchor)).sum()))
     assert float(measured[1]) == pytest.approx(float((before - anchor).square().sum()))
 
@@ -273,8 +273,8 @@ def test_groups_and_missing_gradients(served_by):
 
 def test_what_the_wrapped_one_may_do_to_its_parameters(monkeypatch):
     """New memory of the same form is found; anything else is an error that names the parameter."""
-    prepare, prepared = ops.prepare, []
-    monkeypatch.setattr(ops, "prepare", lambda *args, **live: prepared.append(args) or prepare(*args, **live))
+    init, prepared = NoStep.__init__, []
+    monkeypatch.setattr(NoStep, "__init__", lambda self, *args: prepared.append(self) or init(self, *args))
     want = run(Anchored(Lion(params := make(), lr=1e-3), strength=1.5), params)
     assert len(prepared) == 3  # before the step, after it, and the pull: once and for all
     wrapped = Anchored(Lion(moved := make(), lr=1e-3, how="moved"), strength=1.5)

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import robustft_kernels as rft
-from robustft_kernels.wrapper import Anchored
+from robustft_kernels.optim.wrapper import Anchored
 from tests.test_state import saved_and_loaded
 from tests.test_wrapper import SHAPES, TURNS, Lion, each_backend, far, give_grads, make, run
 
@@ -181,7 +181,7 @@ def test_gradient_scaler(pull, fused, served_by):
                 p.grad = scaler.scale(p.grad)
             scaler.step(wrapped)
             scaler.update(scale)
-        measures = [wrapped._around.found[p][0].nan_to_num() for p in params]
+        measures = [wrapped._around.results[p][0].nan_to_num() for p in params]
         results.append([*(p.detach().clone() for p in params), *measures])
         give_grads(params, TURNS.index(0.4))
         params[2].grad[0, 0] = torch.inf

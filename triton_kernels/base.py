@@ -1,12 +1,13 @@
 """Base: the update of the underlying optimizer, from param, grad and state to the next param.
 
-A base is two functions: one reads a group's row of hyper-parameters into scalars, one applies them to a block.
+A base is two functions, by its name in `BASES`: one reads a group's row of hyper-parameters into scalars, one applies
+them to a block.
 """
 
 import triton
 import triton.language as tl
 
-from ..bases import ADAMW, SGD, STILL
+from ..core.bases import ADAMW, NO_STEP, SGD
 
 _A_LR, _A_BETA1, _A_BETA2, _A_EPS, _A_DECAY, _A_MAXIMIZE = (
     tl.constexpr(ADAMW.hyper.index(name)) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
@@ -15,14 +16,13 @@ _S_LR, _S_MOMENTUM, _S_DAMPENING, _S_DECAY, _S_NESTEROV, _S_MAXIMIZE = (
     tl.constexpr(SGD.hyper.index(name))
     for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 )
-
-_MAXIMIZE = tl.constexpr(STILL.hyper.index("maximize"))
+_N_MAXIMIZE = tl.constexpr(NO_STEP.hyper.index("maximize"))
 
 
 @triton.jit
 def read_hyper(table, live, at):
-    """A hyper-parameter in float64: of the table, or where a tensor of the user's holds it, of that tensor, whose
-    address has its last bit set if it is float64."""
+    """A hyper-parameter in float64, from the table. When a tensor of the user's holds it, `live` has that tensor's
+    address, with its last bit set if it is float64."""
     value = tl.load(table + at)
     if live is not None:
         address = tl.load(live + at)
@@ -104,13 +104,16 @@ def sgd(theta, g, b, unused1, unused2, scalars, STATES: tl.constexpr):
 
 
 @triton.jit
-def still_scalars(table, live, row, t, T: tl.constexpr):
+def no_step_scalars(table, live, row, t, T: tl.constexpr):
     """−1 to maximize, else 1, and nothing."""
-    factor = (1 - 2 * tl.load(table + row + _MAXIMIZE)).to(T)
+    factor = (1 - 2 * tl.load(table + row + _N_MAXIMIZE)).to(T)
     return factor, (factor,)
 
 
 @triton.jit
-def still(theta, g, unused0, unused1, unused2, scalars, STATES: tl.constexpr):
+def no_step(theta, g, unused0, unused1, unused2, scalars, STATES: tl.constexpr):
     """θ."""
     return theta, unused0, unused1, unused2
+
+
+BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd), "no_step": (no_step_scalars, no_step)}

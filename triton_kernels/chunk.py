@@ -9,48 +9,48 @@ LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
 TILE = 8  # rows that are worked on together, a warp each
 INTERPRETED = triton.knobs.runtime.interpret
 
-# The columns of a tensor's row in the table, int64: addresses first (0: absent), then where its parts lie.
+# The columns of the table of tensors, int64: addresses first (0 if absent), then how each lies and what it is under.
 COLUMNS = (
-    "param", "working", "anchor", "state0", "state1", "state2", "delta", "radius", "step",
-    "numel", "rows", "stride", "first", "chunks", "group", "rule", "seed", "dithered", "index",
+    "param", "working", "anchor", "state0", "state1", "state2", "delta", "learned", "step",
+    "numel", "rows", "stride", "first", "chunks", "row", "rule", "seed", "dithered", "segment",
 )  # fmt: skip
 WIDTH = tl.constexpr(len(COLUMNS))
 PARAM = tl.constexpr(COLUMNS.index("param"))
-WORKING = tl.constexpr(COLUMNS.index("working"))  # where param is the float32 master of 16-bit weights: those
+WORKING = tl.constexpr(COLUMNS.index("working"))  # the 16-bit weights, when param is their float32 master
 ANCHOR = tl.constexpr(COLUMNS.index("anchor"))
 STATE = tl.constexpr(COLUMNS.index("state0"))
 DELTA = tl.constexpr(COLUMNS.index("delta"))
-RADIUS = tl.constexpr(COLUMNS.index("radius"))
+LEARNED = tl.constexpr(COLUMNS.index("learned"))  # the numbers that its rule learns
 STEP = tl.constexpr(COLUMNS.index("step"))
 NUMEL = tl.constexpr(COLUMNS.index("numel"))
-ROWS = tl.constexpr(COLUMNS.index("rows"))  # indices of dimension 0, where the rule goes by rows
+ROWS = tl.constexpr(COLUMNS.index("rows"))  # indices of dimension 0, for a rule that goes by rows
 STRIDE = tl.constexpr(COLUMNS.index("stride"))  # of dimension 0
 FIRST = tl.constexpr(COLUMNS.index("first"))  # chunk of the class
 CHUNKS = tl.constexpr(COLUMNS.index("chunks"))
-GROUP = tl.constexpr(COLUMNS.index("group"))  # row of hyper
-RULE = tl.constexpr(COLUMNS.index("rule"))  # of the kernel's RULES
-SEED = tl.constexpr(COLUMNS.index("seed"))  # of what is rounded stochastically
-DITHERED = tl.constexpr(COLUMNS.index("dithered"))  # whether that are the weights
-INDEX = tl.constexpr(COLUMNS.index("index"))  # of its first segment in measures and alphas
+ROW = tl.constexpr(COLUMNS.index("row"))  # of hyper
+RULE = tl.constexpr(COLUMNS.index("rule"))  # its place in the RULES of the variant
+SEED = tl.constexpr(COLUMNS.index("seed"))  # of its random bits
+DITHERED = tl.constexpr(COLUMNS.index("dithered"))  # whether its weights are rounded stochastically
+SEGMENT = tl.constexpr(COLUMNS.index("segment"))  # its first row of results, and place in alphas
 
-# Which tensors of a launch have something.
+# How many tensors of a launch have something.
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _BY_BITS = tl.constexpr(INTERPRETED)  # the interpreter casts bfloat16 wrongly: it truncates, and flushes subnormals
 
 
 @triton.jit
-def present(address, n, WHERE: tl.constexpr):
-    """How many of n elements there are to read at an address that may be absent, 0, for SOME tensors."""
+def present(address, n, HAVE: tl.constexpr):
+    """How many of n elements there are at an address. When only SOME tensors HAVE one, it may be 0, for none."""
     limit = n
-    if WHERE == SOME:
+    if HAVE == SOME:
         limit = tl.where(address != 0, n, 0)
     return limit
 
 
 @triton.jit
 def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
-    """Elements as numbers of the arithmetic type; zero where masked. VECTOR: the address is a multiple of 16.
+    """Elements as numbers of the arithmetic type; zero when masked. VECTOR: the address is a multiple of 16.
 
     The hint must stand on the pointer: on the integer it is lost.
     """
@@ -105,21 +105,21 @@ def weights_at(tensor, V: tl.constexpr):
 
 @triton.jit
 def load_weights(param, working, offsets, mask, WIDE: tl.constexpr, V: tl.constexpr):
-    """What a step begins from. A master weight counts as long as it rounds to the weight that is worked with: who
-    writes that, writes both."""
-    theta = load(param, offsets, mask, V.P, V.T, WIDE)
+    """What a step begins from. A master weight counts as long as it rounds to the weight that is worked with; when
+    someone else has written that weight, it is taken in its place."""
+    theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
     if V.MASTERED:
-        shown = load(working, offsets, mask, V.W, V.T, WIDE)
-        theta = tl.where(as_stored(theta, V.W, V.T) == shown, theta, shown)
+        shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, WIDE)
+        theta = tl.where(as_stored(theta, V.WORKING_DTYPE, V.ARITHMETIC) == shown, theta, shown)
     return theta
 
 
 @triton.jit
 def store_weights(param, working, offsets, mask, values, WIDE: tl.constexpr, V: tl.constexpr):
-    """Weights, as `as_stored` makes them, where they belong."""
-    store(param, offsets, mask, values, V.P, WIDE)
+    """Stores weights, as `as_stored` makes them, with their master."""
+    store(param, offsets, mask, values, V.PARAM_DTYPE, WIDE)
     if V.MASTERED:
-        store(working, offsets, mask, as_stored(values, V.W, V.T), V.W, WIDE)
+        store(working, offsets, mask, as_stored(values, V.WORKING_DTYPE, V.ARITHMETIC), V.WORKING_DTYPE, WIDE)
 
 
 STEP_KEY, PULL_KEY, MOMENTS_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -158,8 +158,8 @@ def dither(values, chance):
 @triton.jit
 def keep_moments(s0, s1, s2, offsets, keys, V: tl.constexpr):
     """Moments as they can be stored: in bfloat16 the first two rounded stochastically, or small changes were lost."""
-    if V.S != V.T:
+    if V.STATE_DTYPE != V.ARITHMETIC:
         bits = random_bits(offsets, keys[MOMENTS_KEY])
         s0, s1 = dither(s0, bits >> 16), dither(s1, bits & 0xFFFF)
-        s2 = as_stored(s2, V.S, V.T)
+        s2 = as_stored(s2, V.STATE_DTYPE, V.ARITHMETIC)
     return s0, s1, s2

@@ -1,37 +1,50 @@
-"""Measure: the sums over a segment that a rule decides from."""
+"""Measure: the sums over a segment that a rule decides from, as a tuple in the order of `methods.MEASURES`.
+
+The size of a tensor is ‖·‖², that of a row Σ|·|. A new measure is one more entry in what `measure` and `measure_rows`
+return.
+"""
 
 import triton
 import triton.language as tl
+
+from ..core import methods
+
+MEASURES = tl.constexpr(len(methods.MEASURES))
+RESULTS = tl.constexpr(len(methods.RESULTS))
+SELECTED = tl.constexpr(methods.RESULTS.index("selected"))
+GRAD_DOT_DELTA, BEFORE, GAIN = (
+    tl.constexpr(methods.MEASURES.index(name)) for name in ("grad_dot_delta", "before", "gain")
+)
+
+
+@triton.jit
+def each(value):
+    """The measures when every one is `value`."""
+    measures = ()
+    for _ in tl.static_range(MEASURES):
+        measures = measures + (value,)
+    return measures
+
+
+@triton.jit
+def of_size(n):
+    """The measures of a segment of size n that has not moved."""
+    measures = ()
+    for k in tl.static_range(MEASURES):
+        measures = measures + (n if k == BEFORE else n * 0,)
+    return measures
+
+
+@triton.jit
+def size_of(measures):
+    """The size of c."""
+    return measures[BEFORE] + measures[GAIN]
 
 
 @triton.jit
 def sums(values, LANES: tl.constexpr):
     """A block's contribution to each accumulator; each takes neighbours, which one thread holds, so nothing moves."""
     return tl.sum(tl.reshape(values, [LANES, values.shape[0] // LANES]), 1)
-
-
-@triton.jit
-def measure(theta, new, g, anchor, grad_dot_delta, before, gain, LANES: tl.constexpr):
-    """Adds a block to ⟨g,d⟩, ‖d‖² and ⟨u, 2d+u⟩ = ‖c‖² − ‖d‖², u = c − d, without the cancellation."""
-    d = theta - anchor
-    u = new - theta
-    grad_dot_delta += sums(g * d, LANES)
-    before += sums(d * d, LANES)
-    gain += sums(u * (d + d + u), LANES)
-    return grad_dot_delta, before, gain
-
-
-@triton.jit
-def measure_rows(theta, new, g, anchor, grad_dot_delta, before, gain, VECTOR: tl.constexpr):
-    """Adds a block of [rows, columns] to ⟨g,d⟩, Σ|d| and Σ(|c| − |d|), which is ±u where no sign changes."""
-    d = theta - anchor
-    u = new - theta
-    size = tl.abs(d)
-    longer = tl.where(tl.abs(u) <= size, tl.where(d < 0, -u, u), tl.abs(d + u) - size)
-    grad_dot_delta += row_sums(g * d, VECTOR)
-    before += row_sums(size, VECTOR)
-    gain += row_sums(longer, VECTOR)
-    return grad_dot_delta, before, gain
 
 
 @triton.jit
@@ -42,19 +55,60 @@ def row_sums(values, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def total(lanes):
-    """The sum of the accumulators, in float64."""
-    return tl.sum(lanes.to(tl.float64))
+def measure(theta, new, g, anchor, measures, LANES: tl.constexpr):
+    """Adds a block to ⟨g,d⟩, ‖d‖² and ⟨u, 2d+u⟩ = ‖c‖² − ‖d‖², u = c − d, without the cancellation."""
+    d = theta - anchor
+    u = new - theta
+    return (
+        measures[GRAD_DOT_DELTA] + sums(g * d, LANES),
+        measures[BEFORE] + sums(d * d, LANES),
+        measures[GAIN] + sums(u * (d + d + u), LANES),
+    )
 
 
 @triton.jit
-def fold(partials, chunks, LANES: tl.constexpr):
-    """The three sums of a segment's partials. Their order is that of the chunks, whichever was finished first."""
-    a, b, c = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+def measure_rows(theta, new, g, anchor, measures, VECTOR: tl.constexpr):
+    """Adds a block of [rows, columns] to ⟨g,d⟩, Σ|d| and Σ(|c| − |d|), which is ±u when no sign changes."""
+    d = theta - anchor
+    u = new - theta
+    size = tl.abs(d)
+    longer = tl.where(tl.abs(u) <= size, tl.where(d < 0, -u, u), tl.abs(d + u) - size)
+    return (
+        measures[GRAD_DOT_DELTA] + row_sums(g * d, VECTOR),
+        measures[BEFORE] + row_sums(size, VECTOR),
+        measures[GAIN] + row_sums(longer, VECTOR),
+    )
+
+
+@triton.jit
+def totals(measures, AXIS: tl.constexpr):
+    """The measures from their accumulators, in float64."""
+    total = ()
+    for k in tl.static_range(MEASURES):
+        total = total + (tl.sum(measures[k].to(tl.float64), AXIS),)
+    return total
+
+
+@triton.jit
+def fold(partials, chunks, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """COUNT sums from a segment's partials, in the order of the chunks, whichever was finished first."""
+    lanes = ()
+    for _ in tl.static_range(COUNT):
+        lanes = lanes + (tl.zeros([LANES], tl.float64),)
     for at in range(0, chunks, LANES):
         chunk = at + tl.arange(0, LANES)
-        inside = chunk < chunks
-        a += tl.load(partials + chunk * 3, mask=inside, other=0.0, cache_modifier=".cg")  # not from a stale L1
-        b += tl.load(partials + chunk * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        c += tl.load(partials + chunk * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
-    return tl.sum(a), tl.sum(b), tl.sum(c)
+        lanes = plus(lanes, partials + chunk * COUNT, chunk < chunks, COUNT)
+    total = ()
+    for k in tl.static_range(COUNT):
+        total = total + (tl.sum(lanes[k]),)
+    return total
+
+
+@triton.jit
+def plus(totals, partials, inside, COUNT: tl.constexpr):
+    """The sums with those of one partial more, COUNT neighbours in memory. Other programs have written them, so the
+    load must not find a stale line in L1."""
+    more = ()
+    for k in tl.static_range(COUNT):
+        more = more + (totals[k] + tl.load(partials + k, mask=inside, other=0.0, cache_modifier=".cg"),)
+    return more

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .chunk import CHUNKS, FIRST, NUMEL, WIDTH, load
-from .measure import sums, total
+from .measure import sums
 
 
 @triton.jit
@@ -13,10 +13,10 @@ def square_span(grad, begin, n, VECTOR: tl.constexpr, V: tl.constexpr):
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR  # tells the compiler
-    squares = tl.zeros([V.LANES], V.T)
+    squares = tl.zeros([V.LANES], V.ARITHMETIC)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
-        g = load(grad, begin + lane, lane < n, V.G, V.T, WIDE)
+        g = load(grad, begin + lane, lane < n, V.GRAD_DTYPE, V.ARITHMETIC, WIDE)
         squares += sums(g * g, V.LANES)
     return squares
 
@@ -36,7 +36,7 @@ def norm_sweep(tensors, grads, owners, partials, counter, squared, V: tl.constex
         squares = square_span(grad, begin, n, V.VECTOR, V)
     else:
         squares = square_span(grad, begin, n, 1, V)
-    tl.store(partials + chunk, total(squares))
+    tl.store(partials + chunk, tl.sum(squares.to(tl.float64), 0))
     tl.debug_barrier()
     programs = tl.num_programs(0)
     if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:

@@ -30,7 +30,7 @@ from .chunk import (
     store_weights,
     weights_at,
 )  # fmt: skip
-from .measure import measure_rows, row_sums
+from .measure import each, measure_rows, plus, row_sums, totals
 from .pull import pull
 
 
@@ -78,7 +78,7 @@ def wide(tensor, grad, V: tl.constexpr):
 @triton.jit
 def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, keys, scalars,
               TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """The base step on n elements from `begin` of TILE rows from `row`, of which `rows` exist; what it measured."""
+    """The base step on n elements from `begin` of TILE rows from `row`, of which `rows` exist; their measures."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -87,58 +87,57 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
     delta, dithered = tl.load(tensor + DELTA), tl.load(tensor + DITHERED) != 0
     i = tl.arange(0, TILE)
     anchored = i < present(anchor, rows, V.ANCHORED)
-    kept0 = i < present(state0, rows, V.KEPT if V.STATES == 1 else ALL)
-    kept2 = i < present(state2, rows, V.KEPT)
+    kept0 = i < present(state0, rows, V.LAST_STATE if V.STATES == 1 else ALL)
+    kept2 = i < present(state2, rows, V.LAST_STATE)
     kept_delta = i < present(delta, rows, SOME)
     SHARE: tl.constexpr = V.LANES // TILE
-    grad_dot_delta = tl.zeros([TILE, SHARE], V.T)
-    before, gain = grad_dot_delta, grad_dot_delta
+    measures = each(tl.zeros([TILE, SHARE], V.ARITHMETIC))
     for at in range(0, n, SHARE * VECTOR):
         offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
         theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
-        if V.GRADED:
-            g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
+        if V.HAS_GRADS:
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
+            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
         penalized = g
-        if V.SIGNED >= 0:
+        if V.RULE_SIGN != 0:
             d = theta - theta_0
             on = ((row + i) == largest)[:, None]
             penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.S, V.T, WIDE)
+            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.S, V.T, WIDE)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 2:
-            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.S, V.T, WIDE)
+            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
         s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.S, WIDE)
+            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, WIDE)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.S, WIDE)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
         if V.STATES > 2:
-            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.S, WIDE)
-        new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.T)[:, None]))
+            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, WIDE)
+        new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.ARITHMETIC)[:, None]))
         if V.STOCHASTIC:
-            key = keys[PULL_KEY if V.STILL else STEP_KEY]
+            key = keys[PULL_KEY if V.NO_STEP else STEP_KEY]
             new = tl.where(dithered, dither(new, random_bits(offsets, key) >> 16), new)
-        new = as_stored(new, V.P, V.T)
+        new = as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC)
         written = inside
-        if V.STILL:
+        if V.NO_STEP:
             written = inside & (known != 1)[:, None]
         store_weights(param, working, offsets, written, new, WIDE, V)
-        if V.TRACKED:
-            store(delta, offsets, kept_delta[:, None] & columns[None, :], as_stored(new - theta_0, V.D, V.T), V.D, WIDE)
-        if V.MEASURED > 0:
-            new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
-            grad_dot_delta, before, gain = measure_rows(theta, new, g, theta_0, grad_dot_delta, before, gain, VECTOR)
-    a, b, c = grad_dot_delta.to(tl.float64), before.to(tl.float64), gain.to(tl.float64)
-    return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+        if V.TRACKS:
+            c = as_stored(new - theta_0, V.DELTA_DTYPE, V.ARITHMETIC)
+            store(delta, offsets, kept_delta[:, None] & columns[None, :], c, V.DELTA_DTYPE, WIDE)
+        if V.RULE_MEASURES != 0:
+            new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
+            measures = measure_rows(theta, new, g, theta_0, measures, VECTOR)
+    return totals(measures, 1)
 
 
 @triton.jit
@@ -155,19 +154,19 @@ def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECT
     for at in range(0, n, V.LANES // TILE * VECTOR):
         offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = pulled[:, None] & columns[None, :]
-        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
-        new = pull(theta, theta_0, alpha.to(V.T)[:, None])
+            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+        new = pull(theta, theta_0, alpha.to(V.ARITHMETIC)[:, None])
         if V.STOCHASTIC:
             new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.P, V.T), WIDE, V)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
 
 
 @triton.jit
 def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
-    """Of such rows ⟨g, c⟩ and Σ|c| of the last step's delta; where a tensor keeps none, 0 and Σ|d|."""
+    """⟨g, c⟩ and Σ|c| of such rows, c being the last step's delta; of a tensor that keeps none, 0 and Σ|d|."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -176,31 +175,30 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
     i = tl.arange(0, TILE)
     anchored = i < present(anchor, rows, V.ANCHORED)
     SHARE: tl.constexpr = V.LANES // TILE
-    dots, sizes = tl.zeros([TILE, SHARE], V.T), tl.zeros([TILE, SHARE], V.T)
+    dots, sizes = tl.zeros([TILE, SHARE], V.ARITHMETIC), tl.zeros([TILE, SHARE], V.ARITHMETIC)
     for at in range(0, n, SHARE * VECTOR):
         offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
         if delta != 0:
-            c = load(delta, offsets, inside, V.D, V.T, WIDE)
-            dots += row_sums(c * (load(grad, offsets, inside, V.G, V.T, WIDE) * factor), VECTOR)
+            c = load(delta, offsets, inside, V.DELTA_DTYPE, V.ARITHMETIC, WIDE)
+            dots += row_sums(c * (load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor), VECTOR)
             sizes += row_sums(tl.abs(c), VECTOR)
         else:
             d = load_weights(param, working, offsets, inside, WIDE, V)
             if V.ANCHORED > NONE:
-                d -= load(anchor, offsets, anchored[:, None] & columns[None, :], V.A, V.T, WIDE)
+                d -= load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
             sizes += row_sums(tl.abs(d), VECTOR)
     return tl.sum(dots.to(tl.float64), 1), tl.sum(sizes.to(tl.float64), 1)
 
 
 @triton.jit
-def fold_rows(tensor, row, rows, parts, partials, LANES: tl.constexpr):
-    """The sums of LANES rows from `row` that lie in `parts` chunks each, in the order of the chunks."""
+def fold_rows(tensor, row, rows, parts, partials, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """COUNT sums of each of LANES rows from `row` that lie in `parts` chunks each, in the order of the chunks."""
     i = row + tl.arange(0, LANES)
-    inside = i < rows
-    first = partials + (tl.load(tensor + FIRST) + i * parts) * 3
-    a, b, c = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+    first = partials + (tl.load(tensor + FIRST) + i * parts) * COUNT
+    folded = ()
+    for _ in tl.static_range(COUNT):
+        folded = folded + (tl.zeros([LANES], tl.float64),)
     for part in range(0, parts):
-        a += tl.load(first + part * 3, mask=inside, other=0.0, cache_modifier=".cg")
-        b += tl.load(first + part * 3 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        c += tl.load(first + part * 3 + 2, mask=inside, other=0.0, cache_modifier=".cg")
-    return a, b, c
+        folded = plus(folded, first + part * COUNT, i < rows, COUNT)
+    return folded

@@ -1,4 +1,4 @@
-"""Sweeps of tensors: the kernels that are launched where every segment is a whole tensor; rows.py has those for rows.
+"""Sweeps of tensors: the kernels for segments that are whole tensors. row_sweeps.py has those for rows.
 
 A program works on one chunk of one tensor. In the two-launch form `step_sweep` makes the base step and measures, and
 `pull_sweep` pulls the segments with α ≠ 1; in the one-launch form `ticket_sweep` does both, in an order in which the
@@ -6,28 +6,24 @@ pull finds its memory still in the cache. Sums are deterministic: accumulators o
 a chunk, folded by whichever chunk of the segment is the last to finish, in the order of the chunks.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .. import bases
-from .base import adamw, adamw_scalars, read_hyper, sgd, sgd_scalars, still, still_scalars
+from .base import read_hyper
 from .chunk import (
     ALL,
     ANCHOR,
     CHUNKS,
     DITHERED,
     FIRST,
-    GROUP,
-    INDEX,
+    LEARNED,
     NONE,
     NUMEL,
     PARAM,
     PULL_KEY,
-    RADIUS,
+    ROW,
     RULE,
+    SEGMENT,
     STATE,
     STEP,
     STEP_KEY,
@@ -45,65 +41,9 @@ from .chunk import (
     store_weights,
     weights_at,
 )
-from .decide import decide
-from .measure import fold, measure, total
+from .decide import RADIUS, STRENGTH, among, decide
+from .measure import GRAD_DOT_DELTA, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
 from .pull import pull
-
-BASES = {"adamw": (adamw_scalars, adamw), "sgd": (sgd_scalars, sgd), "still": (still_scalars, still)}
-MEASURES = tl.constexpr(len(bases.MEASURES))
-
-
-@dataclass(frozen=True, eq=False)  # table.variant_of makes each once, so that a launch need not compare fields
-class Variant:
-    """What a kernel is compiled for. Every field is a tl.constexpr, a device function or a tuple of such.
-
-    READ, BASE: the base's two functions; STILL: whether it makes no step; GRADED: whether there are gradients. HYPERS:
-    columns of a group's row; LR, STRENGTH, RADIUS, and LEARN, the first of four for learning a radius: places in it.
-    STATES: the tensors of state, at most; KEPT: which tensors have the last of them; ANCHORED: which have an anchor
-    (NONE, SOME or ALL). RULES: those in use, first the MEASURED ones that wait for measures; GIVEN, COUPLED, SIGNED,
-    TIED, LEARNED: the places among them of those that are special, or −1; TRACKED: whether any keeps its delta.
-    STOCHASTIC: whether any tensor's weights are rounded so. MASTERED: whether param is the master of weights to work
-    with. P, W, G, A, S, D, T: dtypes of param, those weights, grad, anchor, moments, delta, and the arithmetic. CHUNK:
-    elements of a program. LANES: accumulators. ROWS: whether segments are rows; TILE: how many of them share the
-    accumulators. VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is
-    taken for it.
-    """
-
-    READ: Any
-    BASE: Any
-    STILL: Any
-    GRADED: Any
-    HYPERS: Any
-    LR: Any
-    STRENGTH: Any
-    RADIUS: Any
-    LEARN: Any
-    STATES: Any
-    KEPT: Any
-    RULES: Any
-    MEASURED: Any
-    GIVEN: Any
-    COUPLED: Any
-    SIGNED: Any
-    TIED: Any
-    LEARNED: Any
-    TRACKED: Any
-    STOCHASTIC: Any
-    MASTERED: Any
-    ANCHORED: Any
-    P: Any
-    W: Any
-    G: Any
-    A: Any
-    S: Any
-    D: Any
-    T: Any
-    CHUNK: Any
-    LANES: Any
-    ROWS: Any
-    TILE: Any
-    VECTOR: Any
-    CODE: Any
 
 
 @triton.jit
@@ -115,7 +55,7 @@ def extent(chunk, tensor, V: tl.constexpr):
 
 @triton.jit
 def step_count(tensor):
-    """The steps that a tensor's state has seen, 0 where nobody counts them."""
+    """The steps that a tensor's state has seen, 0 when nobody counts them."""
     step = tl.load(tensor + STEP)
     t = tl.full((), 0.0, tl.float32)
     if step != 0:
@@ -125,9 +65,9 @@ def step_count(tensor):
 
 @triton.jit
 def this_step(tensor, V: tl.constexpr):
-    """The number of the step that is made, from 1; where none is, of that before it."""
+    """The number of the step that is made, from 1; when none is, of the step before."""
     t = step_count(tensor)
-    if not V.STILL:
+    if not V.NO_STEP:
         t += 1
     return t
 
@@ -135,7 +75,7 @@ def this_step(tensor, V: tl.constexpr):
 @triton.jit
 def count_step(tensor, V: tl.constexpr):
     """Counts the step that has been made."""
-    if not V.STILL:
+    if not V.NO_STEP:
         step = tl.load(tensor + STEP)
         if step != 0:
             tl.store(step.to(tl.pointer_type(tl.float32)), step_count(tensor) + 1)
@@ -143,7 +83,7 @@ def count_step(tensor, V: tl.constexpr):
 
 @triton.jit
 def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of what it measured.
+    """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of its measures.
 
     With VECTOR above 1 every address is a multiple of 16 and n of VECTOR: all accesses are 16 bytes wide under their
     mask, and the last block needs no code of its own.
@@ -155,52 +95,52 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
     dithered = tl.load(tensor + DITHERED) != 0
     anchored = present(anchor, n, V.ANCHORED)
-    kept0 = present(state0, n, V.KEPT if V.STATES == 1 else ALL)
-    kept2 = present(state2, n, V.KEPT)
-    grad_dot_delta, before, gain = tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T), tl.zeros([V.LANES], V.T)
+    kept0 = present(state0, n, V.LAST_STATE if V.STATES == 1 else ALL)
+    kept2 = present(state2, n, V.LAST_STATE)
+    measures = each(tl.zeros([V.LANES], V.ARITHMETIC))
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
         theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
-        if V.GRADED:
-            g = load(grad, offsets, inside, V.G, V.T, WIDE) * factor
+        if V.HAS_GRADS:
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
         penalized = g
-        if V.COUPLED >= 0:
+        if V.RULE_LINEAR != 0:
             penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, lane < kept0, V.S, V.T, WIDE)
+            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.S, V.T, WIDE)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 2:
-            s2 = load(state2, offsets, lane < kept2, V.S, V.T, WIDE)
+            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
         s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, lane < kept0, s0, V.S, WIDE)
+            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, WIDE)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.S, WIDE)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
         if V.STATES > 2:
-            store(state2, offsets, lane < kept2, s2, V.S, WIDE)
+            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, WIDE)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
             new = tl.where(
-                dithered, dither(new, random_bits(offsets, keys[PULL_KEY if V.STILL else STEP_KEY]) >> 16), new
+                dithered, dither(new, random_bits(offsets, keys[PULL_KEY if V.NO_STEP else STEP_KEY]) >> 16), new
             )
-        new = as_stored(new, V.P, V.T)
+        new = as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC)
         written = inside
-        if V.STILL:
+        if V.NO_STEP:
             written = lane < tl.where(alpha != 1, n, 0)
         store_weights(param, working, offsets, written, new, WIDE, V)
-        if V.MEASURED > 0:
-            new = tl.where(inside, new, 0.0)  # where eps = 0 the lanes outside are 0/0
-            grad_dot_delta, before, gain = measure(theta, new, g, theta_0, grad_dot_delta, before, gain, V.LANES)
-    return grad_dot_delta, before, gain
+        if V.RULE_MEASURES != 0:
+            new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
+            measures = measure(theta, new, g, theta_0, measures, V.LANES)
+    return measures
 
 
 @triton.jit
@@ -216,27 +156,27 @@ def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constex
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load(param, offsets, inside, V.P, V.T, WIDE)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.A, V.T, WIDE)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
         new = pull(theta, theta_0, alpha)
         if V.STOCHASTIC:
             new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.P, V.T), WIDE, V)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
 
 
 @triton.jit
 def step_scalars(tensor, hyper, live, t, grad_scale, V: tl.constexpr):
     """What the gradient is multiplied with, and the base's scalars at step t."""
-    factor, scalars = V.READ(hyper, live, tl.load(tensor + GROUP) * V.HYPERS, t, V.T)
+    factor, scalars = V.READ(hyper, live, tl.load(tensor + ROW) * V.HYPERS, t, V.ARITHMETIC)
     if grad_scale is not None:
-        factor = factor / tl.load(grad_scale).to(V.T)
+        factor = factor / tl.load(grad_scale).to(V.ARITHMETIC)
     return factor, scalars
 
 
 @triton.jit
-def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas, grad_scale,
+def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, results, alphas, grad_scale,
                V: tl.constexpr):  # fmt: skip
     """Sweep 1 on one chunk."""
     i = tl.load(owners + chunk)
@@ -244,57 +184,54 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     begin, n = extent(chunk, tensor, V)
     t = this_step(tensor, V)
     factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
-    nan = tl.full((), float("nan"), tl.float64)
-    known = decide_segment(tensor, hyper, live, nan, nan, nan, V)
-    if V.GIVEN >= 0:
-        known = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + tl.load(tensor + INDEX)), known)
-    known = known.to(V.T)
-    linear = penalty(tensor, hyper, live, V.COUPLED, V)
+    unknown = each(tl.full((), float("nan"), tl.float64))
+    known = decide_segment(tensor, hyper, live, unknown, V)
+    if V.RULE_GIVEN != 0:
+        given = tl.load(alphas + tl.load(tensor + SEGMENT))
+        known = tl.where(among(tl.load(tensor + RULE), V.RULE_GIVEN), given, known)
+    known = known.to(V.ARITHMETIC)
+    linear = penalty(tensor, hyper, live, V.RULE_LINEAR, V)
     keys = rounding_keys(tensor, t)
     grad = tl.load(grads + i)
     addresses = grad | weights_at(tensor, V) | tl.load(tensor + ANCHOR)
     addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
+        lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
     else:
-        a, b, c = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, 1, V)
-    grad_dot_delta, before, gain = nan, nan, nan
-    if V.MEASURED > 0:
-        grad_dot_delta, before, gain = total(a), total(b), total(c)
-    settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials, counters, ready, measures, alphas,
-           V)  # fmt: skip
+        lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, 1, V)
+    measures = unknown
+    if V.RULE_MEASURES != 0:
+        measures = totals(lanes, 0)
+    settle(chunk, i, tensor, measures, hyper, live, partials, counters, ready, results, alphas, V)
 
 
 @triton.jit
-def settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials, counters, ready, measures, alphas,
-           V: tl.constexpr):  # fmt: skip
+def settle(chunk, i, tensor, measures, hyper, live, partials, counters, ready, results, alphas, V: tl.constexpr):
     """The last chunk of a segment to finish decides for it and counts the step; a segment of one chunk is pulled at
     once. Reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
     chunks = tl.load(tensor + CHUNKS)
     last = chunks == 1
     if chunks > 1:
-        tl.store(partials + chunk * 3, grad_dot_delta)
-        tl.store(partials + chunk * 3 + 1, before)
-        tl.store(partials + chunk * 3 + 2, gain)
+        for k in tl.static_range(MEASURES):
+            tl.store(partials + chunk * MEASURES + k, measures[k])
     # The whole program has stored what others will read, and read the step count that is written below.
     tl.debug_barrier()
     if chunks > 1:
         last = tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1
         if last:
-            first = partials + tl.load(tensor + FIRST) * 3
-            grad_dot_delta, before, gain = fold(first, chunks, V.LANES)
+            measures = fold(partials + tl.load(tensor + FIRST) * MEASURES, chunks, MEASURES, V.LANES)
             tl.store(counters + i, 0)
     if last:
-        measured = tl.load(tensor + RULE) < V.MEASURED
-        nan = tl.full((), float("nan"), tl.float64)
-        grad_dot_delta = tl.where(measured, grad_dot_delta, nan)
-        before = tl.where(measured, before, nan)
-        gain = tl.where(measured, gain, nan)
-        alpha = decide_segment(tensor, hyper, live, grad_dot_delta, before, gain, V)
-        row = tl.load(tensor + INDEX)
-        if V.GIVEN >= 0:
-            alpha = tl.where(tl.load(tensor + RULE) == V.GIVEN, tl.load(alphas + row), alpha)
-        record(measures, alphas, row, row >= 0, grad_dot_delta, before, gain, alpha, V)
+        rule = tl.load(tensor + RULE)
+        measured = among(rule, V.RULE_MEASURES)
+        known = ()
+        for k in tl.static_range(MEASURES):
+            known = known + (tl.where(measured, measures[k], float("nan")),)
+        alpha = decide_segment(tensor, hyper, live, known, V)
+        segment = tl.load(tensor + SEGMENT)
+        if V.RULE_GIVEN != 0:
+            alpha = tl.where(among(rule, V.RULE_GIVEN), tl.load(alphas + segment), alpha)
+        record(results, alphas, segment, segment >= 0, known, alpha, V)
         count_step(tensor, V)
         tl.debug_barrier()
         if ready is not None:
@@ -304,39 +241,61 @@ def settle(chunk, i, tensor, grad_dot_delta, before, gain, hyper, live, partials
 
 
 @triton.jit
-def record(measures, alphas, segment, inside, grad_dot_delta, before, gain, alpha, V: tl.constexpr):
-    """What was found of segments, and how often they have been selected."""
-    row = measures + segment * MEASURES
-    if not V.GRADED:
-        grad_dot_delta = before * float("nan")
-    tl.store(row, grad_dot_delta, mask=inside)
-    tl.store(row + 1, before, mask=inside)
-    tl.store(row + 2, gain, mask=inside)
-    count = tl.load(row + 3, mask=inside, other=0.0)
-    tl.store(row + 3, count + tl.where(alpha != 1, 1.0, 0.0), mask=inside)
+def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
+    """Writes what was found of segments, and counts how often they have been selected."""
+    row = results + segment * RESULTS
+    for k in tl.static_range(MEASURES):
+        value = measures[k]
+        if k == GRAD_DOT_DELTA and not V.HAS_GRADS:
+            value = value * float("nan")
+        tl.store(row + k, value, mask=inside)
+    count_selected(row, inside, alpha)
     tl.store(alphas + segment, alpha, mask=inside)
 
 
 @triton.jit
-def decide_segment(tensor, hyper, live, grad_dot_delta, before, gain, V: tl.constexpr):
-    """The alpha of a tensor's rule with its group's hyper-parameters, or the radius that it has learned."""
-    row = tl.load(tensor + GROUP) * V.HYPERS
-    lr, strength = read_hyper(hyper, live, row + V.LR), read_hyper(hyper, live, row + V.STRENGTH)
-    radius = read_hyper(hyper, live, row + V.RADIUS)
-    if V.LEARNED >= 0:
-        learned = tl.load(tensor + RADIUS)
-        if learned != 0:
-            radius = tl.load(learned.to(tl.pointer_type(tl.float64)))
-    return decide(tl.load(tensor + RULE), grad_dot_delta, before, gain, strength, lr, radius, V)
+def count_selected(row, inside, alpha):
+    """Counts a step in the rows of results whose α is not 1."""
+    count = tl.load(row + SELECTED, mask=inside, other=0.0, cache_modifier=".cg")
+    tl.store(row + SELECTED, count + tl.where(alpha != 1, 1.0, 0.0), mask=inside)
 
 
 @triton.jit
-def penalty(tensor, hyper, live, RULE_OF: tl.constexpr, V: tl.constexpr):
-    """The strength of a penalty for tensors under the rule of this place, 0 for others."""
-    strength = tl.full((), 0.0, V.T)
-    if RULE_OF >= 0:
-        if tl.load(tensor + RULE) == RULE_OF:
-            strength = read_hyper(hyper, live, tl.load(tensor + GROUP) * V.HYPERS + V.STRENGTH).to(V.T)
+def decide_segment(tensor, hyper, live, measures, V: tl.constexpr):
+    """The α of a tensor's rule with its group's hyper-parameters, or the radius that it has learned."""
+    terms = read_terms(hyper, live, tl.load(tensor + ROW) * V.HYPERS, V)
+    if V.RULE_LEARNS != 0:
+        radius = terms[RADIUS]
+        learned = tl.load(tensor + LEARNED)
+        if learned != 0:
+            radius = tl.load(learned.to(tl.pointer_type(tl.float64)))
+        own = ()
+        for k in tl.static_range(len(V.TERMS)):
+            own = own + (radius if k == RADIUS else terms[k],)
+        terms = own
+    return decide(tl.load(tensor + RULE), measures, terms, V)
+
+
+@triton.jit
+def read_terms(hyper, live, row, V: tl.constexpr):
+    """The hyper-parameters that the rules read, as the tuple that `decide` takes."""
+    terms = ()
+    for k in tl.static_range(len(V.TERMS)):
+        value = tl.full((), 0.0, tl.float64)
+        if V.TERMS[k] >= 0:
+            value = read_hyper(hyper, live, row + V.TERMS[k])
+        terms = terms + (value,)
+    return terms
+
+
+@triton.jit
+def penalty(tensor, hyper, live, RULES: tl.constexpr, V: tl.constexpr):
+    """The strength of a penalty for a tensor under one of these rules, 0 for others."""
+    strength = tl.full((), 0.0, V.ARITHMETIC)
+    if RULES != 0:
+        if among(tl.load(tensor + RULE), RULES):
+            column = V.TERMS[STRENGTH]
+            strength = read_hyper(hyper, live, tl.load(tensor + ROW) * V.HYPERS + column).to(V.ARITHMETIC)
     return strength
 
 
@@ -347,28 +306,28 @@ def pull_chunk(chunk, tensor, alpha, V: tl.constexpr):
     keys = rounding_keys(tensor, step_count(tensor))
     addresses = weights_at(tensor, V) | tl.load(tensor + ANCHOR)
     if (addresses % 16 == 0) & (n % V.VECTOR == 0):
-        pull_span(tensor, begin, n, alpha.to(V.T), keys, V.VECTOR, V)
+        pull_span(tensor, begin, n, alpha.to(V.ARITHMETIC), keys, V.VECTOR, V)
     else:
-        pull_span(tensor, begin, n, alpha.to(V.T), keys, 1, V)
+        pull_span(tensor, begin, n, alpha.to(V.ARITHMETIC), keys, 1, V)
 
 
 @triton.jit
 def pull_decided(chunk, tensors, owners, alphas, V: tl.constexpr):
     """Sweep 2 on one chunk, if its segment is pulled at all."""
     tensor = tensors + tl.load(owners + chunk).to(tl.int64) * WIDTH
-    alpha = tl.load(alphas + tl.load(tensor + INDEX))
+    alpha = tl.load(alphas + tl.load(tensor + SEGMENT))
     if alpha != 1:
         pull_chunk(chunk, tensor, alpha, V)
 
 
 @triton.jit
-def step_sweep(tensors, grads, owners, hyper, live, partials, counters, measures, alphas, grad_scale, found_inf,
+def step_sweep(tensors, grads, owners, hyper, live, partials, counters, results, alphas, grad_scale, found_inf,
                V: tl.constexpr):  # fmt: skip
-    """Sweep 1: one program a chunk. Does nothing where found_inf is set."""
+    """Sweep 1: one program a chunk. Does nothing when found_inf is set."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    step_chunk(tl.program_id(0), tensors, grads, owners, hyper, live, partials, counters, None, measures, alphas,
+    step_chunk(tl.program_id(0), tensors, grads, owners, hyper, live, partials, counters, None, results, alphas,
                grad_scale, V)  # fmt: skip
 
 
@@ -382,7 +341,7 @@ def pull_sweep(tensors, owners, alphas, found_inf, V: tl.constexpr):
 
 
 @triton.jit
-def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas,
+def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials, counters, ready, results, alphas,
                  grad_scale, found_inf, V: tl.constexpr):  # fmt: skip
     """Both sweeps: programs draw the tasks of `schedule` in its order until none is left.
 
@@ -399,7 +358,7 @@ def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials
         task = tl.load(schedule + 2 + ticket)
         chunk = task // 2
         if task % 2 == 0:
-            step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, measures, alphas,
+            step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, ready, results, alphas,
                        grad_scale, V)  # fmt: skip
         else:
             i = tl.load(owners + chunk)

@@ -1,77 +1,75 @@
-"""The host side: from lists of tensors to the table that the kernels read, and what travels there at each step."""
+"""The host side: from the tensors of a step to the table that the kernels read, and what travels there at each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
-from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ..bases import ADAMW, STILL, Base, arithmetic_of, delta_dtype_of
-from ..methods import RULES
-from ..state import same_layout
-from .chunk import ALL, CHUNK, COLUMNS, INTERPRETED, LANES, NONE, SOME, TILE, WIDTH
-from .decide import FUNCTIONS
-from .sweeps import BASES, Variant
+from ..core.bases import Base, arithmetic_of
+from ..core.contract import StepTensors
+from ..core.methods import RULES
+from ..core.state import same_layout
+from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, WIDTH
+from .measure import MEASURES
+from .row_sweeps import SURVEYED
+from .variant import MAX_STATES, Dtypes, gpu_of, variant_of
 
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-MAX_STATES = 3
 Addresses = Callable[[list[Tensor], Tensor], None]
-Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]  # P, G, A, S, W of Variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One tensor of a step. param: its weights, or their master, and then working: its weights. states: the moments, up
-    to the last that it has. dithered: whether its weights are rounded stochastically, by bits of the seed. group: its
-    row of hyper; index: among the params; segment: its first of measures and alphas."""
+    """A tensor of a step as the kernels see it: in rows and chunks.
 
-    param: Tensor
-    working: Tensor | None
-    anchor: Tensor | None
-    states: tuple[Tensor, ...]
-    delta: Tensor | None
-    radius: Tensor | None
-    step: Tensor | None
-    group: int
-    rule: str
-    seed: int
-    dithered: bool
+    index: among the tensors of the step. segment: its first of results and alphas. moments: by their order, up to the
+    last that it has.
+    """
+
+    of: StepTensors
     index: int
     segment: int
+    moments: tuple[Tensor, ...]
 
-    def dtypes(self, grad: torch.dtype) -> "Dtypes":
+    @property
+    def weights(self) -> Tensor:
+        """The weights that the step computes: the master, if there is one."""
+        return self.of.state.get("master", self.of.param)
+
+    @property
+    def working(self) -> Tensor | None:
+        """The weights beside a master."""
+        return self.of.param if "master" in self.of.state else None
+
+    @property
+    def learned(self) -> Tensor | None:
+        """The numbers that its rule learns."""
+        return self.of.state.get(self.of.spec.rule.learns)
+
+    def dtypes(self, grad: torch.dtype) -> Dtypes:
         """What its launch is compiled for. What is absent goes with what is there."""
-        param = self.param.dtype
-        return (
-            param,
+        weights = self.weights.dtype
+        return Dtypes(
+            weights,
             grad,
-            param if self.anchor is None else self.anchor.dtype,
-            self.states[0].dtype if self.states else arithmetic_of(param),
+            weights if self.of.anchor is None else self.of.anchor.dtype,
+            self.moments[0].dtype if self.moments else arithmetic_of(weights),
             None if self.working is None else self.working.dtype,
         )
 
     @property
     def by_rows(self) -> bool:
         """Whether the kernels for rows serve it."""
-        return RULES[self.rule].by_rows or self.rule == "mars_sp"
+        return self.of.spec.rule.crosses_rows
 
     @property
     def rows(self) -> int:
-        return self.param.shape[0] if self.by_rows and self.param.dim() > 1 else 1
+        return self.of.param.shape[0] if self.by_rows and self.of.param.dim() > 1 else 1
 
     @property
     def length(self) -> int:
         """Of a row."""
-        return self.param.numel() // max(self.rows, 1)
+        return self.of.param.numel() // max(self.rows, 1)
 
     @property
     def chunks(self) -> int:
@@ -83,103 +81,30 @@ class Entry:
     @property
     def pulled_later(self) -> bool:
         """Whether its pull is left to sweep 2."""
-        if not RULES[self.rule].elsewhere:
-            return False
-        return self.rule == "project_mars" or (self.length > CHUNK if self.by_rows else self.chunks > 1)
+        rule = self.of.spec.rule
+        return rule.waits and (rule.tied or (self.length > CHUNK if self.by_rows else self.chunks > 1))
+
+    def columns(self, first: int, rules: Sequence[str]) -> list[int]:
+        """Its row of the table, in the order of COLUMNS. first: its first chunk."""
+        absent = [None] * (MAX_STATES - len(self.moments))
+        addresses = [
+            self.weights, self.working, self.of.anchor, *self.moments, *absent, self.of.state.get("delta"),
+            self.learned, self.of.step,
+        ]  # fmt: skip
+        stride = self.of.param.stride(0) if self.rows > 1 and self.of.param.numel() else max(self.length, 1)
+        return [
+            *(0 if t is None else t.data_ptr() for t in addresses),
+            self.of.param.numel(), self.rows, stride, first, self.chunks,
+            self.of.row, rules.index(self.of.spec.rule.name), self.of.seed, self.of.dithered, self.segment,
+        ]  # fmt: skip
 
 
-@cache
-def variant_of(
-    base: Base,
-    dtypes: Dtypes,
-    *,
-    states: tuple[int, int],
-    rules: tuple[str, ...],
-    stochastic: bool,
-    anchored: tuple[bool, bool],
-    graded: bool = True,
-    lanes: int = LANES,
-) -> Variant:
-    """The kernels for tensors of such dtypes; see Variant.
-
-    states: the least and the most that any of them keeps. anchored: whether all of them are, whether any.
-    """
-
-    def place(*names: str) -> Any:
-        return c(next((k for k, rule in enumerate(rules) if rule in names), -1))
-
-    param, grad, anchor, state, working = dtypes
-    read, step = BASES[base.name]
-    fewest, most = states
-    by_rows = any(RULES[rule].by_rows or rule == "mars_sp" for rule in rules)
-    vector = 16 // param.itemsize
-    wider = max(grad.itemsize, anchor.itemsize) > param.itemsize
-    registers = wider or stochastic or base is not ADAMW or most == MAX_STATES or "l2sp_coupled" in rules or by_rows
-    if param.itemsize == 2 and registers:
-        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at their registers
-    c = tl.constexpr
-    functions = (read, step, *(FUNCTIONS[rule] for rule in rules))
-    return Variant(
-        READ=read,
-        BASE=step,
-        STILL=c(base is STILL),
-        GRADED=c(graded),
-        HYPERS=c(len(base.hyper)),
-        LR=c(base.hyper.index("lr")),
-        STRENGTH=c(base.hyper.index("strength")),
-        RADIUS=c(base.hyper.index("radius")),
-        LEARN=c(base.hyper.index("k")),
-        STATES=c(most),
-        KEPT=ALL if fewest == most else SOME,
-        RULES=functions[2:],
-        MEASURED=c(sum(RULES[rule].measured for rule in rules)),
-        GIVEN=place("given", "given_rows"),
-        COUPLED=place("l2sp_coupled"),
-        SIGNED=place("mars_sp"),
-        TIED=place("project_mars"),
-        LEARNED=place("ftp"),
-        TRACKED=c(any(RULES[rule].tracks for rule in rules)),
-        STOCHASTIC=c(stochastic),
-        MASTERED=c(working is not None),
-        ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,
-        P=c(DTYPES[param]),
-        W=c(DTYPES[working or param]),
-        G=c(DTYPES[grad]),
-        A=c(DTYPES[anchor]),
-        S=c(DTYPES[state]),
-        D=c(DTYPES[delta_dtype_of(param)]),
-        T=c(tl.float64 if param == torch.float64 else tl.float32),
-        CHUNK=c(CHUNK),
-        LANES=c(lanes),
-        ROWS=c(by_rows),
-        TILE=c(4 * TILE if INTERPRETED else TILE),
-        VECTOR=c(vector),
-        CODE=c("" if INTERPRETED else sha256("".join(f.cache_key for f in functions).encode()).hexdigest()),
-    )
-
-
-def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
-    """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
-
-    Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
-    threads that an SM can hold be resident; the compiler for Blackwell needs 80, as do master weights and bfloat16
-    moments, and float64 and the sweeps of rows twice as many, to spill nothing.
-    """
-    backend, capability = gpu
-    options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
-    if backend == "cuda":
-        double, by_rows = variant.T.value == tl.float64, variant.ROWS.value
-        more = variant.MASTERED.value or variant.S.value != variant.T.value or capability >= 100
-        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 80 if more else 64
-    return options
-
-
-def gpu_of(device: torch.device) -> tuple[str, int]:
-    """What kernels are compiled for on this device, as options_of takes it."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "hip" if torch.version.hip else "cpu", 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return "cuda", 10 * major + minor
+def entries_of(base: Base, tensors: Sequence[StepTensors], firsts: Sequence[int]) -> list[Entry]:
+    """The tensors of a step as the kernels see them. firsts: each one's first segment."""
+    return [
+        Entry(of, index, first, tuple(of.state[key] for key in base.moments if key in of.state))
+        for index, (of, first) in enumerate(zip(tensors, firsts, strict=False))
+    ]
 
 
 class Table:
@@ -195,21 +120,22 @@ class Table:
         entries: list[Entry],
         grads: list[Tensor],
         hyper: Tensor,
-        live: dict[int, Tensor],
+        live: Mapping[int, Tensor],
     ) -> None:
         entries = sorted(entries, key=lambda e: not e.pulled_later)
-        device = entries[0].param.device
+        device = entries[0].of.param.device
         self.gpu = gpu_of(device)
-        used = sorted({e.rule for e in entries}, key=lambda rule: (not RULES[rule].measured, rule))
+        self.by_rows = entries[0].by_rows
+        rules = sorted({e.of.spec.rule.name for e in entries})
         self.variant = variant_of(
             base,
             dtypes,
-            states=(min(len(e.states) for e in entries), max(len(e.states) for e in entries)),
-            rules=tuple(used),
-            stochastic=any(e.dithered for e in entries),
-            anchored=(all(e.anchor is not None for e in entries), any(e.anchor is not None for e in entries)),
-            graded=bool(grads),
-            lanes=(32 if entries[0].by_rows else 8) * LANES if INTERPRETED else LANES,
+            states=(min(len(e.moments) for e in entries), max(len(e.moments) for e in entries)),
+            rules=tuple(rules),
+            stochastic=any(e.of.dithered for e in entries),
+            anchored=(all(e.of.anchor is not None for e in entries), any(e.of.anchor is not None for e in entries)),
+            has_grads=bool(grads),
+            lanes=(32 if self.by_rows else 8) * LANES if INTERPRETED else LANES,
         )
         counts = torch.tensor([e.chunks for e in entries], device="cpu")
         self.chunks = int(counts.sum())
@@ -218,25 +144,24 @@ class Table:
         rows = torch.zeros(len(entries), WIDTH.value, dtype=torch.int64, device="cpu")
         firsts = (counts.cumsum(0) - counts).tolist()
         for row, entry, first in zip(rows, entries, firsts, strict=True):
-            row[: len(COLUMNS)] = torch.tensor(_row(entry, first, used), device="cpu")
+            row[: len(COLUMNS)] = torch.tensor(entry.columns(first, rules), device="cpu")
         self.tensors = rows.to(device)
-        self.owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32, device="cpu"), counts).to(
-            device
-        )
-        self.partials = torch.full((3 * self.chunks,), torch.nan, dtype=torch.float64, device=device)
+        owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32, device="cpu"), counts)
+        self.owners = owners.to(device)
+        words = max(MEASURES.value, SURVEYED.value) * self.chunks
+        self.partials = torch.full((words,), torch.nan, dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
         self.counter = torch.zeros((), dtype=torch.int32, device=device)  # of all chunks
         self.squared = torch.zeros((), dtype=torch.float64, device=device)
-        self.by_rows = entries[0].by_rows
-        self.surveyed = any(e.rule in ("ftp", "mars_sp") for e in entries)
+        self.surveyed = any(RULES[rule].surveys for rule in rules)
         self.largest = torch.zeros(len(entries) if self.by_rows else 0, dtype=torch.int64, device=device)
         self.live = _live(hyper, live, device) if live else None
 
         self._pick = [e.index for e in entries]
         self._relaid = {
-            k: torch.empty_like(e.param, dtype=grads[e.index].dtype, requires_grad=False)
+            k: torch.empty_like(e.of.param, dtype=grads[e.index].dtype, requires_grad=False)
             for k, e in enumerate(entries if grads else ())
-            if not same_layout(grads[e.index], e.param)
+            if not same_layout(grads[e.index], e.of.param)
         }
         aligned = len(entries) + len(entries) % 2  # hyper begins at a multiple of 16 bytes
         self._grads = slice(0, len(entries))
@@ -246,7 +171,7 @@ class Table:
         self.hyper = self._row.device[self._hyper].view(torch.float64)
 
     def upload(self, grads: list[Tensor], hyper: Tensor, addresses: Addresses) -> None:
-        """Sends the addresses of this step's gradients, and its hyper-parameters, where they are not there already."""
+        """Sends the addresses of this step's gradients, and its hyper-parameters, unless they are there already."""
         host = self._row.host()
         if grads:
             here = [grads[k] for k in self._pick]
@@ -259,7 +184,7 @@ class Table:
 
 class DeviceRow:
     """A row of int64 on the device that the host rewrites without waiting for the copies under way: through a ring of
-    pinned buffers, each with an event that tells when its copy is done, and longer where none is free."""
+    pinned buffers, each with an event that tells when its copy is done. It grows when none is free."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.device = torch.zeros(words, dtype=torch.int64, device=device)
@@ -308,28 +233,7 @@ class DeviceRow:
         ), torch.cuda.Event() if self._cuda else None
 
 
-def _row(entry: Entry, first: int, rules: list[str]) -> list[int]:
-    """An entry's columns of the table, in the order of COLUMNS."""
-    states = [s.data_ptr() for s in entry.states]
-    return [
-        entry.param.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (entry.working, entry.anchor)),
-        *states, *[0] * (MAX_STATES - len(states)),
-        *(0 if t is None else t.data_ptr() for t in (entry.delta, entry.radius, entry.step)),
-        entry.param.numel(),
-        entry.rows,
-        entry.param.stride(0) if entry.rows > 1 and entry.param.numel() else max(entry.length, 1),
-        first,
-        entry.chunks,
-        entry.group,
-        rules.index(entry.rule),
-        entry.seed,
-        entry.dithered,
-        entry.segment,
-    ]  # fmt: skip
-
-
-def _live(hyper: Tensor, live: dict[int, Tensor], device: torch.device) -> Tensor:
+def _live(hyper: Tensor, live: Mapping[int, Tensor], device: torch.device) -> Tensor:
     """For each hyper-parameter the address of the tensor that holds it, plus 1 if that is float64; 0 for the table."""
     addresses = torch.zeros(hyper.numel(), dtype=torch.int64, device="cpu")
     for at, tensor in live.items():

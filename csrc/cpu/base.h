@@ -9,13 +9,12 @@ namespace robustft {
 
 // One row of the table that a step receives for each parameter group; the fields are the table's columns.
 #define ROBUSTFT_ADAMW_HYPER(X) \
-  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(amsgrad) ROBUSTFT_METHOD_HYPER(X)
+  X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(amsgrad) ROBUSTFT_METHOD_HYPER(X) ROBUSTFT_FLAGS(X)
 #define ROBUSTFT_SGD_HYPER(X) \
-  X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) ROBUSTFT_METHOD_HYPER(X)
-#define ROBUSTFT_STILL_HYPER(X) X(lr) ROBUSTFT_METHOD_HYPER(X)
-#define ROBUSTFT_METHOD_HYPER(X) \
-  X(strength) X(radius) X(k) X(radius_lr) X(radius_beta1) X(radius_beta2) X(maximize) X(anchored) \
-  X(stochastic_rounding) X(master_weights)
+  X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) ROBUSTFT_METHOD_HYPER(X) ROBUSTFT_FLAGS(X)
+#define ROBUSTFT_NO_STEP_HYPER(X) X(lr) ROBUSTFT_METHOD_HYPER(X) ROBUSTFT_FLAGS(X)
+#define ROBUSTFT_METHOD_HYPER(X) X(strength) X(radius) X(k) X(radius_lr) X(radius_beta1) X(radius_beta2)
+#define ROBUSTFT_FLAGS(X) X(maximize) X(anchored) X(stochastic_rounding) X(master_weights)
 #define ROBUSTFT_FIELD(name) double name;
 
 struct AdamWHyper {
@@ -26,8 +25,8 @@ struct SGDHyper {
   ROBUSTFT_SGD_HYPER(ROBUSTFT_FIELD)
 };
 
-struct StillHyper {
-  ROBUSTFT_STILL_HYPER(ROBUSTFT_FIELD)
+struct NoStepHyper {
+  ROBUSTFT_NO_STEP_HYPER(ROBUSTFT_FIELD)
 };
 #undef ROBUSTFT_FIELD
 
@@ -94,12 +93,12 @@ ROBUSTFT_INLINE Vec<T> penalized(T scale, T linear, T sign, Vec<T> d, Vec<T> gra
 
 // theta~ = theta; the pull of a sweep of its own, and the measures of one
 template <class T>
-struct Still {
+struct NoStep {
   static constexpr bool kMoves = false;
   static constexpr int kStates = 0;
   T sign;
 
-  Still(const StillHyper&, double, double sign) : sign(T(sign)) {}
+  NoStep(const NoStepHyper&, double, double sign) : sign(T(sign)) {}
 
   ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T>, Vec<T>*, bool) const { return param; }
 };

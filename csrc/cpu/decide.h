@@ -6,36 +6,32 @@
 #include <stdexcept>
 #include <string>
 
+#include "base.h"
 #include "measure.h"
 
 namespace robustft {
 
-// What a rule reads beside measures. radius: the group's, or the one that was learned.
+// The hyper-parameters that rules read. radius: the group's, or the one that was learned.
 struct Terms {
-  double strength, lr, radius;
+#define ROBUSTFT_FIELD(name) double name;
+  ROBUSTFT_FIELD(lr) ROBUSTFT_METHOD_HYPER(ROBUSTFT_FIELD)
+#undef ROBUSTFT_FIELD
 };
 
-// What is to be known of all rows of a tensor before its base step.
-enum class Survey : uint8_t { none, slope, largest_row };
+template <class Hyper>
+Terms terms_of(const Hyper& h) {
+  Terms terms;
+#define ROBUSTFT_COPY(name) terms.name = h.name;
+  ROBUSTFT_COPY(lr) ROBUSTFT_METHOD_HYPER(ROBUSTFT_COPY)
+#undef ROBUSTFT_COPY
+  return terms;
+}
+
+using Alpha = double (*)(const Measures&, const Terms&);
+// One step of the numbers that a rule learns, on the slope; the first number is the radius.
+using Learn = void (*)(double* numbers, double slope, double t, const Terms&);
 
 inline double keep(const Measures&, const Terms&) { return 1; }
-
-struct Rule {
-  const char* name;
-  Measuring measuring;  // none: alpha is known before the sweep
-  bool rows;            // segments are rows
-  double (*alpha)(const Measures&, const Terms&);
-  bool tied = false;  // one alpha for all rows of a tensor, that of its largest
-  Survey survey = Survey::none;
-  bool given = false;  // alpha is the caller's
-  bool couples = false;  // its penalty goes through the gradient, for all elements
-  bool tracks = false;   // the delta is kept
-
-  bool pulls() const { return alpha != keep; }
-  Penalty penalty(double strength) const {
-    return {couples ? strength : 0, survey == Survey::largest_row ? strength : 0, -1};
-  }
-};
 
 inline double l2sp(const Measures&, const Terms& t) { return 1 - std::min(1.0, t.strength * t.lr); }
 
@@ -66,51 +62,63 @@ constexpr double kRowEps = 1e-8;  // FTP's
 
 inline double ftp(const Measures& m, const Terms& t) { return within(row_norm(m) + kRowEps, t.radius); }
 
-constexpr Rule kRules[] = {
-    {"keep", Measuring::none, false, keep},
-    {"l2sp", Measuring::none, false, l2sp},
-    {"l2sp_coupled", Measuring::none, false, keep, false, Survey::none, false, true},
-    {"mars_sp", Measuring::none, false, keep, false, Survey::largest_row},
-    {"spd", Measuring::squares, false, spd},
-    {"spd_rows", Measuring::magnitudes, true, spd_rows},
-    {"project", Measuring::squares, false, project},
-    {"project_mars", Measuring::magnitudes, true, project_rows, true},
-    {"project_rows", Measuring::magnitudes, true, project_rows},
-    {"ftp", Measuring::magnitudes, true, ftp, false, Survey::slope, false, false, true},
-    {"observe", Measuring::squares, false, keep},
-    {"observe_rows", Measuring::magnitudes, true, keep},
-    {"track_rows", Measuring::magnitudes, true, keep, false, Survey::none, false, false, true},
-    {"given", Measuring::none, false, nullptr, false, Survey::none, true},
-    {"given_rows", Measuring::none, true, nullptr, false, Survey::none, true},
-};
-
-inline const Rule& rule_of(const std::string& name) {
-  for (const Rule& rule : kRules)
-    if (name == rule.name) return rule;
-  throw std::invalid_argument("robustft: the native backend knows no rule '" + name + "'");
-}
-
-// A learned radius, and the moments of its gradient; 0 before the first step.
-struct Radius {
-  double value, exp_avg, exp_avg_sq;
-};
-
-struct RadiusHyper {
-  double k, lr, beta1, beta2;
-};
-
-// One step of Adam on the slope; the first step only sets the radius, and a slope that is not finite does nothing.
-inline void learn(Radius& radius, double slope, double t, const RadiusHyper& h) {
+// A learned radius with the moments of its gradient, all 0 before the first step. One step of Adam on the slope; the
+// first step only sets the radius, and a slope that is not finite does nothing.
+inline void learn(double* numbers, double slope, double t, const Terms& h) {
   constexpr double kSmallest = 1e-8;
-  if (radius.value == 0) {
-    radius = {kSmallest, 0, 0};
+  double &radius = numbers[0], &exp_avg = numbers[1], &exp_avg_sq = numbers[2];
+  if (radius == 0) {
+    radius = kSmallest, exp_avg = 0, exp_avg_sq = 0;
   } else if (std::isfinite(slope)) {
     if (slope > 0) slope *= h.k;
-    radius.exp_avg = h.beta1 * radius.exp_avg + (1 - h.beta1) * slope;
-    radius.exp_avg_sq = h.beta2 * radius.exp_avg_sq + (1 - h.beta2) * slope * slope;
-    const double m = radius.exp_avg / (1 - std::pow(h.beta1, t)), v = radius.exp_avg_sq / (1 - std::pow(h.beta2, t));
-    radius.value = std::max(kSmallest, radius.value - h.lr * m / (std::sqrt(v) + 1e-8));
+    exp_avg = h.radius_beta1 * exp_avg + (1 - h.radius_beta1) * slope;
+    exp_avg_sq = h.radius_beta2 * exp_avg_sq + (1 - h.radius_beta2) * slope * slope;
+    const double m = exp_avg / (1 - std::pow(h.radius_beta1, t)), v = exp_avg_sq / (1 - std::pow(h.radius_beta2, t));
+    radius = std::max(kSmallest, radius - h.radius_lr * m / (std::sqrt(v) + 1e-8));
   }
 }
+
+// The functions of the rules that choose an alpha, by name. All other facts of a rule Python declares, in
+// methods.RULES.
+struct AlphaRow {
+  const char* name;
+  Alpha function;
+};
+constexpr AlphaRow kAlphas[] = {
+    {"l2sp", l2sp}, {"spd", spd}, {"spd_rows", spd_rows}, {"project", project},
+    {"project_mars", project_rows}, {"project_rows", project_rows}, {"ftp", ftp},
+};
+
+struct LearningRow {
+  const char* name;
+  Learn function;
+  int64_t numbers;  // how many it learns
+};
+constexpr LearningRow kLearnings[] = {{"ftp", learn, 3}};
+
+template <class Row, size_t n>
+const Row& row_of(const Row (&rows)[n], const std::string& name) {
+  for (const Row& row : rows)
+    if (name == row.name) return row;
+  throw std::invalid_argument("robustft: the native backend has no function for the rule '" + name + "'");
+}
+
+// What must be known of all rows of a tensor before its base step.
+enum class Survey : uint8_t { none, slope, largest_row };
+
+struct Rule {
+  Measuring measuring = Measuring::none;  // none: alpha is known before the sweep
+  bool by_rows = false;                   // segments are rows
+  bool tied = false;                      // one alpha for all rows of a tensor, that of its largest
+  bool given = false;                     // alpha is the caller's
+  bool pulls = false;                     // alpha can be other than 1
+  bool tracks = false;                    // the delta is kept
+  bool linear = false, sign = false;      // the penalty that goes through the gradient
+  Survey survey = Survey::none;
+  Alpha alpha = nullptr;
+  const LearningRow* learning = nullptr;
+
+  Penalty penalty(double strength) const { return {linear ? strength : 0, sign ? strength : 0, -1}; }
+};
 
 }  // namespace robustft

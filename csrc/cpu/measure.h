@@ -8,22 +8,49 @@
 
 namespace robustft {
 
-// The size of a segment is |.|^2 where it is a tensor, and the sum of magnitudes where it is a row.
+// The sums, in the order of methods.MEASURES: <g, d>; the size of d; the size of c less that of d, without cancellation.
+// The size of a tensor is |.|^2, that of a row the sum of magnitudes. A new measure is a name here and a line in
+// BlockMeasure::add.
+#define ROBUSTFT_MEASURES(X) X(grad_dot_delta) X(before) X(gain)
+#define ROBUSTFT_COUNT(name) +1
+constexpr int kMeasures = 0 ROBUSTFT_MEASURES(ROBUSTFT_COUNT);
+#undef ROBUSTFT_COUNT
+constexpr int kResults = kMeasures + 1;  // of a segment: its measures, and how often alpha was not 1
+
 struct Measures {
-  double grad_dot_delta = 0;  // <g, d>
-  double before = 0;          // the size of d
-  double gain = 0;            // the size of c less that of d, without the cancellation
+#define ROBUSTFT_FIELD(name) double name = 0;
+  ROBUSTFT_MEASURES(ROBUSTFT_FIELD)
+#undef ROBUSTFT_FIELD
+
+  void add(const Measures& from) {
+#define ROBUSTFT_ADD(name) name += from.name;
+    ROBUSTFT_MEASURES(ROBUSTFT_ADD)
+#undef ROBUSTFT_ADD
+  }
+  static Measures filled(double value) {
+    Measures all;
+#define ROBUSTFT_FILL(name) all.name = value;
+    ROBUSTFT_MEASURES(ROBUSTFT_FILL)
+#undef ROBUSTFT_FILL
+    return all;
+  }
+  static Measures read(const double* from) {
+    Measures all;
+#define ROBUSTFT_READ(name) all.name = *from++;
+    ROBUSTFT_MEASURES(ROBUSTFT_READ)
+#undef ROBUSTFT_READ
+    return all;
+  }
+  void write(double* to) const {
+#define ROBUSTFT_WRITE(name) *to++ = name;
+    ROBUSTFT_MEASURES(ROBUSTFT_WRITE)
+#undef ROBUSTFT_WRITE
+  }
 };
 
 enum class Measuring : uint8_t { none, squares, magnitudes };
 
 namespace {
-
-inline void add(Measures& to, const Measures& from) {
-  to.grad_dot_delta += from.grad_dot_delta;
-  to.before += from.before;
-  to.gain += from.gain;
-}
 
 // The sums of one block in T, in kLanes accumulators each, folded into double at its end.
 template <class T, Measuring kMeasuring>
@@ -42,12 +69,19 @@ class BlockMeasure {
 
   // `sign` turns g into the gradient of what the step minimizes. used: accumulators that are not 0.
   Measures fold(double sign, int used = kLanes) const {
-    return {sign * sum(grad_dot_delta_, used), sum(before_, used), sum(gain_, used)};
+    Measures sums;
+#define ROBUSTFT_SUM(name) sums.name = sum(name##_, used);
+    ROBUSTFT_MEASURES(ROBUSTFT_SUM)
+#undef ROBUSTFT_SUM
+    sums.grad_dot_delta *= sign;
+    return sums;
   }
 
  private:
   using Lanes = Vec<T>[kLanes / kWidth<T>];
-  Lanes grad_dot_delta_ = {}, before_ = {}, gain_ = {};
+#define ROBUSTFT_LANES(name) Lanes name##_ = {};
+  ROBUSTFT_MEASURES(ROBUSTFT_LANES)
+#undef ROBUSTFT_LANES
 
   static constexpr Integer<T> kSign = std::numeric_limits<Integer<T>>::min();
   static ROBUSTFT_INLINE Vec<T> magnitude(Vec<T> x) { return bit_cast<Vec<T>>(bit_cast<Vec<Integer<T>>>(x) & ~kSign); }

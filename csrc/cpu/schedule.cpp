@@ -43,22 +43,21 @@ class Pieces {
 
 Piece all_of(const Rows& rows) { return {0, rows.count, 0, rows.length}; }
 
-PerRow alpha_of(const Job& job) { return {job.alphas, !job.rule->rows}; }
+PerRow alpha_of(const Job& job) { return {job.alphas, !job.rule->by_rows}; }
 
-void record(const Job& job, int64_t segment, const Measures& m, double alpha) {
+void record(const Job& job, int64_t segment, Measures m, double alpha) {
+  if (!job.graded) m.grad_dot_delta = std::numeric_limits<double>::quiet_NaN();
+  double* const to = job.results + kResults * segment;
   job.alphas[segment] = alpha;
-  double* const to = job.measures + kMeasures * segment;
-  to[0] = job.graded ? m.grad_dot_delta : std::numeric_limits<double>::quiet_NaN();
-  to[1] = m.before;
-  to[2] = m.gain;
-  to[3] += alpha != 1;
+  m.write(to);
+  to[kMeasures] += alpha != 1;
 }
 
 void fold(std::vector<Measures>& found, int64_t parts) {
   if (parts == 1) return;
   for (size_t row = 0; row < found.size() / parts; ++row) {
     Measures sum;
-    for (int64_t part = 0; part < parts; ++part) add(sum, found[row * parts + part]);
+    for (int64_t part = 0; part < parts; ++part) sum.add(found[row * parts + part]);
     found[row] = sum;
   }
 }
@@ -78,7 +77,7 @@ void decide(const Job& job, const std::vector<Measures>& found) {
 }
 
 void pull(const Job& job, const Piece& piece) {
-  sweeps().still(job.param, {}, job.t, alpha_of(job), piece, Measuring::none, nullptr);
+  sweeps().no_step(job.param, {}, job.t, alpha_of(job), piece, Measuring::none, nullptr);
 }
 
 // Rows that need nothing of each other: step, measure, decide and pull a few at a time, while they are in the cache.
@@ -102,7 +101,7 @@ void survey(const Job& job, const Piece& piece, Measures* found) {
     seen.param = job.param.delta, seen.grad = job.param.grad;
   else
     seen.param = job.param.param, seen.working = job.param.working, seen.anchor = job.param.anchor;
-  sweeps().still(seen, {}, 0, {}, piece, Measuring::magnitudes, found);
+  sweeps().no_step(seen, {}, 0, {}, piece, Measuring::magnitudes, found);
 }
 
 void conclude_survey(Job& job, const std::vector<Measures>& found) {
@@ -110,8 +109,8 @@ void conclude_survey(Job& job, const std::vector<Measures>& found) {
   if (job.rule->survey == Survey::slope) {
     double slope = 0;
     for (int64_t i = 0; i < rows; ++i) slope += found[i].grad_dot_delta / (found[i].before + kRowEps);
-    learn(*job.radius, slope, job.t, job.radius_hyper);
-    job.terms.radius = job.radius->value;
+    job.rule->learning->function(job.learned, slope, job.t, job.terms);
+    job.terms.radius = job.learned[0];
   } else {
     int64_t largest = 0;
     for (int64_t i = 1; i < rows; ++i)
@@ -122,14 +121,14 @@ void conclude_survey(Job& job, const std::vector<Measures>& found) {
 
 // What is left once all segments are decided.
 void finish(const Job& job) {
-  if (!job.radius || job.segments() == 0) return;
+  if (!job.learned || job.segments() == 0) return;
   double largest = 0;
   for (int64_t i = 0; i < job.segments(); ++i) {
-    const double n = job.measures[kMeasures * i + 1] + job.measures[kMeasures * i + 2] + kRowEps;
+    const double n = row_norm(recorded(job, i)) + kRowEps;
     if (!std::isfinite(n)) return;
     largest = std::max(largest, n);
   }
-  job.radius->value = std::min(job.radius->value, largest);
+  job.learned[0] = std::min(job.learned[0], largest);
 }
 
 enum class Kind : uint8_t { whole, survey, step };
@@ -275,7 +274,7 @@ class Run {
   bool surveys(int j) const { return jobs_[j].rule->survey != Survey::none; }
   // Whether rows are pulled as soon as they are measured, or once the whole tensor is.
   static bool pulls_at_once(const Job& job, const Pieces& pieces) {
-    return job.rule->rows && !job.rule->tied && !pieces.split();
+    return job.rule->by_rows && !job.rule->tied && !pieces.split();
   }
   bool pulls_later(int j) const {
     return jobs_[j].rule->measuring != Measuring::none && !pulls_at_once(jobs_[j], Pieces(jobs_[j].param.rows));
@@ -378,7 +377,7 @@ void run(std::vector<Job>& jobs, const StepSweep& step) {
     if (job.rule->measuring != Measuring::none) continue;
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     for (int64_t i = 0; i < job.segments(); ++i)
-      record(job, i, {nan, nan, nan}, job.rule->given ? job.alphas[i] : job.rule->alpha({}, job.terms));
+      record(job, i, Measures::filled(nan), job.rule->given ? job.alphas[i] : job.rule->alpha({}, job.terms));
   }
   Run(jobs, step)();
 }

@@ -9,24 +9,24 @@
 
 namespace robustft {
 
-constexpr int kMeasures = 4;  // <g, d>, before, gain, and how often alpha was not 1
-
 // A tensor and what is to be done with it. Where the rule measures, sweep 1 measures and sweep 2 pulls; otherwise one
 // sweep does all. A survey goes before.
 struct Job {
   Param param;
   const Rule* rule;
   Terms terms;
-  RadiusHyper radius_hyper;
   double t;
   bool graded;       // whether there is a gradient
   int row;           // of the hyper-parameters' table
-  double* measures;  // kMeasures a segment, written: nan where the rule needs none
-  double* alphas;    // one a segment, written, or read where they are given
-  Radius* radius;    // where the rule learns one
+  double* results;   // kResults a segment, written; measures that the rule does not need are nan
+  double* alphas;    // one a segment, written, or read if they are given
+  double* learned;   // the numbers that the rule learns, if any; the first is the radius
 
-  int64_t segments() const { return rule->rows ? param.rows.count : 1; }
+  int64_t segments() const { return rule->by_rows ? param.rows.count : 1; }
 };
+
+// What the last step found of a segment.
+inline Measures recorded(const Job& job, int64_t segment) { return Measures::read(job.results + kResults * segment); }
 
 using StepSweep = std::function<void(const Job&, const PerRow& alpha, const Piece&, Measuring, Measures* found)>;
 

@@ -23,7 +23,7 @@ struct Sweeps {
   const char* isa;
   BaseSweep<AdamWHyper> adamw;
   BaseSweep<SGDHyper> sgd;
-  BaseSweep<StillHyper> still;
+  BaseSweep<NoStepHyper> no_step;
 };
 
 extern const Sweeps kBaseline;

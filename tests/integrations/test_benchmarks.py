@@ -2,13 +2,13 @@
 
 import pytest
 
-from robustft_kernels import ops
+import robustft_kernels as rft
 from tests.test_benchmarks import smoke
 
 pytest.importorskip("timm")
 
 
-@pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+@pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 def test_images_a_second(tmp_path):
     (row,) = smoke("end_to_end and ViT", tmp_path).rows
     assert set(row.contenders) == {"torch fused", "AdamSPD, eager", "AdamSPD"}

@@ -1,0 +1,32 @@
+"""What a backend tells of itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..core.contract import Run, StepTable
+
+KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to execute a step.
+
+    prepare: from a table of tensors to a function of their gradients.
+    missing: why it is not ready on this machine, or "".
+    device_type: the type of device whose tensors it serves; "" for any.
+    dtypes: those that it serves; none for any.
+    keeps_addresses: whether a prepared step refers to memory by address, on the device. It then counts steps there,
+        reads hyper-parameters from tensors there, and is void when a tensor of the state has moved.
+    not_chosen: why "auto" passes it over, or "".
+    """
+
+    name: str
+    prepare: Callable[[StepTable], Run]
+    missing: Callable[[], str]
+    device_type: Callable[[], str] = lambda: ""
+    dtypes: frozenset[torch.dtype] = frozenset()
+    keeps_addresses: bool = False
+    not_chosen: Callable[[], str] = lambda: ""

@@ -1,0 +1,42 @@
+"""The door to the native backend: the sweeps of csrc, on CPU tensors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.contract import Run, StepTable
+from .backend import KERNEL_DTYPES, Backend
+
+try:
+    from .. import _native
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    MISSING = f"the C++ extension cannot be imported ({error}); reinstall with a C++ compiler and torch at hand"
+else:
+    MISSING = ""
+ISA = "" if MISSING else _native.ISA  # the instruction set of its sweeps
+
+
+def prepare(table: StepTable) -> Run:
+    """The step of a table of CPU tensors. Raises RuntimeError naming the first tensor that does not fit."""
+    if MISSING:
+        raise RuntimeError(f"backend='native' is not available: {MISSING}")
+    run: Run = getattr(_native, f"prepare_{table.base.name}")(table)
+    return run
+
+
+def addresses(tensors: list[Tensor], out: Tensor) -> None:
+    """Writes where each tensor's memory begins to `out`, int64 on the CPU."""
+    if _native is not None:
+        _native.addresses(tensors, out)
+    else:
+        out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu"))
+
+
+def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> bytes | None:
+    """As step.fingerprint has it, in C++; None without the extension."""
+    return None if _native is None else _native.fingerprint(params, kept, addresses)
+
+
+BACKEND = Backend("native", prepare, lambda: MISSING, lambda: "cpu", KERNEL_DTYPES)

@@ -1,0 +1,367 @@
+"""The oracle: every step in plain torch, one tensor after the other, to be read beside the papers.
+
+Shares no code with a kernel. Runs on any device, never waits for it, and takes `arithmetic=torch.float64` to compute
+in double precision whatever the storage: measures are those of the weights as they are stored, so θ̃ is rounded to
+the parameter's dtype before it is measured, and float64 arithmetic does not hide that.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..core.bases import arithmetic_of
+from ..core.contract import StepTable, StepTensors
+from ..core.methods import MEASURES, Rule
+from .backend import Backend
+
+Row = Mapping[str, float]
+Measured = Mapping[str, Tensor]  # the measures by name, each with one number a segment
+
+
+def adamw_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
+    """θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε); m, v and its maximum move in place.
+
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2; amsgrad: Reddi et al.,
+    ICLR 2018.
+    """
+    assert t is not None
+    m, v, v_max = kept["exp_avg"], kept["exp_avg_sq"], kept.get("max_exp_avg_sq")
+    m.mul_(h["beta1"]).add_(g, alpha=1 - h["beta1"])
+    v.mul_(h["beta2"]).add_(g * g, alpha=1 - h["beta2"])
+    root = v if v_max is None else torch.maximum(v_max, v, out=v_max)
+    corrections = [1 - torch.tensor(h[beta], dtype=torch.float64, device=t.device) ** t for beta in ("beta1", "beta2")]
+    first, second = (c.to(theta.device, theta.dtype, non_blocking=True) for c in corrections)
+    return theta * (1 - h["lr"] * h["weight_decay"]) - h["lr"] / first * m / (root.sqrt() / second.sqrt() + h["eps"])
+
+
+def sgd_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
+    """θ̃ = θ − lr·b, with b ← μ·b + (1 − dampening)(g + wd·θ), at its first step g + wd·θ; b moves in place.
+
+    As torch.optim.SGD; Sutskever et al., ICML 2013.
+    """
+    g, b = g + h["weight_decay"] * theta, kept.get("momentum_buffer")
+    if b is None or t is None:
+        return theta - h["lr"] * g
+    later = h["momentum"] * b + (1 - h["dampening"]) * g
+    b.copy_(torch.where(t.to(b.device) > 1, later, g))
+    return theta - h["lr"] * (g + h["momentum"] * b if h["nesterov"] else b)
+
+
+def no_step(theta: Tensor, _: Tensor, __: dict[str, Tensor], ___: Tensor | None, ____: Row) -> Tensor:
+    """θ̃ = θ."""
+    return theta
+
+
+STEPS = {"adamw": adamw_base, "sgd": sgd_base, "no_step": no_step}
+
+
+def keep(m: Measured, _: Row) -> Tensor:
+    """α = 1."""
+    return torch.ones_like(m["before"])
+
+
+def l2sp(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·lr)."""
+    return torch.full_like(m["before"], 1 - min(1.0, h["strength"] * h["lr"]))
+
+
+def norm(m: Measured) -> Tensor:
+    """‖c‖ of each tensor, from ‖d‖² and ‖c‖² − ‖d‖²."""
+    return (m["before"] + m["gain"]).clamp(min=0).sqrt()
+
+
+def row_norm(m: Measured) -> Tensor:
+    """Σ|c| of each row, from Σ|d| and Σ|c| − Σ|d|."""
+    return m["before"] + m["gain"]
+
+
+def shrink(ratio: Tensor, m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
+    fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0) & ratio.isfinite()
+    return torch.where(fires, 1 - (h["strength"] * ratio).clamp(max=1), 1.0)
+
+
+def spd(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖, 0 when ‖c‖ = 0.
+
+    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
+    """
+    after = norm(m)
+    return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h)
+
+
+def spd_rows(m: Measured, h: Row) -> Tensor:
+    """`spd` of each row, with Σ|·| for ‖·‖."""
+    return shrink(m["gain"] / row_norm(m), m, h)
+
+
+def within(n: Tensor, radius: float | Tensor) -> Tensor:
+    """α = min(1, radius/n); 1 when n is not finite."""
+    return torch.where((n > radius) & n.isfinite(), radius / n, 1.0)
+
+
+def project(m: Measured, h: Row) -> Tensor:
+    """α = min(1, radius/‖c‖). Gouk et al., ICLR 2021, Section 3; Tian et al., "TPGM", CVPR 2023, Eq. 3."""
+    return within(norm(m), h["radius"])
+
+
+def project_rows(m: Measured, h: Row) -> Tensor:
+    """α = min(1, radius/nᵢ) of each row. Gouk et al., ICLR 2021, Section 3 (MARS)."""
+    return within(row_norm(m), h["radius"])
+
+
+def project_mars(m: Measured, h: Row) -> Tensor:
+    """α = min(1, radius/maxᵢ nᵢ), the same for all rows of a tensor; 1 when one is not finite. TPGM, Eq. 4."""
+    n = row_norm(m)
+    return within(n.max(), h["radius"]).expand_as(n) if len(n) else n
+
+
+def ftp(m: Measured, h: Row) -> Tensor:
+    """α = min(1, γ/nᵢ) of each row. Tian et al., "Fast Trainable Projection", NeurIPS 2023, Algorithm 1."""
+    return within(row_norm(m) + 1e-8, h["radius"])
+
+
+RULES: dict[str, Callable[[Measured, Row], Tensor]] = {
+    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_mars,
+    "project_rows": project_rows, "ftp": ftp,
+}  # fmt: skip
+
+
+def segments(tensor: Tensor, rule: Rule) -> Tensor:
+    """The segments of a tensor: rows of dimension 0 or the whole, flat."""
+    return tensor.flatten(1) if rule.by_rows and tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+def summands(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """What each element adds to each of `MEASURES`: to ⟨g,d⟩, to the size of d, and to what the step u adds to that,
+    c = d + u.
+
+    Sizes are ‖·‖², so that the gain is ⟨u, 2d + u⟩; of rows Σ|·|, so that it is Σ(|c| − |d|), ±u when no sign changes.
+    """
+    if rule.measures == "magnitudes":
+        before, gain = d.abs(), torch.where(u.abs() <= d.abs(), d.sign() * u, (d + u).abs() - d.abs())
+    else:
+        before, gain = d * d, u * (2 * d + u)
+    return {"grad_dot_delta": g * d, "before": before, "gain": gain}
+
+
+def measure(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """`MEASURES` of each segment, in float64."""
+    of_elements = summands(g, d, u, rule)
+    return {name: segments(of_elements[name], rule).sum(1, dtype=torch.float64) for name in MEASURES}
+
+
+def penalty(d: Tensor, rule: Rule, h: Row) -> Tensor | float:
+    """What the rule adds to the gradient at θ₀ + d.
+
+    Of ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3): strength·d. Of strength·maxᵢ nᵢ (Gouk et al., ICLR 2021,
+    Section 3): strength·sign(d) on the first row of largest nᵢ.
+    """
+    if rule.penalty == "linear":
+        return h["strength"] * d
+    if rule.penalty == "sign" and d.numel():
+        rows = d.flatten(1) if d.dim() > 1 else d.reshape(1, -1)
+        largest = torch.zeros_like(rows)
+        largest[rows.abs().sum(1, dtype=torch.float64).nan_to_num(nan=-1).argmax()] = 1
+        return h["strength"] * d.sign() * largest.reshape(d.shape)
+    return 0.0
+
+
+def slope_of(g: Tensor, delta: Tensor) -> Tensor:
+    """h = Σᵢ⟨gᵢ, cᵢ⟩/nᵢ over the rows, c being the last step's delta. FTP, NeurIPS 2023, Section 3.2."""
+    g_rows, rows = (of.double().flatten(1) if of.dim() > 1 else of.double().reshape(1, -1) for of in (g, delta))
+    return ((g_rows * rows).sum(1) / (rows.abs().sum(1) + 1e-8)).sum()
+
+
+def learn_radius(kept: Tensor, slope: Tensor, t: Tensor | None, h: Row) -> Tensor:
+    """γ and its moments M, V after one step of Adam on the slope h.
+
+    h ← k·h when h > 0; M ← β₁M + (1−β₁)h; V ← β₂V + (1−β₂)h²; γ ← max(1e-8, γ − lr·M̂/(√V̂ + 1e-8)). The first step
+    sets γ to 1e-8; an h that is not finite leaves all as it is. FTP, NeurIPS 2023, Section 3.2 and Algorithm 1.
+    """
+    assert t is not None
+    slope = torch.where(slope > 0, h["k"] * slope, slope)
+    radius, first, second = kept
+    first = h["radius_beta1"] * first + (1 - h["radius_beta1"]) * slope
+    second = h["radius_beta2"] * second + (1 - h["radius_beta2"]) * slope * slope
+    count = t.to(kept.device, torch.float64)
+    m, v = (
+        x / (1 - torch.tensor(h[beta], dtype=torch.float64, device=kept.device) ** count)
+        for x, beta in ((first, "radius_beta1"), (second, "radius_beta2"))
+    )
+    moved = torch.stack([(radius - h["radius_lr"] * m / (v.sqrt() + 1e-8)).clamp(min=1e-8), first, second])
+    fresh = torch.tensor([1e-8, 0, 0], dtype=torch.float64, device=kept.device)
+    return torch.where(radius == 0, fresh, torch.where(slope.isfinite(), moved, kept))
+
+
+LEARN = {"ftp": learn_radius}
+
+
+def mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on the uint32 that an int64 holds."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | None, phase: int) -> Tensor:
+    """A bfloat16 neighbour of each value, the upper with the probability of the distance from the lower.
+
+    Adds 16 random bits below the last bit that stays; they are a hash of seed, step, phase (0: θ̃, 1: the pull; 2 and 3:
+    the first moment and the second, of one hash the upper half and the lower) and the element's place in `param`'s
+    memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep Learning with Limited Numerical
+    Precision", ICML 2015, Section 3.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=param.device) if t is None else t.to(torch.int64)
+    key = mix(mix(seed >> 32 ^ mix(count * 4 + min(phase, 2))) ^ (seed & 0xFFFFFFFF)).to(param.device)
+    places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
+    places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
+    bits = mix(mix(places & 0xFFFFFFFF ^ key) + mix(key + (places >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF)
+    chance = bits & 0xFFFF if phase == 3 else bits >> 16
+    single = values.to(torch.float32)
+    bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    moved = (bits + chance & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return torch.where(single.isfinite(), moved, single).to(values.dtype)
+
+
+def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor]:
+    """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows (indices of dimension 0; one row below two dimensions), in float64.
+
+    Gouk et al., "Distance-Based Regularisation of Deep Networks for Fine-Tuning", ICLR 2021, Section 3 (MARS).
+    """
+    norms = []
+    for k, param in enumerate(params):
+        c = param.double() if anchors is None else param.double() - anchors[k].double()
+        norms.append(c.abs().flatten(1).sum(1) if c.dim() > 1 else c.abs().sum().reshape(1))
+    return norms
+
+
+class _Rounding:
+    """How a step's values become what `stored` can hold: rounded to nearest, or with a seed, stochastically."""
+
+    def __init__(self, stored: Tensor, seed: int | None, t: Tensor | None) -> None:
+        self.stored, self.t = stored, t
+        self.seed = seed if stored.dtype == torch.bfloat16 else None
+
+    def __call__(self, values: Tensor, phase: int) -> Tensor:
+        if self.seed is not None:
+            values = round_stochastically(values, self.stored, self.seed, self.t, phase)
+        return values.to(self.stored.dtype).to(values.dtype)
+
+
+class _Writer:
+    """Writes what a step found, or nothing where found_inf is set; never waits for the device to know."""
+
+    def __init__(self, found_inf: Tensor | None) -> None:
+        self.found_inf = found_inf
+
+    def __call__(self, target: Tensor, value: Tensor) -> None:
+        if self.found_inf is not None:
+            value = torch.where(self.found_inf.to(target.device) != 0, target, value.to(target.dtype))
+        target.copy_(value)
+
+
+@torch.no_grad()
+def step_(
+    table: StepTable,
+    grads: list[Tensor],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    arithmetic: torch.dtype | None = None,
+) -> None:
+    """One step with its pull for every tensor of the table; in `arithmetic`, or what the tensor is computed in.
+
+    Without gradients, if the base needs none, ⟨g,d⟩ is nan.
+    """
+    write = _Writer(found_inf)
+    rows = [dict(zip(table.base.hyper, values, strict=True)) for values in table.hyper.tolist()]
+    firsts = table.firsts
+    for k, of in enumerate(table.tensors):
+        h, grad, segments_of = rows[of.row], grads[k] if grads else None, slice(firsts[k], firsts[k + 1])
+        _step_one(table, of, grad, h, segments_of, grad_scale, write, arithmetic or arithmetic_of(of.param.dtype))
+
+
+def _step_one(
+    table: StepTable,
+    of: StepTensors,
+    grad: Tensor | None,
+    h: Row,
+    at: slice,
+    grad_scale: Tensor | None,
+    write: _Writer,
+    dtype: torch.dtype,
+) -> None:
+    base, rule, spec = table.base, of.spec.rule, of.spec
+    results, alphas = table.results[at], table.alphas[at]
+    t = None if of.step is None else of.step + base.moves
+    work = {key: kept.to(torch.float64 if key == rule.learns else dtype, copy=True) for key, kept in of.state.items()}
+    theta = of.param.to(dtype)
+    stored = of.param
+    if (master := of.state.get("master")) is not None:  # it counts as long as it is what the parameter shows
+        stored = master
+        theta = torch.where(master.to(of.param.dtype) == of.param, master.to(dtype), theta)
+    theta_0 = torch.zeros_like(theta) if of.anchor is None else of.anchor.to(dtype)
+    g = torch.zeros_like(theta)
+    if grad is not None:
+        g = grad.to(dtype) * (-1 if h["maximize"] else 1)
+        g = g if grad_scale is None else g / grad_scale.to(g.device, dtype)
+    if rule.learns:
+        learned = LEARN[rule.name](work[rule.learns], slope_of(g, work["delta"]), t, h)
+        work[rule.learns] = learned
+        h = {**h, "radius": learned[0]}  # type: ignore[dict-item]
+    moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
+
+    rounded = _Rounding(stored, of.seed if spec.stochastic_rounding else None, t)
+    found = dict.fromkeys(MEASURES, torch.full_like(alphas, torch.nan))
+    if rule.measures:
+        moved = rounded(moved, phase=0)
+        found = measure(g, theta - theta_0, moved - theta, rule)
+        if grad is None:
+            found["grad_dot_delta"] = torch.full_like(alphas, torch.nan)
+    choose = RULES[rule.name] if rule.pulls and not rule.given else keep
+    alpha = alphas.clone() if rule.given else choose(found, h)
+    if rule.tracks:
+        work["delta"] = moved - theta_0
+    if rule.learns:
+        radius = work[rule.learns][0].clone()
+        largest = (row_norm(found) + 1e-8).amax() if len(alphas) else alphas.new_tensor(torch.inf)
+        work[rule.learns][0].copy_(torch.where(largest.isfinite(), radius.minimum(largest), radius))
+    scale = alpha.to(dtype).reshape([-1, *[1] * (theta.dim() - 1)] if theta.dim() else [])
+    pulled = torch.where(scale == 0, theta_0, theta_0 + scale * (moved - theta_0))
+    pulled = torch.where(scale == 1, moved, pulled)
+    if rule.measures:
+        new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
+    else:
+        new = rounded(pulled, phase=0 if base.moves else 1)
+    write(of.param, new.to(stored.dtype))
+    if master is not None:
+        work["master"] = new
+    for phase, key in enumerate(list(base.moments)[:2], start=2):
+        if key in work and of.state[key].dtype == torch.bfloat16:
+            work[key] = round_stochastically(work[key], of.state[key], of.seed, t, phase)
+    selected = results[:, len(MEASURES)] + (alpha != 1)
+    write(results, torch.stack([*(found[name] for name in MEASURES), selected], dim=1))
+    write(alphas, alpha)
+    for key, kept in of.state.items():
+        write(kept, work[key])
+    if of.step is not None:
+        assert t is not None
+        write(of.step, t)
+
+
+class PreparedStep:
+    """`step_` of a table, as a function of the gradients."""
+
+    def __init__(self, table: StepTable) -> None:
+        self._table = table
+
+    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        step_(self._table, grads, grad_scale, found_inf)
+
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """Σ g² over all gradients, in float64."""
+        return torch.stack([(g.double() ** 2).sum() for g in grads]).sum()
+
+
+BACKEND = Backend("reference", PreparedStep, lambda: "")

@@ -1,0 +1,49 @@
+"""The door to the Triton kernels, on CUDA and ROCm tensors; in Triton's interpreter, on CPU tensors."""
+
+import importlib.util
+import os
+from functools import partial
+
+import torch
+
+from ..core.contract import Run, StepTable
+from .backend import KERNEL_DTYPES, Backend
+from .native import addresses
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors, which is slow and for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing() -> str:
+    """Why the kernels cannot run here, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    return ""
+
+
+def prepare(table: StepTable, *, tickets: bool) -> Run:
+    """The step of a table. tickets: in one launch. Raises ValueError naming the first tensor that does not fit."""
+    from ..triton_kernels.launch import PreparedStep
+
+    run: Run = PreparedStep(table, addresses=addresses, tickets=tickets)
+    return run
+
+
+def _form(name: str, tickets: bool) -> Backend:
+    return Backend(
+        name,
+        partial(prepare, tickets=tickets),
+        missing,
+        lambda: "cpu" if interpreted() else "cuda",
+        KERNEL_DTYPES,
+        keeps_addresses=True,
+        not_chosen=lambda: "its interpreter is for tests" if interpreted() else "",
+    )
+
+
+TWO_LAUNCHES = _form("triton", tickets=False)
+ONE_LAUNCH = _form("triton_tickets", tickets=True)

@@ -1,0 +1,200 @@
+"""The base optimizers as the backends see them: hyper-parameters, state, and what a group asks of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .methods import LEARNED, METHOD_HYPER, RULES, Rule, method_of, rule_of
+from .ranges import BELOW_1, FINITE, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, check_number
+
+Group = dict[str, Any]  # a parameter group, as torch.optim has it
+
+FLAGS = ("maximize", "anchored", "stochastic_rounding", "master_weights")
+STATE_DTYPES = (torch.float32, torch.bfloat16)  # that moments may have when the arithmetic is float32
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group asks for, but for its numbers, which a schedule may change: a plan is made for it.
+
+    anchored: whether its parameters have an anchor, not zero. amsgrad, momentum: whether the base keeps that state.
+    """
+
+    rule: Rule
+    anchored: bool = False
+    amsgrad: bool = False
+    momentum: bool = False
+    stochastic_rounding: bool = False
+    master_weights: bool = False
+    state_dtype: torch.dtype = torch.float32
+    anchor_device: str | None = None
+    seed: int = 0
+    capturable: bool = False
+
+    def under(self, rule: Rule) -> "GroupSpec":
+        """The same under another rule."""
+        return self if rule is self.rule else replace(self, rule=rule)
+
+
+def spec_of(group: Mapping[str, Any]) -> GroupSpec:
+    """A group, resolved. Raises ValueError for an unknown method, or a norm that its method does not have."""
+    return GroupSpec(
+        rule_of(group["method"], group["norm"]),
+        is_anchored(group),
+        amsgrad=bool(group.get("amsgrad", False)),
+        momentum=bool(group.get("momentum", 0) != 0),
+        stochastic_rounding=bool(group.get("stochastic_rounding", False)),
+        master_weights=bool(group.get("master_weights", False)),
+        state_dtype=group.get("state_dtype", torch.float32),
+        anchor_device=group.get("anchor_device"),
+        seed=group.get("seed", 0),
+        capturable=bool(group.get("capturable", False)),
+    )
+
+
+def is_anchored(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a group have anchors, and those are not zero."""
+    return method_of(group["method"]).anchored and group["anchor"] != "zero"
+
+
+Needed = Callable[[GroupSpec, torch.dtype], bool]  # whether a parameter of a group and of this dtype has something
+
+
+def _has_master(spec: GroupSpec, dtype: torch.dtype) -> bool:
+    return spec.master_weights and dtype.itemsize == 2
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base optimizer, as the backends see it.
+
+    own: its own hyper-parameters. moments: the moments it keeps for a parameter, and by which each is needed.
+    counted: which parameters keep a step count.
+    moves: whether it makes a step at all.
+    """
+
+    name: str
+    own: tuple[str, ...]
+    moments: Mapping[str, Needed]
+    counted: Needed
+    moves: bool = True
+
+    @property
+    def hyper(self) -> tuple[str, ...]:
+        """The columns of a group's row of hyper-parameters."""
+        return (*self.own, *METHOD_HYPER, *FLAGS)
+
+    @property
+    def state(self) -> dict[str, Needed]:
+        """The tensors that it and the methods keep for a parameter, and by which each is needed."""
+        return {**self.moments, **(_KEPT if self.moves else {"master": _has_master})}
+
+
+_KEPT: dict[str, Needed] = {
+    "delta": lambda spec, _: spec.rule.tracks,
+    **{key: lambda spec, _, key=key: spec.rule.learns == key for key in LEARNED},  # type: ignore[misc]
+    "master": _has_master,
+}
+ADAMW = Base(
+    "adamw",
+    own=("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad"),
+    moments={
+        "exp_avg": lambda *_: True,
+        "exp_avg_sq": lambda *_: True,
+        "max_exp_avg_sq": lambda spec, _: spec.amsgrad,
+    },
+    counted=lambda *_: True,
+)
+SGD = Base(
+    "sgd",
+    own=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    moments={"momentum_buffer": lambda spec, _: spec.momentum},
+    counted=lambda spec, _: spec.momentum or spec.rule.tracks or spec.stochastic_rounding,
+)
+# θ̃ = θ: measures or pulls alone. Gradients may be left out, and ⟨g,d⟩ is then nan. It counts no steps, but its random
+# bits are those of the step before it.
+NO_STEP = Base("no_step", own=("lr",), moments={}, counted=lambda spec, _: spec.stochastic_rounding, moves=False)
+BASES = (ADAMW, SGD, NO_STEP)
+
+
+def hyper_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> dict[str, Any]:
+    """The hyper-parameters of a group by their columns, as numbers, flags or tensors: the one road that they take.
+
+    What neither the base nor the rule reads is 0. Raises ValueError when the rule reads a radius that is not above 0.
+    """
+    read = {*FLAGS, *spec.rule.reads, *(base.own if base.moves else ())}
+    values = {**group, **{flag: getattr(spec, flag) for flag in FLAGS if flag != "maximize"}}
+    values["maximize"] = group.get("maximize", False)
+    for key, pair in (("betas", ("beta1", "beta2")), ("radius_betas", ("radius_beta1", "radius_beta2"))):
+        if read.issuperset(pair):
+            values.update(zip(pair, group[key], strict=True))
+    if "radius" in read:
+        check_number("radius", values["radius"], POSITIVE, f"method {group['method']!r}", read=False)
+    return {column: values[column] if column in read else 0.0 for column in base.hyper}
+
+
+RANGES = {
+    "lr": NOT_NEGATIVE, "eps": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "momentum": NOT_NEGATIVE,
+    "dampening": FINITE, "strength": NOT_NEGATIVE, "radius": POSITIVE, "k": FROM_0_TO_1, "radius_lr": NOT_NEGATIVE,
+}  # fmt: skip
+
+
+def check_hyper(group: Group) -> None:
+    """Raises ValueError naming the first hyper-parameter of a group that is out of its range."""
+    reads = rule_of(group["method"], group["norm"]).reads
+    for key, within in RANGES.items():
+        needed_by = f"method {group['method']!r}" if key in reads else ""
+        if group.get(key) is not None or needed_by:
+            check_number(key, group.get(key), within, needed_by)
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']!r}")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
+    for key in ("betas", "radius_betas"):
+        if len(group.get(key, (0, 0))) != 2:
+            raise ValueError(f"{key} must be two numbers, got {group[key]}")
+        for i, beta in enumerate(group.get(key, ())):
+            check_number(f"{key}[{i}]", beta, BELOW_1)
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs a momentum above 0 and dampening=0")
+
+
+def spec_of_hyper(base: Base, values: Mapping[str, float], rule: str) -> GroupSpec:
+    """What a row of hyper-parameters and the name of a rule say. Raises ValueError for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"robustft: there is no rule {rule!r}; the rules are {', '.join(RULES)}")
+    anchored, amsgrad, momentum, stochastic_rounding, master_weights = (
+        bool(values.get(flag, 0))
+        for flag in ("anchored", "amsgrad", "momentum", "stochastic_rounding", "master_weights")
+    )
+    return GroupSpec(RULES[rule], anchored, amsgrad, momentum, stochastic_rounding, master_weights)
+
+
+def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter of `dtype` is computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def delta_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of FTP's c. It serves as a direction, for which bfloat16 is enough, with the range of float32."""
+    return torch.float64 if dtype == torch.float64 else torch.bfloat16
+
+
+def state_dtype_of(key: str, dtype: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the state `key` of a parameter of `dtype`: learned numbers in float64, master weights in float32,
+    the delta in bfloat16, moments in `state_dtype`; delta and moments of float64 parameters in float64."""
+    if key in LEARNED:
+        return torch.float64
+    if key == "delta":
+        return delta_dtype_of(dtype)
+    if key == "master":
+        return torch.float32
+    return torch.float64 if dtype == torch.float64 else state_dtype
+
+
+def state_shape_of(key: str, param: Tensor) -> tuple[int, ...]:
+    """The shape of the state `key` of a parameter."""
+    return (len(LEARNED[key]),) if key in LEARNED else tuple(param.shape)

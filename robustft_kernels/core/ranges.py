@@ -1,0 +1,56 @@
+"""The ranges of numbers that a user gives: one check, one way to say what is allowed."""
+
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`. above, below: whether that end itself is left out. finite: whether infinity is.
+
+    nan is in no range.
+    """
+
+    low: float = 0
+    high: float = inf
+    above: bool = False
+    below: bool = False
+    finite: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        high_enough = value > self.low if self.above else value >= self.low
+        low_enough = value < self.high if self.below else value <= self.high
+        return high_enough and low_enough and (isfinite(value) or not self.finite)
+
+    def __str__(self) -> str:
+        if self.high < inf:
+            return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+        return f"{'finite and ' if self.finite else ''}{'above' if self.above else 'at least'} {self.low}"
+
+
+NOT_NEGATIVE = Range()
+POSITIVE = Range(above=True)
+FROM_0_TO_1 = Range(high=1)
+BELOW_1 = Range(high=1, below=True)
+FINITE = Range(low=-inf)
+
+
+def check_number(name: str, value: Any, within: Range, needed_by: str = "", *, read: bool = True) -> None:
+    """Raises ValueError naming the argument when `value` is not one number of the range.
+
+    needed_by: who needs it, if None is no choice. read: whether to read a tensor, for which the host waits.
+    """
+    if value is None and needed_by:
+        raise ValueError(f"{needed_by} needs {name}, {within}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+        if not read:
+            return
+        value = float(value)
+    if value not in within:
+        allowed = "finite" if within is FINITE else within
+        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -1,0 +1,182 @@
+"""Parameters that are spread over processes: DTensor, as FSDP2 and tensor parallelism make them. Which part of each
+is here, and what its segments come to over all parts."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .methods import Rule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; imports nothing to know."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether of any of them there may be another part elsewhere."""
+    return any(is_dtensor(t) and any(not p.is_replicate() for p in t.placements) for t in tensors)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is here, in its own memory; any other tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    here: Any = tensor.to_local()  # type: ignore[attr-defined]
+    return here.wait() if hasattr(here, "wait") else here  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
+    """`tensor`, a whole one on every process or a DTensor, spread as `param` is; the parts of a whole one are views."""
+    if not is_dtensor(param):
+        return whole(tensor)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(param, DTensor)
+    if isinstance(tensor, DTensor):
+        same = tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
+        return tensor if same else tensor.redistribute(param.device_mesh, param.placements)
+    return distribute_tensor(tensor.detach(), param.device_mesh, param.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts, in every process that has one."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def agree(flag: bool, params: Iterable[Tensor]) -> bool:
+    """Whether a flag is set in all processes that have a part of any of these."""
+    for mesh in _meshes(params):
+        value = torch.tensor(float(flag), device=mesh.device_type)
+        _reduce(value, mesh, "MIN")
+        flag = bool(value)
+    return flag
+
+
+def any_infinite(found_inf: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """`found_inf` as the processes that have parts or replicas of these have it together."""
+    found_inf = local(found_inf).clone()
+    for mesh in dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)):  # type: ignore[attr-defined]
+        _reduce(found_inf, mesh, "MAX")
+    return found_inf
+
+
+def total(squares: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The sum over all parts of all tensors, from what each part here comes to; one all-reduce a mesh."""
+    weights = [_weight(param) for param in params]
+    stacked = torch.stack(list(squares)).double() * torch.tensor(weights, dtype=torch.float64).to(squares[0].device)
+    sums = torch.zeros((), dtype=torch.float64, device=stacked.device)
+    meshes = _meshes(params)
+    for mesh in meshes:
+        on_mesh = [k for k, param in enumerate(params) if _mesh_of(param) is mesh]
+        part = stacked[on_mesh].sum()
+        _reduce(part, mesh, "SUM")
+        sums = sums + part
+    apart = [k for k, param in enumerate(params) if _mesh_of(param) is None]
+    return sums + stacked[apart].sum()
+
+
+class Segments:
+    """The segments of tensors some of which are spread, under a rule each.
+
+    counts: how many each tensor has, over all its parts. here: how many of them this process has a part of.
+
+    A row may lie here whole or in part; a tensor that is no DTensor is here whole, and the same in every process.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rules: Sequence[Rule]) -> None:
+        device = local(params[0]).device if params else torch.device("cpu")
+        self.counts = [rule.segments_of(param.shape) for param, rule in zip(params, rules, strict=True)]
+        self.here = [rule.segments_of(local(param).shape) for param, rule in zip(params, rules, strict=True)]
+        starts = [sum(self.counts[:k]) for k in range(len(params))]
+        places, weights = [], []
+        by_mesh: dict[Any, list[Tensor]] = {}
+        for param, rule, start, n, whole in zip(params, rules, starts, self.here, self.counts, strict=True):
+            first = start + (_first_row(param) if rule.by_rows and param.dim() > 1 else 0)
+            places.append(torch.arange(first, first + n, device="cpu"))
+            weights.append(torch.full((n,), _weight(param), dtype=torch.float64, device="cpu"))
+            by_mesh.setdefault(_mesh_of(param), []).append(torch.arange(start, start + whole, device="cpu"))
+        self._places = torch.cat([*places, torch.zeros(0, dtype=torch.int64, device="cpu")]).to(device)
+        self._weights = torch.cat([*weights, torch.zeros(0, dtype=torch.float64, device="cpu")]).to(device)[:, None]
+        self._spread = [(mesh, torch.cat(of).to(device)) for mesh, of in by_mesh.items() if mesh is not None]
+        self._all_of_one = len(by_mesh) == 1
+
+    def whole(self, parts: Tensor) -> Tensor:
+        """From the sums over what is here, [segments here, k] in float64, those over all parts, [segments, k]: one
+        all-reduce a mesh, packed. The same bits in every process."""
+        sums = parts.new_zeros(sum(self.counts), parts.shape[1])
+        sums[self._places] = parts * self._weights
+        for mesh, of_mesh in self._spread:
+            if self._all_of_one:
+                _reduce(sums, mesh, "SUM")
+            else:
+                packed = sums[of_mesh]
+                _reduce(packed, mesh, "SUM")
+                sums[of_mesh] = packed
+        return sums
+
+    def parts(self, whole: Tensor) -> Tensor:
+        """Of what is known of all segments that of those here."""
+        return whole[self._places]
+
+
+def placement_of(tensor: Tensor) -> object:
+    """What tells how a DTensor is spread; None of another tensor."""
+    return (id(tensor.device_mesh), tensor.placements) if is_dtensor(tensor) else None  # type: ignore[attr-defined]
+
+
+def _mesh_of(param: Tensor) -> "DeviceMesh | None":
+    """The mesh that a parameter is spread over; None where all of it is here."""
+    return param.device_mesh if any_sharded([param]) else None  # type: ignore[attr-defined]
+
+
+def _meshes(params: Iterable[Tensor]) -> "list[DeviceMesh]":
+    return list(dict.fromkeys(mesh for mesh in map(_mesh_of, params) if mesh is not None))
+
+
+def _weight(param: Tensor) -> float:
+    """1 if what is here counts, 0 if it is a replica of what counts elsewhere."""
+    if _mesh_of(param) is None:
+        return 1.0
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    coordinates = mesh.get_coordinate()
+    for place, coordinate in zip(placements, coordinates, strict=True):
+        if place.is_partial():
+            raise ValueError(f"a parameter is placed as {placements}; a partial sum cannot be stepped")
+        if place.is_replicate() and coordinate:
+            return 0.0
+    return 1.0
+
+
+def _first_row(param: Tensor) -> int:
+    """The place of the first row here among all."""
+    if _mesh_of(param) is None:
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return int(offset[0])
+
+
+def _reduce(values: Tensor, mesh: "DeviceMesh", how: str) -> None:
+    """An all-reduce over a mesh, in place: one, where it is the whole world or has one dimension."""
+    import torch.distributed as dist
+
+    if mesh.size() == 1:
+        return
+    op = getattr(dist.ReduceOp, how)
+    if mesh.size() == dist.get_world_size():
+        dist.all_reduce(values, op)
+        return
+    for dim in range(mesh.ndim):
+        dist.all_reduce(values, op, group=mesh.get_group(dim))

@@ -1,0 +1,138 @@
+"""What outlives a step: the tensors that a parameter keeps, their dtypes and layouts, and how they are loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import Base, GroupSpec, state_dtype_of, state_shape_of
+from .methods import LEARNED
+from .sharding import placed_as, placement_of
+
+ParamState = dict[str, Any]
+DIGEST_BYTES = 32  # of SHA-256
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal offsets in memory hold equal indices; strides of dimensions of size 1 do not matter."""
+    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return a.numel() == 0 or all(p == q for p, q, size in strides if size != 1)
+
+
+def beside(param: Tensor, value: Tensor) -> Tensor:
+    """`value` on `param`'s device in its memory layout: itself where it is so already, else a copy."""
+    if value.device == param.device and same_layout(value, param) and placement_of(value) == placement_of(param):
+        return value
+    return copy_beside(param, value)
+
+
+def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of `value` on `param`'s device in its memory layout."""
+    copy = torch.empty_like(param, dtype=dtype or value.dtype, requires_grad=False)
+    return copy.copy_(placed_as(value.detach(), param))
+
+
+def is_reachable(anchor: Tensor, param: Tensor) -> bool:
+    """Whether a step on `param` can read `anchor` where it is: on its device, or in host memory pinned for it."""
+    return anchor.device == param.device or (anchor.device.type == "cpu" and anchor.is_pinned())
+
+
+def keep_anchor(
+    param: Tensor, anchor: Tensor, dtype: torch.dtype | None, device: str | None, *, copy: bool = False
+) -> Tensor:
+    """`anchor` in `param`'s memory layout, on its device (None) or in host memory ("cpu"), pinned where a GPU is to
+    read it, and of `dtype` (None: its own); itself where it is so already, else, or with `copy`, a copy."""
+    dtype = dtype or anchor.dtype
+    there = param.device if device is None else torch.device(device)
+    pin = there.type == "cpu" and param.device.type == "cuda"
+    anchor = placed_as(anchor, param)
+    fits = anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
+    if fits and not copy and (not pin or anchor.is_pinned()):
+        return anchor
+    kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
+    return kept.copy_(anchor.detach())
+
+
+def weights_of(param: Tensor, kept: ParamState) -> Tensor:
+    """What the next step begins from: the master, where the parameter still shows it."""
+    master = kept.get("master")
+    return param if master is None else torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
+
+
+def fill_state(param: Tensor, kept: ParamState, base: Base, spec: GroupSpec, steps_on: torch.device) -> None:
+    """Adds what a parameter of such a group keeps and `kept` lacks: zeros, and for master weights the weights. Brings
+    what is there to the parameter's device and memory layout.
+
+    The step count is a float32 on `steps_on`.
+    """
+    for key, needed in base.state.items():
+        if not needed(spec, param.dtype):
+            if key == "master":
+                kept.pop(key, None)
+            continue
+        dtype = state_dtype_of(key, param.dtype, spec.state_dtype)
+        if key in LEARNED:
+            zeros = torch.zeros(state_shape_of(key, param), dtype=dtype, device=param.device)
+            kept[key] = kept.get(key, zeros).to(param.device)
+        elif key in kept:
+            kept[key] = beside(param, kept[key].to(dtype))
+        elif key == "master":
+            kept[key] = copy_beside(param, param, dtype)
+        else:
+            kept[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            if key == "momentum_buffer":
+                kept.pop("step", None)  # it counts the updates of the buffer
+    if base.counted(spec, param.dtype):
+        count = kept.get("step", torch.zeros((), dtype=torch.float32, device=steps_on))
+        kept["step"] = count.to(steps_on)
+    if "anchor" in kept:
+        kept["anchor"] = keep_anchor(param, kept["anchor"], None, spec.anchor_device)
+
+
+def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError when a saved tensor does not have the shape that this parameter's has."""
+    for key, value in saved.items():
+        expected = (DIGEST_BYTES,) if key == "anchor_digest" else state_shape_of(key, param)
+        if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != expected:
+            raise ValueError(
+                f"loaded state {key!r} of {label} has shape {tuple(value.shape)}, the parameter's is {expected}: "
+                "the checkpoint belongs to another model, or its parameters come in another order"
+            )
+
+
+def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tensor | None) -> ParamState:
+    """A copy of one parameter's saved state, in the dtypes that are kept here. The anchor keeps the dtype in which it
+    was saved. If it is `present`, the anchor that is here, it is not copied, so that moving a state does not double it.
+
+    Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count.
+    """
+    loaded: ParamState = {}
+    for key, value in saved.items():
+        if value is None or key == "anchor_digest":
+            continue
+        if key == "step":
+            loaded[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+        elif key in LEARNED:
+            loaded[key] = value.to(param.device, torch.float64, copy=True)
+        elif key == "anchor" and present is not None and value.data_ptr() == present.data_ptr():
+            loaded[key] = present
+        elif key == "anchor":
+            loaded[key] = keep_anchor(param, value, None, spec.anchor_device, copy=True)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            loaded[key] = copy_beside(param, value, state_dtype_of(key, param.dtype, spec.state_dtype))
+        else:
+            loaded[key] = value
+    if "momentum_buffer" in loaded:
+        loaded.setdefault("step", torch.ones((), dtype=torch.float32, device="cpu"))
+    return loaded

@@ -1,0 +1,1 @@
+"""The optimizers, and the wrapper around the optimizers of others."""

@@ -1,0 +1,256 @@
+"""What `Anchored` does around a step that is not ours: measure before it, measure after it, decide α, pull."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import registry
+from ..core import state
+from ..core.bases import NO_STEP, RANGES, Group, GroupSpec, is_anchored
+from ..core.contract import StepTensors, empty_results
+from ..core.methods import MEASURES, METHODS, RULES, Rule, rule_of
+from ..core.ranges import check_number
+from ..core.sharding import Segments, any_infinite, any_sharded, local, placed_as
+from ..step.decide import decide
+from ..step.fingerprint import fingerprint
+from ..step.hyper import HyperTable, tensors_of, terms_of
+from ..step.launch import Share, label_of, shard_of
+from ..step.no_step import NoStep, half_of, observed, pulled
+from ..step.results import Results, carried_over, write
+
+SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
+METHODS_AROUND = [name for name, of in METHODS.items() if all(RULES[rule].goes_around for rule in of.rules.values())]
+BEFORE, GAIN = (MEASURES.index(name) for name in ("before", "gain"))
+
+
+class Around:
+    """Both halves for all groups, prepared: a launch for each device.
+
+    anchors: of each parameter that has one; brought to the layout of the parameter. results: of earlier steps.
+
+    Raises ValueError or RuntimeError naming a setting or a parameter with which no step can be made.
+    """
+
+    def __init__(self, groups: list[Group], anchors: dict[Tensor, Tensor], backend: str, results: Results) -> None:
+        by_device: dict[torch.device, list[Share]] = {}
+        for group in groups:
+            if missing := [key for key in SETTINGS if key not in group]:
+                raise RuntimeError(f"a group has no {missing[0]!r}: add groups with Anchored.add_param_group")
+            check_settings(group)
+            of_group: dict[torch.device, list[int]] = {}
+            for k, param in enumerate(group["params"]):
+                if param.grad is not None and group["method"] != "none":
+                    _check(group, k, anchors)
+                    of_group.setdefault(param.device, []).append(k)
+            for device, places in of_group.items():
+                by_device.setdefault(device, []).append(Share(group, _spec(group), places))
+        self.results = dict(results)
+        self.launches = [_Launch(of, anchors, backend, device, self.results) for device, of in by_device.items()]
+        self._structure, self._fingerprint = _structure(groups), _fingerprint(groups)
+
+    def holds_for(self, groups: list[Group]) -> bool:
+        """Whether parameters, gradients (addresses aside) and rules are what they were."""
+        return bool(self._fingerprint == _fingerprint(groups) and self._structure == _structure(groups))
+
+    def measure(self, grad_scale: Tensor | None) -> None:
+        """What must be known before the step. Gradients are divided by `grad_scale`."""
+        for launch in self.launches:
+            launch.measure(grad_scale)
+
+    def pull(self, groups: list[Group], found_inf: Tensor | None) -> None:
+        """The rest, after the step; nothing when `found_inf` is not 0.
+
+        Raises RuntimeError naming a parameter that the step has replaced, or given another form.
+        """
+        if self._fingerprint != _fingerprint(groups):
+            for launch in self.launches:
+                launch.catch_up()
+        for launch in self.launches:
+            launch.pull(found_inf)
+
+
+class _Launch:
+    """The parameters of one device. First come those that are measured before the step too, then the others whose α is
+    decided here, because other processes may have shards of them. The rest is measured and pulled in one sweep.
+
+    results, alphas: what the last step found, a row a segment, over all shards.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[Share],
+        anchors: dict[Tensor, Tensor],
+        backend: str,
+        device: torch.device,
+        known: Results,
+    ) -> None:
+        apart = any_sharded(param for share in shares for param in share.params)
+
+        def is_decided(rule: Rule) -> bool:
+            return rule.waits and bool(rule.compares or apart)
+
+        shares = sorted(shares, key=lambda of: (not of.spec.rule.compares, not is_decided(of.spec.rule)))
+        self._device, self._shares = device, shares
+        self._places = [(share.group, k) for share in shares for k in share.places]
+        params = [group["params"][k] for group, k in self._places]
+        self._forms = [_form(param) for param in params]
+        self._backend = registry.choose_backend(backend, device, {t.dtype for p in params for t in (p, p.grad)})
+        for param in (param for share in shares if share.spec.anchored for param in share.params):
+            anchors[param] = state.beside(param, anchors[param])
+        self._tensors = [
+            StepTensors(share.spec, row, param, anchors[param] if share.spec.anchored else None)
+            for row, share in enumerate(shares)
+            for param in share.params
+        ]
+        self._twice = [of for of in self._tensors if of.spec.rule.compares]
+        self._decided = [of for of in self._tensors if is_decided(of.spec.rule)]
+        self._counts = [of.segments for of in self._tensors]
+        rules = [of.spec.rule for of in self._decided]
+        self._segments = Segments([of.param for of in self._decided], rules) if apart else None
+        self.results, self.alphas = carried_over(params, self._counts, device, known)
+        # What the sweeps find of the shards here, which is all there is if there are no others.
+        self._sums, self._known = self.results, self.alphas
+        if apart:
+            self._sums, self._known = empty_results(sum(shard_of(of).segments for of in self._tensors), device)
+        groups = [share.group for share in shares]
+        # The sweeps read no hyper-parameters of rules that are decided here.
+        specs = [half_of(share.spec) if is_decided(share.spec.rule) else share.spec for share in shares]
+        self._hyper = HyperTable(NO_STEP, groups, specs, device, addresses=self._backend.keeps_addresses)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        n = len(self._decided)
+        self._observe_before = self._sweep(observed(self._twice))
+        self._observe_or_pull = self._sweep([*observed(self._decided), *self._tensors[n:]])
+        self._pull_as_given = self._sweep(pulled(self._decided))
+        self._n = len(self._pull_as_given.alphas)
+
+    def _sweep(self, tensors: Sequence[StepTensors]) -> NoStep:
+        """Over the first of the tensors, as many as are given."""
+        here = list(map(shard_of, tensors))
+        n = sum(of.segments for of in here)
+        hyper = self._hyper
+        return NoStep(self._backend, here, hyper.table, hyper.live, self._sums[:n], self._known[:n])
+
+    def measure(self, grad_scale: Tensor | None) -> None:
+        for share in self._shares:
+            check_settings(share.group)
+        self._hyper.refresh()
+        if self._twice:
+            grads = [local(placed_as(of.param.grad, of.param)) for of in self._twice]  # type: ignore[arg-type]
+            self._observe_before(grads, self._to_device(grad_scale))
+            self._before = self._observe_before.results[:, : len(MEASURES)].clone()
+
+    def pull(self, found_inf: Tensor | None) -> None:
+        found_inf = self._to_device(found_inf)
+        if found_inf is not None:
+            found_inf = any_infinite(found_inf, [of.param for of in self._tensors])
+        self._observe_or_pull(found_inf=found_inf)
+        n, m = self._n, len(MEASURES)
+        sums, alphas = self._sums[:0, :m], self._known[:0]
+        if self._decided:
+            found = self._sums[:n, :m].clone()
+            if self._twice:
+                twice = len(self._before)
+                after = found[:twice, BEFORE].clone()
+                found[:twice] = self._before
+                found[:twice, GAIN] = after - self._before[:, BEFORE]
+            sums = self._segments.whole(found) if self._segments else found
+            alphas = self._decide(sums)
+            self._known[:n] = self._segments.parts(alphas) if self._segments else alphas
+            self._pull_as_given(found_inf=found_inf)
+            self._sums[:n, :m] = found
+        if self._segments:
+            sums, alphas = torch.cat([sums, self._sums[n:, :m]]), torch.cat([alphas, self._known[n:]])
+            write(self.results, self.alphas, sums, alphas, found_inf)
+
+    def _decide(self, sums: Tensor) -> Tensor:
+        """α of the decided segments, from what is known of all their shards."""
+        alphas, first, k = [], 0, 0
+        for row in dict.fromkeys(of.row for of in self._decided):
+            share = self._shares[row]
+            counts = self._counts[k : k + len(share.places)]
+            terms = terms_of(share.group, NO_STEP, share.spec, self._device)
+            alphas.append(decide(share.spec.rule, sums[first : first + sum(counts)], counts, terms))
+            first, k = first + sum(counts), k + len(counts)
+        return torch.cat(alphas)
+
+    def catch_up(self) -> None:
+        """Takes in the parameters whose memory has moved in the step."""
+        forms = [_form(of.param) for of in self._tensors]
+        for (group, k), of, now, then in zip(self._places, self._tensors, forms, self._forms, strict=True):
+            if group["params"][k] is not of.param or now[1:] != then[1:]:
+                done = "changed the form (shape, strides, dtype or device) of"
+                raise RuntimeError(
+                    f"the wrapped optimizer {done if group['params'][k] is of.param else 'replaced'} "
+                    f"{label_of(group, k)} in its step, so that nothing was pulled; Anchored needs one that writes to "
+                    "its parameters in place"
+                )
+        if forms != self._forms:
+            self._forms = forms
+            self._prepare()
+
+    def _to_device(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(self._device, non_blocking=True)
+
+
+def rule_around(method: str, norm: str | None) -> Rule:
+    """The rule of a method that can go around a step. Raises ValueError for another."""
+    rule = rule_of(method, norm)
+    if not rule.goes_around:
+        raise ValueError(
+            f"method {method!r} works within the step, which is not ours here: use AnchoredAdamW or AnchoredSGD, or "
+            f"one of {', '.join(map(repr, METHODS_AROUND))}"
+        )
+    return rule
+
+
+def check_settings(group: Group) -> None:
+    """Raises ValueError naming a setting of a group that is out of its range. Reads no tensor."""
+    for key in rule_around(group["method"], group["norm"]).reads:
+        check_number(key, group.get(key), RANGES[key], f"method {group['method']!r}", read=False)
+
+
+def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
+    """Raises RuntimeError when a parameter with a gradient cannot be treated as its group says."""
+    param, label, method = group["params"][k], label_of(group, k), group["method"]
+    if group["anchor"] != "zero":
+        if param not in anchors:
+            raise RuntimeError(
+                f"{label} has no anchor for method {method!r}: it is new in its group, or its method was 'none' when "
+                "the group was added; add a group that has both from the beginning"
+            )
+        if anchors[param].shape != param.shape:
+            raise RuntimeError(f"{label} has shape {tuple(param.shape)}, its anchor {tuple(anchors[param].shape)}")
+    if not state.is_dense(local(param)):
+        raise RuntimeError(f"{label} has overlapping or gapped memory and cannot be pulled; make it contiguous")
+    measured = rule_of(method, group["norm"]).compares
+    if measured and (param.grad.layout != torch.strided or not param.grad.is_floating_point()):
+        kind = f"{param.grad.layout} {param.grad.dtype}"
+        raise RuntimeError(f"{label} has a {kind} gradient; method {method!r} needs a dense real one")
+
+
+def _spec(group: Group) -> GroupSpec:
+    """A group by our settings alone: what else it has is the wrapped optimizer's."""
+    return GroupSpec(rule_around(group["method"], group["norm"]), is_anchored(group))
+
+
+def _structure(groups: list[Group]) -> object:
+    """Equal for groups of the same rules and tensors."""
+    structure = []
+    for group in groups:
+        spec = _spec(group)
+        tensors = tensors_of(group, NO_STEP, spec)
+        identities = [(name, id(t), t.data_ptr()) for name, t in tensors.items()]
+        structure.append((len(group["params"]), spec.rule, group["anchor"], identities))
+    return structure
+
+
+def _fingerprint(groups: list[Group]) -> object:
+    return fingerprint([param for group in groups for param in group["params"]], [], False)
+
+
+def _form(param: Tensor) -> tuple[Any, ...]:
+    return local(param).data_ptr(), param.shape, param.stride(), param.dtype, param.device

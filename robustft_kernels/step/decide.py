@@ -1,0 +1,128 @@
+"""Decide, in torch: from measures to α when the backends cannot, because the measures of a segment come from several
+sweeps or processes. As everywhere, α = 1 leaves a segment alone.
+
+A rule is a function of the same name as its row in `methods.RULES`. It takes the measures by name, each with one number
+a segment, and the hyper-parameters by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.methods import MEASURES, RULES, Rule
+
+Number = float | Tensor  # one number, or a tensor with one for each segment
+Measured = Mapping[str, Tensor]
+Terms = Mapping[str, Number]
+EPS = 1e-8  # FTP's
+
+
+def shrink(ratio: Tensor, m: Measured, strength: Number) -> Tensor:
+    """1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
+    fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0) & ratio.isfinite()
+    return torch.where(fires, 1 - (strength * ratio).clamp(max=1), 1.0)
+
+
+def within(sizes: Tensor, radius: Number) -> Tensor:
+    """min(1, radius/n); 1 when n is not finite."""
+    return torch.where((sizes > radius) & sizes.isfinite(), radius / sizes, 1.0)
+
+
+def size_of(m: Measured) -> Tensor:
+    """The size of c: ‖c‖², or Σ|c| of a row."""
+    return m["before"] + m["gain"]
+
+
+def spd(m: Measured, h: Terms) -> Tensor:
+    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖."""
+    after = size_of(m).sqrt()
+    return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h["strength"])
+
+
+def spd_rows(m: Measured, h: Terms) -> Tensor:
+    """`spd` with Σ|·| for ‖·‖."""
+    return shrink(m["gain"] / size_of(m), m, h["strength"])
+
+
+def project(m: Measured, h: Terms) -> Tensor:
+    """min(1, radius/‖c‖)."""
+    return within(size_of(m).clamp(min=0).sqrt(), h["radius"])
+
+
+def project_rows(m: Measured, h: Terms) -> Tensor:
+    """min(1, radius/n)."""
+    return within(size_of(m), h["radius"])
+
+
+def ftp(m: Measured, h: Terms) -> Tensor:
+    """min(1, γ/(n + 1e-8)), `radius` being the learned γ."""
+    return within(size_of(m) + EPS, h["radius"])
+
+
+DECIDE: dict[str, Callable[[Measured, Terms], Tensor]] = {
+    "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_rows, "project_rows": project_rows,
+    "ftp": ftp,
+}  # fmt: skip
+
+
+def decide(rule: Rule, measures: Tensor, counts: Sequence[int], terms: Terms) -> Tensor:
+    """α of each segment of tensors under one rule.
+
+    measures: float64 [segments, measures]. counts: how many segments each tensor has. terms: the hyper-parameters; a
+    learned radius comes as `radius`, with one number a segment.
+    """
+    m = dict(zip(MEASURES, measures.T, strict=True))
+    if not rule.tied:
+        return DECIDE[rule.name](m, terms)
+    size = largest(size_of(m), counts)
+    alphas = DECIDE[rule.name]({**dict.fromkeys(MEASURES, torch.zeros_like(size)), "before": size}, terms)
+    return expanded(alphas, counts)
+
+
+def learn(states: Tensor, slopes: Tensor, t: Tensor, terms: Terms) -> Tensor:
+    """FTP's radii and their moments, [tensors, 3], after one step of Adam on their slopes.
+
+    The first step sets a radius to 1e-8. A slope that is not finite leaves all as it is.
+    """
+    radius, first, second = states.T
+    slopes = torch.where(slopes > 0, terms["k"] * slopes, slopes)
+    first = terms["radius_beta1"] * first + (1 - terms["radius_beta1"]) * slopes
+    second = terms["radius_beta2"] * second + (1 - terms["radius_beta2"]) * slopes * slopes
+    m, v = first / (1 - terms["radius_beta1"] ** t), second / (1 - terms["radius_beta2"] ** t)
+    moved = (radius - terms["radius_lr"] * m / (v.sqrt() + EPS)).clamp(min=EPS)
+    new = torch.where(slopes.isfinite()[:, None], torch.stack([moved, first, second], 1), states)
+    fresh = states.new_tensor([EPS, 0, 0])
+    return torch.where((radius == 0)[:, None], fresh, new)
+
+
+LEARN: dict[str, Callable[[Tensor, Tensor, Tensor, Terms], Tensor]] = {"ftp": learn}
+
+
+def check_functions() -> None:
+    """Raises ValueError naming a rule that waits for its measures, or learns, and has no function here."""
+    for rule in RULES.values():
+        if (rule.waits and rule.name not in DECIDE) or (rule.learns and rule.name not in LEARN):
+            raise ValueError(f"rule {rule.name!r} has no function in step/decide.py")
+
+
+check_functions()
+
+
+def largest(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The largest value of each tensor's segments, infinite when one is not finite; 0 for a tensor without any."""
+    return fold(torch.where(values.isfinite(), values, torch.inf), counts, "max")
+
+
+def fold(values: Tensor, counts: Sequence[int], how: str) -> Tensor:
+    """One value a tensor, from its segments' in their order; 0 for a tensor without any."""
+    return torch.segment_reduce(values, how, lengths=_lengths(values, counts), initial=0, unsafe=True)
+
+
+def expanded(by_tensor: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each tensor's value for each of its segments."""
+    return by_tensor.repeat_interleave(_lengths(by_tensor, counts), output_size=sum(counts))
+
+
+def _lengths(values: Tensor, counts: Sequence[int]) -> Tensor:
+    return torch.tensor(counts, dtype=torch.int64, device="cpu").to(values.device, non_blocking=True)

@@ -1,0 +1,71 @@
+"""Hyper-parameters on their way from the groups to the backends, read anew at each step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.bases import Base, GroupSpec, hyper_of
+from ..core.methods import METHOD_HYPER
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class HyperTable:
+    """The numbers of some groups for the backends.
+
+    table: float64 on the CPU, a row a group, with the columns `base.hyper`.
+    live: for a backend that keeps addresses, the tensors on the device that hold numbers, by their place in the flat
+        table, which has 0 there. The kernels read them, and the host does not.
+    """
+
+    def __init__(
+        self, base: Base, groups: Groups, specs: Sequence[GroupSpec], device: torch.device, *, addresses: bool
+    ) -> None:
+        self._base, self._groups, self._specs, self._device = base, groups, specs, device
+        self.table = torch.zeros(len(groups), len(base.hyper), dtype=torch.float64, device="cpu")
+        self.live: dict[int, Tensor] = {}
+        self._rows: list[list[float]] = []
+        for row, values in enumerate(self._read() if addresses else ()):
+            for column, value in enumerate(values.values()):
+                if _is_readable(value, device):
+                    self.live[row * len(base.hyper) + column] = value
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the groups, and writes the table if a number has changed."""
+        width = len(self._base.hyper)
+        rows = [
+            [0.0 if row * width + k in self.live else float(value) for k, value in enumerate(values.values())]
+            for row, values in enumerate(self._read())
+        ]
+        if rows != self._rows:
+            self._rows = rows
+            self.table.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [hyper_of(group, self._base, spec) for group, spec in zip(self._groups, self._specs, strict=True)]
+
+
+def _is_readable(value: object, device: torch.device) -> bool:
+    """Whether kernels on this device can read the number by its address."""
+    return isinstance(value, Tensor) and value.device == device and value.dtype in (torch.float32, torch.float64)
+
+
+def terms_of(group: Mapping[str, Any], base: Base, spec: GroupSpec, device: torch.device) -> dict[str, float | Tensor]:
+    """The hyper-parameters by which torch decides for a group. Those in tensors come as 0-d float64 on the device, and
+    the host does not wait for them."""
+    values = hyper_of(group, base, spec)
+    return {key: _number(values[key], device) for key in METHOD_HYPER}
+
+
+def _number(value: Any, device: torch.device) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64, non_blocking=True).reshape(())
+    return float(value)
+
+
+def tensors_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> dict[str, Tensor]:
+    """The hyper-parameters of a group that are tensors."""
+    return {column: value for column, value in hyper_of(group, base, spec).items() if isinstance(value, Tensor)}

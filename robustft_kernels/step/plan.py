@@ -1,0 +1,130 @@
+"""The one gate from Python objects to tables. A plan is built once and holds until what it was built from changes. A
+step of a valid plan hands the backends new gradients and hyper-parameters, nothing else."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..core import state
+from ..core.bases import Base, Group, spec_of
+from ..core.sharding import is_dtensor, local
+from .fingerprint import fingerprint
+from .hyper import tensors_of
+from .launch import Launch, Share, label_of
+from .results import Results
+from .sharded import ShardedLaunch
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+class Plan:
+    """One step over all parameter groups: one launch for each device.
+
+    starts: the place of each group's first parameter among all the optimizer's, if these are not all.
+    results: what the last step found of each parameter that was ever stepped.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        groups: list[Group],
+        kept: Mapping[Tensor, state.ParamState],
+        backend: str,
+        results: Results,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        self.base = base
+        self.results = dict(results)
+        self.captured = False
+        if _capturing():
+            raise RuntimeError(
+                "this step needs a new plan, which cannot be made while a CUDA graph is captured; take a "
+                "step with the same parameters, and gradients for the same of them, before the capture"
+            )
+        by_device: dict[torch.device, dict[int, list[int]]] = {}
+        for row, group in enumerate(groups):
+            for k, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                _check(param, label_of(group, k))
+                by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
+        starts = starts or [0, *accumulate(len(group["params"]) for group in groups)]
+        specs = list(map(spec_of, groups))
+        self.launches: list[Launch] = []
+        for device, rows in by_device.items():
+            shares = [Share(groups[row], specs[row], places, starts[row]) for row, places in rows.items()]
+            kind = ShardedLaunch if any(is_dtensor(p) for share in shares for p in share.params) else Launch
+            self.launches.append(kind(base, shares, kept, backend, device, self.results))
+        self._addresses = any(launch.backend.keeps_addresses for launch in self.launches)
+        self._key = self._key_of(groups, kept)
+        # Or their ids could be used again.
+        tensors = [tensors_of(group, base, spec) for group, spec in zip(groups, specs, strict=True)]
+        self._alive = [*(tuple(of.values()) for of in kept.values()), *tensors]
+
+    def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> bool:
+        """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
+        return self._key == self._key_of(groups, kept)
+
+    def run(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        max_grad_norm: float | Tensor | None = None,
+    ) -> Tensor | None:
+        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0. With `max_grad_norm` the
+        gradients of all parameters, divided, are scaled down to that norm; returns the norm they had.
+
+        While a CUDA graph is captured it becomes part of it, and whoever replays that needs this plan's memory.
+        """
+        capturing = _capturing()
+        grad_norm = None
+        if max_grad_norm is not None and self.launches:
+            grad_scale, grad_norm = self._clip(grad_scale, max_grad_norm)
+        for launch in self.launches:
+            if capturing and launch.device.type == "cuda":
+                launch.check_capturable()
+            launch(grad_scale, found_inf)
+        self.captured |= capturing
+        return grad_norm
+
+    def _clip(self, grad_scale: Tensor | None, max_grad_norm: float | Tensor) -> tuple[Tensor, Tensor]:
+        """What to divide the gradients by, and their norm, on the device of the first launch."""
+        device = self.launches[0].device
+        squares = [launch.squared_norm().to(device, non_blocking=True) for launch in self.launches]
+        norm = torch.stack(squares).sum().sqrt()
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device, torch.float64, non_blocking=True)
+            norm = norm / grad_scale
+        excess = ((norm + CLIP_EPS) / max_grad_norm).clamp(min=1)
+        return (excess if grad_scale is None else excess * grad_scale).float(), norm
+
+    def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
+        structure = []
+        for group in groups:
+            spec = spec_of(group)
+            tensors = tensors_of(group, self.base, spec)
+            identities = [(name, id(t), t.data_ptr()) for name, t in tensors.items()]
+            structure.append((spec, group["anchor"], len(group["params"]), identities))
+        params = [param for group in groups for param in group["params"]]
+        return structure, fingerprint(params, list(kept.values()), self._addresses)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _check(param: Tensor, label: str) -> None:
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{label} has a sparse gradient ({grad.layout}), which is not supported; make it dense")
+    if not grad.is_floating_point():
+        raise RuntimeError(f"{label} has a {grad.dtype} gradient; a real floating-point gradient is needed")
+    if not state.is_dense(local(param)):
+        raise RuntimeError(
+            f"{label} has overlapping or gapped memory (shape {tuple(param.shape)}, strides {param.stride()}), which "
+            "cannot be updated in place; make it contiguous before giving it to the optimizer"
+        )

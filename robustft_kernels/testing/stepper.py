@@ -1,0 +1,170 @@
+"""Streams of steps: the tensors of one call for a list of cases, and their gradients."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import reference, registry
+from ..core.bases import GroupSpec, spec_of_hyper, state_dtype_of
+from ..core.contract import StepTable, StepTensors
+from ..core.methods import LEARNED, MEASURES, RESULTS, rule_of
+from .cases import Case, Settings
+
+SEED = 123456789
+
+
+class Stepper:
+    """The tensors of one op call for a table of cases, and the call itself on any backend.
+
+    anchored: True for anchors of the parameters' dtype, False for zero, or a dtype. The numbers are those of `seed`,
+    whatever the device.
+    """
+
+    def __init__(
+        self,
+        cases: tuple[Case, ...],
+        settings: Settings,
+        method: str,
+        dtype: torch.dtype,
+        anchored: bool | torch.dtype = True,
+        seed: int = 0,
+        device: torch.device | None = None,
+        norm: str | None = None,
+    ) -> None:
+        self.device = device = device or torch.get_default_device()
+        self.settings, self.rule = settings, rule_of(method, norm)
+        self.random = np.random.default_rng(seed)  # torch's normals depend on the instruction set
+        self.cases = cases
+        self.anchored = bool(anchored)
+        anchor_dtype = anchored if isinstance(anchored, torch.dtype) else dtype
+        self.params = [case.lay(self._randn(case).to(device, dtype)) for case in cases]
+        self.anchors = [
+            case.lay((p.float() + 0.05 * self._randn(case).to(device)).to(anchor_dtype))
+            if self.anchored
+            else torch.zeros(())
+            for case, p in zip(cases, self.params, strict=True)
+        ]
+        base, spec = settings.base, self.spec
+        self.states = {key: self._first(key) if needed(spec, dtype) else [] for key, needed in base.state.items()}
+        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(spec, dtype) else []
+        n = sum(self.segments)
+        self.results = torch.full((n, len(RESULTS)), -7.0, dtype=torch.float64, device=device)
+        self.alphas = torch.full((n,), -7.0, dtype=torch.float64, device=device)
+
+    @property
+    def spec(self) -> GroupSpec:
+        """Of the group that all tensors are in."""
+        spec = spec_of_hyper(self.settings.base, {**self.settings.hyper, "anchored": self.anchored}, self.rule.name)
+        return replace(spec, state_dtype=self.settings.state_dtype)
+
+    @property
+    def measures(self) -> Tensor:
+        """The columns of the results that are measures."""
+        return self.results[:, : len(MEASURES)]
+
+    @property
+    def segments(self) -> list[int]:
+        """How many each tensor has."""
+        return [self.rule.segments_of(p.shape) for p in self.params]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What a step begins from, and leaves: the master weights that still are what the parameters show, or those."""
+        masters = self.states.get("master") or self.params
+        return [torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)) for m, p in zip(masters, self.params, strict=True)]
+
+    def _first(self, key: str) -> list[Tensor]:
+        if key in LEARNED:
+            return [torch.zeros(len(LEARNED[key]), dtype=torch.float64, device=self.device) for _ in self.cases]
+        if key == "master":  # between the weights and their neighbours; some no longer what their parameter shows
+            beyond = (
+                1 + 0.6 * torch.finfo(self.params[0].dtype).eps * self._randn(case).to(self.device)
+                for case in self.cases
+            )
+            return [case.lay(p.float() * b) for case, p, b in zip(self.cases, self.params, beyond, strict=True)]
+        return [
+            case.lay(torch.zeros_like(p, dtype=state_dtype_of(key, p.dtype, self.settings.state_dtype)))
+            for case, p in zip(self.cases, self.params, strict=True)
+        ]
+
+    def _randn(self, case: Case) -> Tensor:
+        return torch.from_numpy(np.asarray(self.random.standard_normal(case.shape, np.float32)))
+
+    def grads(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The next gradients of a fixed stream: strongly away from the anchor or gently back, by turns, so that the
+        momentum still leads away when the gradient says back, where SPD fires; no ⟨g,d⟩ is near zero."""
+        out = []
+        for i, (case, p) in enumerate(zip(self.cases, self.params, strict=True)):
+            anchor = self.anchors[i].float() if self.anchored else 0
+            turn = 0.5 if self.random.integers(2) else -3.0
+            turn *= -1 if self.settings.hyper["maximize"] else 1
+            noise = 0.05 * self._randn(case).to(self.device)
+            out.append(case.lay((noise + turn * (p.float() - anchor)).to(dtype or p.dtype)))
+        return out
+
+    def clone(self) -> "Stepper":
+        """The same state in memory of its own, laid out alike."""
+        other = object.__new__(Stepper)
+        other.__dict__.update(self.__dict__)
+        copy = [case.lay for case in self.cases]
+        other.params = [lay(t) for lay, t in zip(copy, self.params, strict=True)]
+        other.states = {
+            key: [t.clone() if key in LEARNED else lay(t) for lay, t in zip(copy, of, strict=False)]
+            for key, of in self.states.items()
+        }
+        other.steps = [t.clone() for t in self.steps]
+        other.results, other.alphas = self.results.clone(), self.alphas.clone()
+        return other
+
+    @property
+    def hyper(self) -> Tensor:
+        """The one row of hyper-parameters."""
+        hyper = {**self.settings.hyper, "anchored": float(self.anchored)}
+        row = [[hyper[column] for column in self.settings.base.hyper]]
+        return torch.tensor(row, dtype=torch.float64, device="cpu")
+
+    def tensor(self, i: int, row: int = 0) -> StepTensors:
+        """Tensor `i` as a backend takes it."""
+        return StepTensors(
+            self.spec,
+            row,
+            self.params[i],
+            self.anchors[i] if self.anchored else None,
+            {key: of[i] for key, of in self.states.items() if of},
+            self.steps[i] if self.steps else None,
+            SEED << 32 | i,
+            f"case {self.cases[i].name!r}",
+        )
+
+    def table(self) -> StepTable:
+        """All tensors as a backend takes them."""
+        tensors = [self.tensor(i) for i in range(len(self.params))]
+        return StepTable(self.settings.base, tensors, self.hyper, self.results, self.alphas)
+
+    def op_args(self) -> list[Any]:
+        """The arguments of the op from `anchors` on."""
+        return [
+            self.anchors if self.anchored else [], *self.states.values(), self.steps, self.results, self.alphas,
+            self.hyper, [len(self.params)], [self.rule.name], [SEED << 32 | i for i in range(len(self.params))],
+        ]  # fmt: skip
+
+    def run(self, backend: str, grads: list[Tensor]) -> None:
+        """One step on a backend."""
+        registry.prepare(backend, self.table())(grads)
+
+    def run_oracle(self, grads: list[Tensor]) -> None:
+        """One step by the reference in float64."""
+        reference.step_(self.table(), grads, arithmetic=torch.float64)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that a step may write."""
+        yield from self.params
+        for state in self.states.values():
+            yield from state
+        yield from self.steps
+        yield self.results
+        yield self.alphas

@@ -1,0 +1,201 @@
+"""How far a step may be from the oracle's: derived, in one place.
+
+One step from identical state is compared with the oracle in float64. It may differ by
+
+- rounding to storage: 2 units in the last place of the stored value;
+- arithmetic: a dozen roundings of the operands. The size of an update is lr·(1 + |g|), even if its moment cancels;
+- a measure: 16 roundings of each summand. θ̃ may fall on a neighbouring stored value, which moves a summand by s,
+  independently of the others: 3·√(Σ s²). The rounding of the factor 1 − lr·wd moves all of them together;
+- learned numbers: what the slope's difference makes of them;
+- α: what the differences of measures and radius make of it, times |c|.
+
+What a difference makes of a formula is asked of the oracle's own function: it is evaluated beside the point. So a new
+rule, measure or learned number needs nothing here.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..core.bases import ADAMW, arithmetic_of
+from ..core.methods import LEARNED, MEASURES, RULES, Rule
+from .stepper import Stepper
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of values, in float64, to their neighbours in `dtype`; at least that of its smallest normal."""
+    info = torch.finfo(dtype)
+    return values.abs().clamp(min=info.smallest_normal) * info.eps
+
+
+def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[Tensor]) -> None:
+    """`got` made the step from `before` that the oracle made in `want`, to the tolerances above. Raises AssertionError
+    naming the case and what differs."""
+    hyper, rule, base = want.settings.hyper, want.rule, want.settings.base
+    sign = -1 if hyper["maximize"] else 1
+    start, unpulled = before.weights, _unpulled(before, grads)
+    firsts = [sum(want.segments[:i]) for i in range(len(want.cases))]
+    for i, case in enumerate(want.cases):
+        of = slice(firsts[i], firsts[i] + want.segments[i])
+        storage = start[i].dtype
+        eps = torch.finfo(arithmetic_of(storage)).eps
+        theta, theta_0, g, tilde, new = (
+            t.double() for t in (start[i], want.anchors[i], grads[i] * sign, unpulled[i], want.weights[i])
+        )
+        d, c, u = theta - theta_0, tilde - theta_0, tilde - theta
+        alpha, alpha_slack = want.alphas[of], torch.full_like(want.alphas[of], eps)
+        found, selected = dict(zip(MEASURES, want.measures[of].T, strict=True)), want.results[of, len(MEASURES)]
+        slacks: dict[str, Tensor] = {}
+        if rule.measures:
+            slacks = _measure_slacks(rule, hyper, storage, g, d, u, theta, tilde)
+            for name, a in zip(MEASURES, got.measures[of].T, strict=True):
+                b, slack = found[name], slacks[name]
+                assert ((a - b).abs() <= slack).all(), f"{case.name}: {name} is {a}, not {b} ± {slack}"
+        else:
+            assert got.measures[of].isnan().all(), f"{case.name}: measured what no rule needs"
+        terms, radius_slack = hyper, torch.zeros((), dtype=torch.float64)
+        if rule.learns:
+            numbers = want.states[rule.learns][i]
+            by = _learned_slack(rule, hyper, eps, before, i, g, float(want.steps[i]))
+            if of.start < of.stop:  # the radius may be the largest row's norm
+                by[0] += (slacks["before"] + slacks["gain"]).max()
+            _assert_within(got.states[rule.learns][i], numbers, by, f"{case.name}: {rule.learns}")
+            projected, radius_slack = reference_radius(rule, hyper, before, i, g, float(want.steps[i])), by[0]
+            terms = {**hyper, "radius": float(projected)}
+        if rule.waits:
+            alpha_slack += _alpha_slack(rule, terms, found, slacks, float(radius_slack), case.name)
+        assert ((got.alphas[of] - alpha).abs() <= alpha_slack).all(), (
+            f"{case.name}: α is {got.alphas[of]}, not {alpha} ± {alpha_slack}"
+        )
+        counted = got.results[of, len(MEASURES)]
+        assert ((counted == selected) | ((alpha - 1).abs() <= alpha_slack)).all(), f"{case.name}: selected"
+
+        # A moment may cancel, not its error; a penalty adds to g.
+        size_of_g = g.abs() + (hyper["strength"] * (d.abs() + 1) if rule.penalty else 0)
+        scale = theta.abs() + theta_0.abs() + u.abs() + hyper["lr"] * (1 + size_of_g)
+        by_row = alpha_slack.reshape([-1, *[1] * (c.dim() - 1)] if c.dim() else [])
+        allowed = 2 * ulp(new, storage) + 16 * eps * scale + by_row * c.abs()
+        if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by its size
+            rms = (want.states["exp_avg_sq"][i].double() / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
+            allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
+        _assert_within(got.weights[i], new, allowed, f"{case.name}: weights")
+        shown = want.params[i].double()
+        _assert_within(got.params[i], shown, allowed + 2 * ulp(shown, want.params[i].dtype), f"{case.name}: param")
+        for key, states in want.states.items():
+            if states and key not in (*LEARNED, "master"):
+                exact = states[i].double()
+                near = (
+                    8 * eps * (exact.abs() + size_of_g.clamp(min=size_of_g.square()) + 0.01 * theta.abs())
+                    + torch.finfo(states[i].dtype).tiny
+                )
+                if states[i].dtype == torch.bfloat16:
+                    near += ulp(exact, torch.bfloat16)
+                if key == "delta":
+                    near = ulp(exact, states[i].dtype) + ulp(tilde, storage) + 16 * eps * scale
+                _assert_within(got.states[key][i], exact, near, f"{case.name}: {key}")
+        if want.steps:
+            assert torch.equal(got.steps[i], want.steps[i]), f"{case.name}: step"
+
+
+def _unpulled(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
+    """The weights θ̃ that the oracle's step leads to before the pull."""
+    step = before.clone()
+    step.rule = before.rule if before.rule.penalty else RULES["keep"]
+    step.states = {key: of if key not in (*LEARNED, "delta") else [] for key, of in step.states.items()}
+    n = sum(step.segments)
+    step.results, step.alphas = step.results.new_zeros(n, step.results.shape[1]), step.alphas.new_zeros(n)
+    counted = step.settings.base.counted(step.spec, step.params[0].dtype)
+    step.steps = step.steps if counted else []
+    step.run_oracle(grads)
+    return step.weights
+
+
+def _measure_slacks(
+    rule: Rule,
+    hyper: Mapping[str, float],
+    storage: torch.dtype,
+    g: Tensor,
+    d: Tensor,
+    u: Tensor,
+    theta: Tensor,
+    tilde: Tensor,
+) -> dict[str, Tensor]:
+    """By how much each measure of each segment may differ."""
+    eps = torch.finfo(arithmetic_of(storage)).eps
+    exact = reference.summands(g, d, u, rule)
+
+    def moved(by: Tensor) -> dict[str, Tensor]:
+        """By how much each summand moves when θ̃ does."""
+        beside = [reference.summands(g, d, u + sign * by, rule) for sign in (1, -1)]
+        return {name: torch.stack([of[name] - exact[name] for of in beside]).abs().amax(0) for name in MEASURES}
+
+    def total(values: Tensor) -> Tensor:
+        return reference.segments(values, rule).sum(1)
+
+    stored, decayed = moved(ulp(tilde, storage)), moved(eps * theta.abs())
+    slacks = {}
+    for name in MEASURES:
+        slacks[name] = 3 * total(stored[name].square()).sqrt() + 16 * eps * total(exact[name].abs())
+        if hyper["weight_decay"]:
+            slacks[name] += total(decayed[name])
+    return slacks
+
+
+def _alpha_slack(
+    rule: Rule,
+    terms: Mapping[str, float],
+    found: Mapping[str, Tensor],
+    slacks: Mapping[str, Tensor],
+    radius_slack: float,
+    case: str,
+) -> Tensor:
+    """By how much α may differ for what the measures and a learned radius do: twice what the corners make of it.
+
+    Raises AssertionError when the sign of a measure may flip, on which α depends: then the stream is no test.
+    """
+
+    def decide(by: Mapping[str, Tensor], radius: float = 0) -> Tensor:
+        moved = {name: of + by.get(name, 0) for name, of in found.items()}
+        moved["before"] = moved["before"].clamp(min=0)
+        return reference.RULES[rule.name](moved, {**terms, "radius": terms["radius"] + radius})
+
+    alpha, firing = decide({}), found["grad_dot_delta"]
+    for sign in (4, -4):
+        flipped = decide({"grad_dot_delta": sign * slacks["grad_dot_delta"]}) != alpha
+        assert not (flipped & (firing != 0)).any(), f"{case}: ⟨g,d⟩ too near zero to be a test"
+    names = [name for name in MEASURES if name != "grad_dot_delta"]
+    worst = torch.zeros_like(alpha)
+    for *signs, of_radius in product((-1, 1), repeat=len(names) + 1):
+        by = {name: sign * slacks[name] for name, sign in zip(names, signs, strict=True)}
+        worst = torch.maximum(worst, (decide(by, of_radius * radius_slack) - alpha).abs())
+    return 2 * worst
+
+
+def reference_radius(rule: Rule, hyper: Mapping[str, float], before: Stepper, i: int, g: Tensor, t: float) -> Tensor:
+    """The radius by which the oracle's step projects, before it is bounded by the largest row."""
+    slope = reference.slope_of(g, before.states["delta"][i])
+    return reference.LEARN[rule.name](before.states[rule.learns][i].clone(), slope, torch.tensor(t), hyper)[0]
+
+
+def _learned_slack(
+    rule: Rule, hyper: Mapping[str, float], eps: float, before: Stepper, i: int, g: Tensor, t: float
+) -> Tensor:
+    """By how much learned numbers may differ: four times what the slope's error makes of them."""
+    delta, numbers = before.states["delta"][i].double(), before.states[rule.learns][i]
+    sizes = reference.segments(delta, rule).abs().sum(1) + 1e-8
+    error = (16 * eps * reference.segments((delta * g).abs(), rule).sum(1) / sizes).sum()
+    slope, count = reference.slope_of(g, delta), torch.tensor(t)
+    exact, *beside = (
+        reference.LEARN[rule.name](numbers.clone(), slope + by, count, hyper) for by in (0, error, -error)
+    )
+    return 1e-12 + 4 * torch.stack([of - exact for of in beside]).abs().amax(0)
+
+
+def _assert_within(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
+    excess = (got.double() - want).abs() - allowed
+    assert not got.numel() or float(excess.max()) <= 0, (
+        f"{what} differs by {float((got.double() - want).abs().max())}, {float(excess.max())} beyond its tolerance"
+    )

@@ -1,0 +1,188 @@
+"""Variants: what a kernel is compiled for, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from ..core.bases import ADAMW, NO_STEP, Base, delta_dtype_of
+from ..core.methods import RULES, Rule
+from .base import BASES
+from .chunk import ALL, CHUNK, INTERPRETED, LANES, NONE, SOME, TILE
+from .decide import FUNCTIONS, LEARN, NUMBERS, TERMS, keep
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+MAX_STATES = 3
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Of the tensors of a launch. working: of the weights, when `param` is their master."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    anchor: torch.dtype
+    state: torch.dtype
+    working: torch.dtype | None = None
+
+
+@dataclass(frozen=True, eq=False)  # variant_of makes each once, so that a launch need not compare fields
+class Variant:
+    """What a kernel is compiled for. Every field is a tl.constexpr, a device function or a tuple of such.
+
+    READ, BASE: the base's two functions. NO_STEP: whether it makes no step. HAS_GRADS: whether there are gradients.
+    HYPERS: columns of a group's row. TERMS: those that the rules read, in the order of `decide.TERMS`; −1 for others.
+    STATES: the tensors of state, at most. LAST_STATE: which tensors have the last of them. ANCHORED: which have an
+    anchor (NONE, SOME or ALL).
+    RULES: the functions of the rules in use. NUMBERS, LEARN: how many numbers each learns, and by which function.
+    RULE_…: the places among them of rules of one kind, a bit each. TRACKS: whether any keeps its delta.
+    STOCHASTIC: whether any tensor's weights are rounded so. MASTERED: whether `param` is the master of weights to work
+    with. …_DTYPE: of the tensors. ARITHMETIC: the dtype of the arithmetic.
+    CHUNK: elements of a program. LANES: accumulators. ROWS: whether segments are rows. TILE: how many of them share the
+    accumulators. VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is
+    taken for it.
+    """
+
+    READ: Any
+    BASE: Any
+    NO_STEP: Any
+    HAS_GRADS: Any
+    HYPERS: Any
+    TERMS: Any
+    STATES: Any
+    LAST_STATE: Any
+    ANCHORED: Any
+    RULES: Any
+    NUMBERS: Any
+    LEARN: Any
+    RULE_MEASURES: Any
+    RULE_GIVEN: Any
+    RULE_TIED: Any
+    RULE_LINEAR: Any
+    RULE_SIGN: Any
+    RULE_SURVEYS: Any
+    RULE_LEARNS: Any
+    TRACKS: Any
+    STOCHASTIC: Any
+    MASTERED: Any
+    PARAM_DTYPE: Any
+    WORKING_DTYPE: Any
+    GRAD_DTYPE: Any
+    ANCHOR_DTYPE: Any
+    STATE_DTYPE: Any
+    DELTA_DTYPE: Any
+    ARITHMETIC: Any
+    CHUNK: Any
+    LANES: Any
+    ROWS: Any
+    TILE: Any
+    VECTOR: Any
+    CODE: Any
+
+
+@cache
+def variant_of(
+    base: Base,
+    dtypes: Dtypes,
+    *,
+    states: tuple[int, int],
+    rules: tuple[str, ...],
+    stochastic: bool,
+    anchored: tuple[bool, bool],
+    has_grads: bool = True,
+    lanes: int = LANES,
+) -> Variant:
+    """The kernels for tensors of such dtypes; see Variant.
+
+    states: the fewest and the most that any of them keeps. anchored: whether all of them are, whether any.
+    """
+    c = tl.constexpr
+    facts = [RULES[name] for name in rules]
+
+    def places(kind: Callable[[Rule], Any]) -> Any:
+        return c(sum(1 << k for k, rule in enumerate(facts) if kind(rule)))
+
+    read, step = BASES[base.name]
+    functions = tuple(FUNCTIONS.get(name, keep) for name in rules)
+    learn = tuple(LEARN.get(name, keep) for name in rules)
+    reads = {key for rule in facts for key in rule.reads}
+    fewest, most = states
+    by_rows = any(rule.crosses_rows for rule in facts)
+    linear = any(rule.penalty == "linear" for rule in facts)
+    vector = 16 // dtypes.param.itemsize
+    wider = max(dtypes.grad.itemsize, dtypes.anchor.itemsize) > dtypes.param.itemsize
+    registers = wider or stochastic or base is not ADAMW or most == MAX_STATES or linear or by_rows
+    if dtypes.param.itemsize == 2 and registers:
+        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at their registers
+    code = "".join(function.cache_key for function in (read, step, *functions, *learn)) if not INTERPRETED else ""
+    return Variant(
+        READ=read,
+        BASE=step,
+        NO_STEP=c(base is NO_STEP),
+        HAS_GRADS=c(has_grads),
+        HYPERS=c(len(base.hyper)),
+        TERMS=tuple(c(base.hyper.index(key) if key in reads else -1) for key in TERMS),
+        STATES=c(most),
+        LAST_STATE=ALL if fewest == most else SOME,
+        ANCHORED=ALL if anchored[0] else SOME if anchored[1] else NONE,
+        RULES=functions,
+        NUMBERS=tuple(c(NUMBERS.get(name, 0)) for name in rules),
+        LEARN=learn,
+        RULE_MEASURES=places(lambda rule: rule.measures),
+        RULE_GIVEN=places(lambda rule: rule.given),
+        RULE_TIED=places(lambda rule: rule.tied),
+        RULE_LINEAR=places(lambda rule: rule.penalty == "linear"),
+        RULE_SIGN=places(lambda rule: rule.penalty == "sign"),
+        RULE_SURVEYS=places(lambda rule: rule.surveys),
+        RULE_LEARNS=places(lambda rule: rule.learns),
+        TRACKS=c(any(rule.tracks for rule in facts)),
+        STOCHASTIC=c(stochastic),
+        MASTERED=c(dtypes.working is not None),
+        PARAM_DTYPE=c(DTYPES[dtypes.param]),
+        WORKING_DTYPE=c(DTYPES[dtypes.working or dtypes.param]),
+        GRAD_DTYPE=c(DTYPES[dtypes.grad]),
+        ANCHOR_DTYPE=c(DTYPES[dtypes.anchor]),
+        STATE_DTYPE=c(DTYPES[dtypes.state]),
+        DELTA_DTYPE=c(DTYPES[delta_dtype_of(dtypes.param)]),
+        ARITHMETIC=c(tl.float64 if dtypes.param == torch.float64 else tl.float32),
+        CHUNK=c(CHUNK),
+        LANES=c(lanes),
+        ROWS=c(by_rows),
+        TILE=c(4 * TILE if INTERPRETED else TILE),
+        VECTOR=c(vector),
+        CODE=c(sha256(code.encode()).hexdigest() if code else ""),
+    )
+
+
+def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
+    """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
+
+    Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
+    threads that an SM can hold be resident. To spill nothing, the compiler for Blackwell needs 80, and so do master
+    weights and bfloat16 moments; float64 and the sweeps of rows need twice as many.
+    """
+    backend, capability = gpu
+    options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
+    if backend == "cuda":
+        double, by_rows = variant.ARITHMETIC.value == tl.float64, variant.ROWS.value
+        low = variant.STATE_DTYPE.value != variant.ARITHMETIC.value
+        more = variant.MASTERED.value or low or capability >= 100
+        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 80 if more else 64
+    return options
+
+
+def gpu_of(device: torch.device) -> tuple[str, int]:
+    """What kernels are compiled for on this device, as options_of takes it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "hip" if torch.version.hip else "cpu", 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda", 10 * major + minor
