@@ -17,18 +17,16 @@ from .processes import parser, randn, spawn
 
 # Uneven and empty shards, rows of several chunks, every number of dimensions.
 SHAPES = ((3,), (1,), (33001,), (7, 5), (64, 300), (2, 40000), (1, 9), (8, 4, 3, 3), ())
-METHODS = (
-    dict(method="none"),
-    dict(method="spd", strength=1.3, weight_decay=0.1),
-    dict(method="spd", norm="mars_rows", strength=1.3),
-    dict(method="l2sp", strength=5.0),
-    dict(method="l2sp_coupled", strength=0.3),
-    dict(method="mars_sp", strength=0.3),
-    dict(method="project", radius=0.05),
-    dict(method="project", norm="mars", radius=0.05),
-    dict(method="project", norm="mars_rows", radius=0.05),
-    dict(method="ftp", radius_lr=0.1, k=0.7),
-)
+COMMON = dict(strength=1.3, radius=0.05, radius_lr=0.1, k=0.7)
+OWN = {
+    "spd": dict(weight_decay=0.1), "l2sp": dict(strength=5.0), "l2sp_coupled": dict(strength=0.3),
+    "mars_sp": dict(strength=0.3),
+}  # fmt: skip
+METHODS = [
+    {**COMMON, **OWN.get(name, {}), "method": name, "norm": norm}
+    for name, of in rft.METHODS.items()
+    for norm in of.rules
+]
 AROUND = (
     dict(strength=1.3),
     dict(norm="mars_rows", strength=torch.tensor(1.3)),
@@ -55,7 +53,7 @@ def around(groups: Any, lr: float, backend: str, **pull: Any) -> Any:
     return rft.Anchored(torch.optim.AdamW(groups, lr=lr, fused=True), backend=backend, **pull)
 
 
-CASES = [Case(f"adamw {m}", rft.AnchoredAdamW, dict(lr=1e-2, **m)) for m in METHODS]
+CASES = [Case(f"adamw {m['method']} {m['norm']}", rft.AnchoredAdamW, dict(lr=1e-2, **m)) for m in METHODS]
 CASES += [
     Case("sgd spd", rft.SGDSPD, dict(lr=1e-2, momentum=0.9)),
     Case("sgd ftp", rft.SGDFTP, dict(lr=1e-2)),

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from robustft_kernels.core.methods import LEARNED, METHODS, RULES, Rule, check_rules
+from robustft_kernels.core.bases import ADAMW, NO_STEP, SGD, GroupSpec, hyper_of
+from robustft_kernels.core.methods import LEARNED, METHOD_HYPER, METHODS, RULES, Rule, check_rules
 from robustft_kernels.step import decide
 
 SOUND = Rule("mine", pulls=True, compares=False, measures="squares", half="observe", reads=("radius",))
@@ -56,6 +57,16 @@ def test_methods_and_rules_fit_together():
     halves = {rule.half for rule in RULES.values() if rule.half} | {rule.pull_half for rule in RULES.values()}
     assert named | halves == set(RULES), "a rule is of no use, or is missing"
     assert {rule.learns for rule in RULES.values()} - {""} == set(LEARNED)
+
+
+@pytest.mark.parametrize("key", METHOD_HYPER)
+def test_every_number_that_a_rule_reads_arrives_alone(key):
+    """Also one of a pair of betas; what the rule does not read is 0, so that no tensor is read for it."""
+    group = {"method": "ftp", "strength": 2.0, "radius": 3.0, "k": 0.5, "radius_lr": 4.0, "radius_betas": (0.25, 0.75)}
+    for base in (ADAMW, SGD, NO_STEP):
+        own = {**dict.fromkeys(base.own, 1.0), "betas": (0.9, 0.99)}
+        values = hyper_of({**own, **group}, base, GroupSpec(Rule("mine", pulls=True, reads=(key,))))
+        assert [name for name in METHOD_HYPER if values[name]] == [key]
 
 
 @pytest.mark.parametrize("table", ["DECIDE", "LEARN"])

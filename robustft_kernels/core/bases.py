@@ -129,7 +129,7 @@ def hyper_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> dict[str,
     values = {**group, **{flag: getattr(spec, flag) for flag in FLAGS if flag != "maximize"}}
     values["maximize"] = group.get("maximize", False)
     for key, pair in (("betas", ("beta1", "beta2")), ("radius_betas", ("radius_beta1", "radius_beta2"))):
-        if read.issuperset(pair):
+        if read.intersection(pair):
             values.update(zip(pair, group[key], strict=True))
     if "radius" in read:
         check_number("radius", values["radius"], POSITIVE, f"method {group['method']!r}", read=False)
