@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .core.bases import Group
 from .core.methods import METHODS, RESULTS, rule_of
+from .core.sharding import version_of
 from .finetune.projection import deviation
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ _known_sizes = WeakTensorKeyDictionary()  # of anchors, with the norm and versio
 
 def _sizes(anchors: list[Tensor], norm: str) -> list[Tensor]:
     """‖θ₀‖ of each, measured only once."""
-    versions = [(norm, 0 if anchor.is_inference() else anchor._version) for anchor in anchors]
+    versions = [(norm, version_of(anchor)) for anchor in anchors]
     known = [_known_sizes.get(anchor, (None, None)) for anchor in anchors]
     new = [k for k, version in enumerate(versions) if known[k][0] != version]
     if new:

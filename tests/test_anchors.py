@@ -108,7 +108,7 @@ def test_exact_anchors_give_the_same_bits_in_less_memory(backend, narrow, wide, 
     ],
 )
 def test_the_smallest_dtype_that_is_exact(values, dtype, kept):
-    """Of all weights of the group: one that needs more decides for the rest, so that they share their launches."""
+    """It is exact for all weights of the group. One that needs more decides for the rest, so they share their launches."""
     param = nn.Parameter(torch.full((7,), values, dtype=dtype))
     assert anchors.exact_dtypes([param, nn.Parameter(torch.zeros(3, dtype=dtype))]) == [kept, kept]
 
@@ -127,12 +127,13 @@ def test_an_anchor_dtype_rounds(backend):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"anchor_dtype": "float16"}, "anchor_dtype must be 'exact', None or a floating-point torch.dtype"),
+        ({"anchor_dtype": "float17"}, "anchor_dtype must be 'exact', None or a floating-point torch.dtype"),
         ({"anchor_dtype": torch.int8}, "anchor_dtype must be"),
         ({"anchor_device": "cuda"}, r"anchor_device must be None \(the parameters'\) or 'cpu'"),
         ({"save_anchors": "hash"}, "save_anchors must be True, False or 'digest'"),
         ({"anchor": "weights.bin"}, "unknown anchor 'weights.bin'"),
         ({"state_dtype": torch.float16}, r"state_dtype must be torch.float32 or torch.bfloat16"),
+        ({"state_dtype": "bf16"}, r"state_dtype must be .*, or its name, got 'bf16'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
     ],
 )
@@ -168,7 +169,7 @@ def write(safetensors, path, params, files=1):
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_anchors_in_a_file(backend, safetensors, tmp_path, files):
-    """The same steps as with copies; nothing of the file in memory of ours; and no tensor of it in the checkpoint."""
+    """Steps are the same as with copies. None of the file is in memory of ours, and none of it is in the checkpoint."""
     pretrained = make()
     write(safetensors, tmp_path, pretrained, files)
     paths = [tmp_path, str(tmp_path / ("model.safetensors" if files == 1 else anchors.INDEX))]
@@ -215,14 +216,21 @@ def test_a_checkpoint_knows_the_file_by_its_hash(backend, safetensors, tmp_path)
 
 
 def test_moving_a_state_does_not_double_given_anchors():
-    """As accelerate does, which loads what it has just saved."""
+    """accelerate does this: it loads what it has just saved."""
     params, given = make(), [p.detach() for p in make()]
     optimizer = rft.AdamSPD(params, anchor=given)
     run(optimizer, params, 1)
     optimizer.load_state_dict(optimizer.state_dict())
     assert [optimizer.state[p]["anchor"].data_ptr() for p in params] == [t.data_ptr() for t in given]
-    optimizer.load_state_dict(saved_and_loaded(optimizer.state_dict()))
-    assert optimizer.state[params[0]]["anchor"].data_ptr() != given[0].data_ptr()
+    saved, untouched = saved_and_loaded(optimizer.state_dict()), [t.clone() for t in given]
+    optimizer.load_state_dict(saved)
+    assert [optimizer.state[p]["anchor"].data_ptr() for p in params] == [t.data_ptr() for t in given]
+    saved["state"][1]["anchor"] += 1
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[params[1]]["anchor"], given[1] + 1)
+    for of in optimizer.state_dict()["state"].values():  # what is handed out may be written
+        of["anchor"].fill_(3)
+    assert all(map(torch.equal, given, untouched))
 
 
 def test_digests_of_any_anchor():
@@ -265,7 +273,7 @@ def test_files_that_do_not_serve(safetensors, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of its memory")
 def test_a_file_is_mapped_not_copied(safetensors, tmp_path):
-    """96 MB of anchors are read from the file's pages, none of which become the process's own."""
+    """96 MB of anchors are read from the file's pages. None of these become the process's own."""
     program = f"""
 import re, torch, robustft_kernels as rft
 def memory(kind):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "robustft_kernels"
 # From what users import down to what imports nothing of ours: folders, and the modules in each.
 STACK = {
     "": ("__init__",),
-    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored"),
+    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored", "shown_state"),
     " ": ("telemetry",),
     "finetune": ("tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
     "testing": ("tolerances", "stepper", "cases"),
@@ -42,6 +42,7 @@ TRITON_STACK = (
     "base",
     "chunk",
 )
+TORCH_OPTIM = ("optim.anchored", "optim.wrapper", "optim.in_backward", "optim.shown_state")
 needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
@@ -92,7 +93,7 @@ def test_every_door_has_one_file():
     """torch.optim, the extension and the Triton kernels are each known to few files."""
     for path in PACKAGE.rglob("*.py"):
         text, name = path.read_text(), module_of(path)
-        assert ("from torch.optim" in text) == (name in ("optim.anchored", "optim.wrapper", "optim.in_backward"))
+        assert ("from torch.optim" in text) == (name in TORCH_OPTIM)
         assert ("import _native" in text) == (name == "backends.native")
         assert ("triton_kernels." in text) == (name == "backends.triton"), name
     assert "robustft_kernels" not in (ROOT / "csrc" / "bindings.cpp").read_text()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .sharding import agree, local, whole
+from .sharding import agree, local, version_of, whole
 from .state import is_dense, is_reachable, keep_anchor
 
 Path_ = str | PathLike[str]
@@ -134,14 +134,14 @@ _digests = WeakTensorKeyDictionary()  # of anchors, with the version for which t
 
 def digest(anchor: Tensor) -> Tensor:
     """SHA-256 of an anchor's dtype, shape and elements in the order of their indices: 32 bytes. Computed once."""
-    version = 0 if anchor.is_inference() else anchor._version
+    version = version_of(anchor)
     known: tuple[int, Tensor] | None = _digests.get(anchor)
     if known is None or known[0] != version:
         content = whole(anchor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
         sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
         sha.update(content.data)
         known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
-    return known[1]
+    return known[1].clone()  # who loads a checkpoint in place writes what was handed out
 
 
 def check_no_surplus(spec: Mapping[str, Tensor], names: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def spec_of(group: Mapping[str, Any]) -> GroupSpec:
         momentum=bool(group.get("momentum", 0) != 0),
         stochastic_rounding=bool(group.get("stochastic_rounding", False)),
         master_weights=bool(group.get("master_weights", False)),
-        state_dtype=group.get("state_dtype", torch.float32),
+        state_dtype=as_dtype("state_dtype", group.get("state_dtype", torch.float32)),
         anchor_device=group.get("anchor_device"),
         seed=group.get("seed", 0),
         capturable=bool(group.get("capturable", False)),
@@ -171,6 +171,27 @@ def spec_of_hyper(base: Base, values: Mapping[str, float], rule: str) -> GroupSp
         for flag in ("anchored", "amsgrad", "momentum", "stochastic_rounding", "master_weights")
     )
     return GroupSpec(RULES[rule], anchored, amsgrad, momentum, stochastic_rounding, master_weights)
+
+
+DTYPE_OPTIONS = ("state_dtype", "anchor_dtype")  # of a group
+
+
+def as_dtype(key: str, value: Any) -> Any:
+    """The dtype of an option that may be given by name, "bfloat16"; "exact", None and dtypes as they are.
+
+    Raises ValueError for a text that names no dtype.
+    """
+    if not isinstance(value, str) or (key == "anchor_dtype" and value == "exact"):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        allowed = (
+            "torch.float32 or torch.bfloat16"
+            if key == "state_dtype"
+            else "'exact', None or a floating-point torch.dtype"
+        )
+        raise ValueError(f"{key} must be {allowed}, or its name, got {value!r}")
+    return dtype
 
 
 def arithmetic_of(dtype: torch.dtype) -> torch.dtype:

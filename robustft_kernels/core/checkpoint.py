@@ -3,10 +3,11 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .anchors import check_digest, digest
-from .bases import Group
+from .bases import DTYPE_OPTIONS, Group, as_dtype
 from .state import check_loadable, copy_beside
 
 
@@ -26,22 +27,47 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
     """
     check_names(group.get("param_names"), saved.get("param_names"))
     merged = {**{key: group[key] for key in keys}, **saved}
+    for key in DTYPE_OPTIONS:
+        if key in merged:
+            merged[key] = as_dtype(key, merged[key])
     if merged["anchor"] != "zero" and not has_anchors:
         merged["anchor"] = group["anchor"]
     return merged
 
 
-def with_anchor(saved: Mapping[str, Any], anchor: Tensor | None, how: bool | str) -> dict[str, Any]:
-    """One parameter's saved state with its anchor. how: True for the tensor, "digest" for its SHA-256, or False."""
+def plain_group(group: Group) -> Group:
+    """A group to be saved, with its dtypes by name: torch.distributed.checkpoint takes numbers, text and tensors."""
+    texts = {
+        key: str(group[key]).removeprefix("torch.") for key in DTYPE_OPTIONS if isinstance(group.get(key), torch.dtype)
+    }
+    return {**group, **texts}
+
+
+def with_anchor(
+    saved: Mapping[str, Any], anchor: Tensor | None, how: bool | str, *, own: bool = True
+) -> dict[str, Any]:
+    """One parameter's saved state with its anchor.
+
+    how: True for the tensor, "digest" for its SHA-256, or False. own: whether the tensor is the optimizer's. If it is
+    the user's, the state has a copy, since torch.distributed.checkpoint loads into the tensors that it finds.
+    """
     bare = without_anchor(saved)
     if anchor is None or how is False:
         return bare
-    return {**bare, "anchor_digest": digest(anchor)} if how == "digest" else {**bare, "anchor": anchor}
+    if how == "digest":
+        return {**bare, "anchor_digest": digest(anchor)}
+    return {**bare, "anchor": anchor if own else anchor.detach().clone()}
 
 
 def without_anchor(saved: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's saved state without its anchor."""
     return {key: value for key, value in saved.items() if key not in ("anchor", "anchor_digest")}
+
+
+def present(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's saved state without what torch.distributed.checkpoint did not find, for which it has {}."""
+    missing = [key for key, value in saved.items() if value is None or (isinstance(value, dict) and not value)]
+    return {key: value for key, value in saved.items() if key not in missing}
 
 
 def check_saved(param: Tensor, label: str, saved: Mapping[str, Any], present: Tensor | None) -> None:

@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def version_of(tensor: Tensor) -> int:
+    """Changes when the elements that are here are written in place."""
+    here = local(tensor)
+    return 0 if here.is_inference() else here._version
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements in memory: for DTensors, in the memory of what is here."""
+    if a is b:
+        return True
+    alike = a.shape == b.shape and a.dtype == b.dtype and is_dtensor(a) == is_dtensor(b)
+    here, there = local(a), local(b)
+    return alike and here.shape == there.shape and here.data_ptr() == there.data_ptr() != 0
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor; imports nothing to know."""
     module = sys.modules.get("torch.distributed.tensor")

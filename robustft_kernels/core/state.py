@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .bases import Base, GroupSpec, state_dtype_of, state_shape_of
 from .methods import LEARNED
-from .sharding import placed_as, placement_of
+from .sharding import local, placed_as, placement_of, same_memory
 
 ParamState = dict[str, Any]
 DIGEST_BYTES = 32  # of SHA-256
@@ -111,9 +111,15 @@ def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
             )
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two anchors have the same dtype, place and elements."""
+    alike = a.dtype == b.dtype and a.device == b.device and placement_of(a) == placement_of(b)
+    return same_memory(a, b) or (alike and torch.equal(local(a), local(b)))
+
+
 def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tensor | None) -> ParamState:
     """A copy of one parameter's saved state, in the dtypes that are kept here. The anchor keeps the dtype in which it
-    was saved. If it is `present`, the anchor that is here, it is not copied, so that moving a state does not double it.
+    was saved. If it equals `present`, the anchor that is here, that one stays, so that a move does not double it.
 
     Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count.
     """
@@ -125,7 +131,7 @@ def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tens
             loaded[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key in LEARNED:
             loaded[key] = value.to(param.device, torch.float64, copy=True)
-        elif key == "anchor" and present is not None and value.data_ptr() == present.data_ptr():
+        elif key == "anchor" and present is not None and _equal(value, present):
             loaded[key] = present
         elif key == "anchor":
             loaded[key] = keep_anchor(param, value, None, spec.anchor_device, copy=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -10,13 +11,14 @@ from torch.optim import Optimizer
 from ..backends import registry
 from ..core import anchors, checkpoint, state
 from ..core.anchors import Anchor
-from ..core.bases import ADAMW, Base, Group, check_hyper, spec_of, state_shape_of
-from ..core.methods import method_of, rule_of
+from ..core.bases import ADAMW, DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper, spec_of
+from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..step.launch import label_of
 from ..step.plan import Plan
 from ..step.results import Results
 from ..telemetry import Telemetry, collect
+from .shown_state import CompletingState
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -61,6 +63,35 @@ class AnchoredOptimizer(Optimizer):
             anchors.check_no_surplus(self._given, [n for g in self.param_groups for n in g.get("param_names", ())])
         self._given = None
 
+    @property
+    def state(self) -> CompletingState:
+        """What is kept of each parameter, by name; complete when it is asked whether there is any."""
+        held: CompletingState = self.__dict__["state"]
+        return held
+
+    @state.setter
+    def state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.__dict__["state"] = CompletingState(WeakMethod(self._complete_state), state)
+
+    def _complete_state(self) -> None:
+        """Begins what a parameter does not keep yet, and puts the digest of an anchor beside it if that is saved in its
+        place."""
+        for group in self.param_groups:
+            spec = spec_of(group)
+            for param in group["params"]:
+                if not param.requires_grad:
+                    continue
+                backend = registry.choose_backend(self.backend, param.device, {param.dtype})
+                steps_on = param.device if backend.keeps_addresses else torch.device("cpu")
+                kept = self.state[param]
+                state.fill_state(param, kept, self.base, spec, steps_on)
+                if "anchor" in kept and self._saves(group) == "digest":
+                    kept["anchor_digest"] = anchors.digest(kept["anchor"])
+
+    def _saves(self, group: Group) -> bool | str:
+        """How a state_dict has the anchors of a group: True, "digest", or False."""
+        return "digest" if self.save_anchors and group["anchor"] == "file" else self.save_anchors
+
     def _patch_step_function(self) -> None:
         """torch's, by which the step runs its hooks."""
         super()._patch_step_function()
@@ -100,9 +131,11 @@ class AnchoredOptimizer(Optimizer):
                 raise ValueError(f"{label} is float16; stochastic_rounding is for bfloat16 (float32 needs none)")
             if group["stochastic_rounding"] and group["master_weights"] and param.dtype == torch.bfloat16:
                 raise ValueError(f"{label} would have stochastic_rounding and master_weights; choose one of them")
+        for key in DTYPE_OPTIONS:
+            group[key] = as_dtype(key, group[key])
         check_hyper(group)
         anchors.check_options(group["anchor_dtype"], group["anchor_device"])
-        rule, anchored = rule_of(group["method"], group["norm"]), method_of(group["method"]).anchored
+        anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
         group["anchor"], tensors = anchors.resolve(
@@ -112,11 +145,6 @@ class AnchoredOptimizer(Optimizer):
             anchors.check_no_surplus(spec, names or ())
         for param, tensor in zip(params, tensors or (), strict=tensors is not None):
             self.state[param]["anchor"] = tensor
-        if rule.learns and params and tensors is None:
-            # torch.distributed.checkpoint makes a step of an optimizer without any state, to see what it keeps. The
-            # first step of FTP would bring the weights to zero.
-            numbers = state_shape_of(rule.learns, params[0])
-            self.state[params[0]][rule.learns] = torch.zeros(numbers, dtype=torch.float64)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,19 +177,15 @@ class AnchoredOptimizer(Optimizer):
         """As torch's, with the anchors among the state; with their SHA-256 where they are in a file or
         `save_anchors="digest"`, without either where `save_anchors=False`. Complete at any time: what a parameter has
         not yet begins here, since torch.distributed.checkpoint loads only what is there."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.requires_grad:
-                    backend = registry.choose_backend(self.backend, param.device, {param.dtype})
-                    steps_on = param.device if backend.keeps_addresses else torch.device("cpu")
-                    state.fill_state(param, self.state[param], self.base, spec_of(group), steps_on)
+        self._complete_state()
         saved = super().state_dict()
-        kinds = {key: group["anchor"] for group in saved["param_groups"] for key in group["params"]}
-        for key, of in saved["state"].items():
-            how = "digest" if self.save_anchors and kinds[key] == "file" else self.save_anchors
-            if "anchor" in of and how is not True:
-                saved["state"][key] = checkpoint.with_anchor(of, of["anchor"], how)
+        for group in saved["param_groups"]:
+            for key in group["params"]:
+                if "anchor" in (of := saved["state"].get(key, {})):
+                    own = group["anchor"] != "given"
+                    saved["state"][key] = checkpoint.with_anchor(of, of["anchor"], self._saves(group), own=own)
         saved["state"] = {key: of for key, of in saved["state"].items() if of}
+        saved["param_groups"] = list(map(checkpoint.plain_group, saved["param_groups"]))
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,7 +197,9 @@ class AnchoredOptimizer(Optimizer):
         incoming: dict[str, Any] = {}
 
         def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            saved = {**saved, "param_groups": self._complete(saved["param_groups"], saved["state"])}
+            of_params = {key: checkpoint.present(of) for key, of in saved["state"].items()}
+            groups = self._complete(saved["param_groups"], of_params)
+            saved = {**saved, "state": of_params, "param_groups": groups}
             for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
                 for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
                     present = self.state[param].get("anchor") if param in self.state else None
@@ -227,6 +253,7 @@ class AnchoredOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.state = self.__dict__["state"]  # torch has put a plain dictionary there
         self._plan, self._results, self.grad_norm = None, {}, None
         self._graphed = []
         self._given = None

@@ -18,6 +18,7 @@ from ..step.launch import label_of
 from ..telemetry import Telemetry, collect
 from .anchored import AnchoredOptimizer, keep_from_compiler
 from .around import METHODS_AROUND, SETTINGS, Around, check_settings, rule_around
+from .shown_state import StateWithAnchors
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets where _step_supports_amp_scaling
 
@@ -124,9 +125,9 @@ class Anchored(Optimizer):
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
-        """The wrapped optimizer's; anchors are not among it."""
-        return self.optimizer.state
+    def state(self) -> StateWithAnchors:  # type: ignore[override]
+        """The wrapped optimizer's, with the anchors; what is written there goes to the wrapped optimizer."""
+        return StateWithAnchors(self.optimizer, self._anchors)
 
     def __getattr__(self, name: str) -> Any:
         """What else the wrapped optimizer has, such as a `train()` of its own."""
@@ -242,9 +243,10 @@ class Anchored(Optimizer):
         saved = self.optimizer.state_dict()
         if self.save_anchors:
             of = dict(saved["state"])
-            for param, key in _keys(self.param_groups, saved["param_groups"]):
+            for param, key, group in _keys(self.param_groups, saved["param_groups"]):
                 if param in self._anchors:
-                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], True)
+                    own = group["anchor"] != "given"
+                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], True, own=own)
             saved = {**saved, "state": of}
         for after in self._optimizer_state_dict_post_hooks.values():
             result = after(self, saved)
@@ -262,16 +264,18 @@ class Anchored(Optimizer):
             result = before(self, saved)
             saved = saved if result is None else result
         pairs = list(zip(self.param_groups, saved["param_groups"], strict=False))
-        keys = dict(_keys(self.param_groups, saved["param_groups"]))
+        of_params = {key: checkpoint.present(of) if isinstance(of, dict) else of for key, of in saved["state"].items()}
         loaded = {
-            p: saved["state"][key]["anchor"] for p, key in keys.items() if "anchor" in saved["state"].get(key, {})
+            param: of_params[key]["anchor"]
+            for param, key, _ in _keys(self.param_groups, saved["param_groups"])
+            if "anchor" in of_params.get(key, {})
         }
         groups = [_complete(ours, theirs, loaded) for ours, theirs in pairs] + saved["param_groups"][len(pairs) :]
         for group, _ in pairs:
             for k, param in enumerate(group["params"]):
                 if param in loaded:
                     checkpoint.check_saved(param, label_of(group, k), {"anchor": loaded[param]}, None)
-        self.optimizer.load_state_dict({**saved, "state": _without_anchors(saved["state"]), "param_groups": groups})
+        self.optimizer.load_state_dict({**saved, "state": _without_anchors(of_params), "param_groups": groups})
         for group in self.param_groups:
             for param in group["params"]:
                 if param in loaded:
@@ -307,10 +311,11 @@ def _specs(anchor: Anchor, groups: list[Group]) -> list[Anchor]:
     ]
 
 
-def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any]]:
-    """Each parameter with its key in a state_dict."""
+def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:
+    """Each parameter with its key in a state_dict, and its group."""
     for group, theirs in zip(groups, saved, strict=False):
-        yield from zip(group["params"], theirs["params"], strict=False)
+        for param, key in zip(group["params"], theirs["params"], strict=False):
+            yield param, key, group
 
 
 def _without_anchors(saved: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -1,0 +1,92 @@
+"""What `optimizer.state` shows to others.
+
+torch.distributed.checkpoint asks `if optimizer.state:`. When there is none it makes a step, with zero gradients. It
+loads a flattened checkpoint by the keys that it finds there. So a state completes itself when it is asked whether it
+holds anything: no step is made, and no key is missing.
+"""
+
+from collections import ChainMap, defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Complete = WeakMethod[Any]  # or the optimizer and its state would refer to each other
+
+
+class CompletingState(defaultdict[Tensor, dict[str, Any]]):
+    """The state of an `AnchoredOptimizer`. Copies and pickles are plain dictionaries."""
+
+    def __init__(self, complete: Complete, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        super().__init__(dict, state)
+        self._complete = complete
+
+    def __bool__(self) -> bool:
+        complete = self._complete()
+        if complete is not None:
+            complete()
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+class StateWithAnchors(MutableMapping[Tensor, MutableMapping[str, Any]]):
+    """The state of a wrapped optimizer, with the "anchor" of each parameter. What is written goes to the optimizer."""
+
+    def __init__(self, optimizer: Optimizer, anchors: Mapping[Tensor, Tensor]) -> None:
+        self._optimizer, self._anchors = optimizer, anchors
+
+    def __getitem__(self, param: Tensor) -> MutableMapping[str, Any]:
+        own: dict[str, Any] = self._optimizer.state[param]
+        anchor = self._anchors.get(param)
+        return own if anchor is None else ChainMap(own, {"anchor": anchor})
+
+    def get(self, param: Tensor, default: Any = None) -> Any:
+        return self[param] if param in self else default  # noqa: SIM401 - or the wrapped one's defaultdict would grow
+
+    def __setitem__(self, param: Tensor, value: MutableMapping[str, Any]) -> None:
+        self._optimizer.state[param] = {key: of for key, of in value.items() if key != "anchor"}
+
+    def __delitem__(self, param: Tensor) -> None:
+        del self._optimizer.state[param]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._optimizer.state
+        yield from (param for param in self._anchors if param not in self._optimizer.state)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._optimizer.state or param in self._anchors
+
+    def __bool__(self) -> bool:
+        if not any(self._optimizer.state.values()):
+            begin(self._optimizer)
+        return True
+
+
+@torch.no_grad()
+def begin(optimizer: Optimizer) -> None:
+    """Makes the state of an optimizer that has none, as torch.distributed.checkpoint does: by a step with lr = 0 and
+    gradients of zero. Does nothing when a parameter has a gradient."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if any(param.grad is not None for param in params):
+        return
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    for param in params:
+        if param.requires_grad:
+            param.grad = torch.zeros_like(param)
+    try:
+        for group, lr in rates:
+            group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+        optimizer.step()
+    finally:
+        for group, lr in rates:
+            group["lr"] = lr
+        for param in params:
+            param.grad = None
