@@ -17,7 +17,8 @@ from .contest import Work
 from .loops import LoopSPD
 
 Loss = Callable[[nn.Module], Tensor]
-TRAIN, PROJECT = 6, 1  # steps of a run; as many on radii as would add 17% if each cost as much as one of training
+# Steps of a run: in training, and on radii. They add 17% if a step on radii costs as much as one in training.
+TRAIN, PROJECT = 6, 1
 FROM_ZERO = {  # adapters are anchored there
     "AdamSPD, eager": Contender(lambda params: LoopSPD(params, LR, [None] * len(params))),
     "AdamSPD": ours("spd", anchor="zero"),
@@ -36,7 +37,7 @@ def iteration(model: nn.Module, contender: Contender, loss: Loss) -> Callable[[]
 
 
 def vit(ring) -> tuple[nn.Module, Loss, int]:
-    """timm's ViT-B/16, random weights; its loss on random images, and how many."""
+    """timm's ViT-B/16 with random weights, its loss on random images, and how many images."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     images = {"cpu": 2, "cuda": 64}[ring.device.type]
     smaller = {"img_size": 32, "depth": 1} if ring.smoke else {}
@@ -47,7 +48,7 @@ def vit(ring) -> tuple[nn.Module, Loss, int]:
 
 
 def minilm(ring) -> tuple[nn.Module, Loss, int]:
-    """MiniLM with its pre-trained weights and a head; its loss on random tokens, and how many."""
+    """MiniLM with its pre-trained weights and a head, its loss on random tokens, and how many tokens."""
     from examples.sentiment import model as sentiment
 
     try:

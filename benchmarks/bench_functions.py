@@ -17,7 +17,7 @@ PROJECTIONS = {
     "l2": 20,
     "mars": 20,
     "mars_rows": 12,
-}  # bytes a parameter; a row stays in the cache
+}  # bytes for each parameter; a row stays in the cache
 
 STEPS = 5
 
@@ -40,7 +40,7 @@ def bench_projections(ring, norm):
 
 
 def bench_tpgm(ring):
-    """TPGM's own work for a few steps on the radii of ViT-B/16, without the model's, and that of the eager code."""
+    """TPGM's own work for a few steps on the radii of ViT-B/16, without the model's work, beside the eager code's."""
     shapes = SMOKE if ring.smoke else MODELS["ViT-B/16"]
     model = nn.ParameterList(nn.Parameter(torch.randn(shape, device=ring.device) * 0.02) for shape in shapes)
     learner, params = rft.TPGM(model), list(model)
@@ -65,7 +65,7 @@ def bench_tpgm(ring):
 
 @pytest.mark.parametrize("choice", memory.CHOICES)
 def bench_memory(ring, choice):
-    """What an optimizer keeps, and how far its steps rise above that: bytes a parameter of Swin-T."""
+    """What an optimizer keeps, and how far its steps rise above that, in bytes for each parameter of Swin-T."""
     found = ring.benchmark.pedantic(memory.found, (choice, ring.device.type, ring.smoke), rounds=1)
     n = numel(SMOKE if ring.smoke else MODELS["Swin-T"])
     ring.benchmark.extra_info.update(choice=choice, trusted=True, parameters=n, **found)

@@ -1,5 +1,7 @@
-"""A step of an optimizer: against other packages' AdamW, by method, by precision, against the eager code; by how large
-and how many the tensors are, how many fire, on how many threads; and where its time goes."""
+"""A step of an optimizer: against other packages' AdamW and the eager code, by method and by precision.
+
+Also by how large and how many the tensors are, by how many fire, and by threads. And where the time of a step goes.
+"""
 
 import os
 
@@ -14,8 +16,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 VIT = MODELS["ViT-B/16"]
 FUSED = {BASELINE: TORCH[BASELINE]}
 SPD = {"AdamSPD": METHODS["AdamSPD"]}
-MARGIN = 2**30  # bytes, of them two copies' 2^29
-LARGE = 2.5e8  # parameters, beyond which only torch's fastest is a match
+MARGIN = 2**30  # bytes, among them two buffers of 2^29 for the copy
+LARGE = 2.5e8  # with more parameters, ours are compared with torch's fastest alone
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -29,14 +31,14 @@ def bench_peers(ring, model, dtype, room):
     contenders = {"AdamSPD": ours("spd", **anchor), **like_torch}
     if ring.device.type == "cuda":
         contenders = {ONE_LAUNCH: ours("spd", "triton_tickets", **anchor), **contenders}
-    if n > LARGE:  # in bfloat16 the moments of the largest would not fit beside each other but as torch keeps them
+    if n > LARGE:  # in bfloat16 the moments of the largest fit beside each other only as torch keeps them
         contenders = {**FUSED, **(like_torch or contenders)}
     else:
         peers = {**TORCH, **PEERS}
         if model not in ADAPTERS:
             peers = {name: of for name, of in peers.items() if name not in COMPILED}
         contenders = {**peers, "AdamW (none)": METHODS["AdamW (none)"], **contenders}
-    copies = 3 * len(contenders) + 3  # of the weights: theirs, moments; anchors and the gradients that all share
+    copies = 3 * len(contenders) + 3  # of the weights: each one's own and its moments; anchors, and shared gradients
     room(n * dtype.itemsize * copies + MARGIN)
     ring.race(contenders, shapes, dtype, list(contenders)[-1], model=model)
 
@@ -70,7 +72,7 @@ def bench_eager(ring, method, model):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("millions", [1, 4, 16, 64, 256, 1024])
 def bench_parameters(ring, millions, dtype, room):
-    """How the cost grows with parameters: 64 tensors, moments of the parameters' dtype."""
+    """How the cost grows with the number of parameters: 64 tensors, moments of the parameters' dtype."""
     n = millions * 2**20
     room(8 * n * dtype.itemsize + MARGIN)
     contenders = {**FUSED, "AdamSPD": ours("spd", state_dtype=dtype)}
@@ -100,14 +102,14 @@ def bench_threads(ring, threads):
 
 
 def backend_alone(stepper: Stepper) -> Work:
-    """Without what leads to its call, of a step that is planned already."""
+    """The backend's call alone, without what leads to it. The step is planned already."""
     (launch,) = stepper.optimizer._plan.launches
     return Work(lambda: launch(None, None), stepper.prepare)
 
 
 @pytest.mark.parametrize("model", ["ViT-B/16", *ADAPTERS, "10,000 × 100"])
 def bench_parts(ring, model):
-    """Where a step's time goes: the backend's call without what leads to it, with nothing that fires, and with half."""
+    """Where a step's time goes: the whole step, and the backend's call alone, when nothing fires and when half does."""
     shapes: Shapes = SMOKE if ring.smoke else MODELS.get(model, [(100,)] * 10_000)
     entrants = {}
     for fire, name in ((0.5, "whole step"), (0.5, "backend"), (0.0, "backend, none fires")):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.check NEW.json benchmarks/results/cpu.json        (make bench-check)
 
-Ratios alone are compared: seconds of one machine say nothing of another's. A loss is a ratio whose lower quartile lies
-above the kept upper quartile, and whose median is worse by more than 5%. Not judged is a contest beside which something
-else was at work, or in which a copy ran at another speed than when it was kept: ratios of what waits for memory and of
-what computes are not the same then. On another machine, keep its own results first (make bench).
+Only ratios are compared: seconds of one machine say nothing of another's. A loss is a ratio whose lower quartile lies
+above the kept upper quartile, and whose median is worse by more than 5%. A contest is not judged if something else was
+at work beside it. Nor is it judged if a copy ran at another speed than when it was kept. Then ratios of what waits for
+memory and of what computes are not the same. On another machine, keep its own results first (make bench).
 """
 
 import sys
@@ -19,7 +19,7 @@ ALIKE = 0.85, 1.18  # speeds of a copy, new over kept
 
 
 def loss(new: Row, old: Row) -> str:
-    """What got worse; "" where nothing did. Where ours is the baseline, the others' ratios are to be large."""
+    """What got worse, or "" if nothing did. When ours is the baseline, the others' ratios should be large."""
     ours_is_baseline = new["watched"] == new["baseline"]
     lines = []
     for name in old.contenders if ours_is_baseline else [old["watched"]]:
@@ -39,7 +39,7 @@ def _told(quartiles: list[float]) -> str:
 
 
 def why_not(new: Row, old: Row) -> str:
-    """Why the two cannot be compared; "" where they can."""
+    """Why the two cannot be compared, or "" if they can."""
     if not (new["trusted"] and old["trusted"]):
         return "something else was at work"
     if COPY in new.contenders and COPY in old.contenders:
@@ -50,7 +50,7 @@ def why_not(new: Row, old: Row) -> str:
 
 
 def compare(new: Results, old: Results) -> tuple[list[str], list[str], int]:
-    """Losses; what could not be judged, and why; how many could."""
+    """The losses, what could not be judged and why, and how many could be judged."""
     kept = {row.name: row for row in old.rows}
     losses, unjudged, judged = [], [], 0
     for row in new.rows:

@@ -1,12 +1,12 @@
-"""What the compilers make of the Triton kernels, without a GPU: registers, memory, the width of every access.
+"""What the compilers make of the Triton kernels: registers, memory, the width of every access. It needs no GPU.
 
     python -m benchmarks.codegen            a table of what is kept
     python -m benchmarks.codegen --write    compiles all anew, and writes facts and table (make codegen)
 
 Each is compiled for sm_80, sm_90, sm_100 and gfx942. The facts are kept in results/codegen.json, with the compiler's
-version and a digest of the source, so that tests/test_codegen.py need not compile to hold the kernels to them.
-`VARIANTS` are the corners of what `variant_of` can ask for: both bases with and without their optional state, every
-storage dtype, anchors present, of another dtype, zero, and mixed, and the options that take registers.
+version and a digest of the source. So tests/test_codegen.py need not compile to hold the kernels to them. `VARIANTS`
+are the corners of what `variant_of` can ask for: both bases with and without their optional state, and every storage
+dtype. Anchors are present, of another dtype, zero, or mixed. The options that take registers are among them.
 """
 
 import argparse
@@ -61,10 +61,12 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Shipped:
-    """A variant by what asks for it. options: a gradient scaler, hyper-parameters in tensors. mixed: some tensors have
-    an anchor and the last of the states, some not. coupled: with rules of a linear penalty too. rows: the kernels for
-    segments that are rows. low: bfloat16 moments. master: float32 master weights. norm: the kernel for the gradients'
-    norm."""
+    """A variant by what asks for it.
+
+    options: a gradient scaler, and hyper-parameters in tensors. mixed: only some tensors have an anchor and the last of
+    the states. coupled: rules with a linear penalty are among the others. rows: the kernels for segments that are rows.
+    low: bfloat16 moments. master: float32 master weights. norm: the kernel for the norm of the gradients.
+    """
 
     base: Base
     states: int
@@ -92,14 +94,15 @@ class Shipped:
 
     @property
     def bytes(self) -> tuple[int, ...]:
-        """What the sweeps move for a parameter: read θ, g, θ₀ and the state, write θ and the state; pull. By rows with
-        FTP, which has the most: survey g and the delta; write that too."""
+        """What each sweep moves for a parameter. Sweep 1 reads θ, g, θ₀ and the state, and writes θ and the state.
+        Sweep 2 pulls. By rows this is FTP, which moves the most. Its survey reads g and the delta, and its sweep 1
+        writes the delta too."""
         size, anchor = self.param.itemsize, 0 if self.anchor is None else self.anchor.itemsize
         moment, delta = (8, 8) if self.param == F64 else (2 if self.low else 4, 2)
         step, pull = 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
         if self.norm:
             return (size,)
-        if self.master:  # read and written beside the weights; the pull reads it alone
+        if self.master:  # read and written beside the weights; of the two, the pull reads the master alone
             step, pull = step + 8, 8 + size + anchor
         return (size + delta, step + delta, pull) if self.rows else (step, pull)
 
@@ -251,14 +254,14 @@ def _cuobjdump(*args: str) -> str:
 
 
 def occupancy(registers: int, threads: int) -> float:
-    """The part of an sm_90 SM's 2,048 threads that its 65,536 registers, given out 256 at a time to a warp, hold."""
+    """The share of an sm_90 SM's 2,048 threads that is resident. Its 65,536 registers go to warps 256 at a time."""
     of_warp = -(-registers * 32 // 256) * 256
     programs = 65536 // (of_warp * (threads // 32))
     return min(1.0, programs * threads / 2048)
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: one row a variant, sm_90."""
+    """A table in Markdown with one row for each variant, on sm_90."""
     lines = [
         "| variant | bytes a parameter, sweep by sweep | registers: sweep 1, 2, one launch; by rows: survey, 1, 2 "
         "| occupancy | shared memory |",
@@ -291,7 +294,7 @@ def code_of(source: str) -> str:
 
 
 def digest() -> str:
-    """Changes with all that `facts` depend on: the code of the kernels, and what each is compiled for."""
+    """Changes with everything that `facts` depends on: the code of the kernels, and what each is compiled for."""
     code = {path.name: code_of(path.read_text()) for path in KERNELS}
     asked = [configuration(*job) for job in jobs()]
     return sha256(json.dumps([code, asked]).encode()).hexdigest()
@@ -303,20 +306,20 @@ def jobs() -> list[tuple[int, str, str]]:
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """The facts of all jobs; some ten minutes of CPU time."""
+    """The facts of all jobs. It takes some ten minutes of CPU time."""
     with ProcessPoolExecutor() as pool:
         todo = pool.map(facts, jobs(), chunksize=4)
         return list(tqdm(todo, total=len(jobs()), desc="kernels", leave=False, disable=None))
 
 
 def read() -> dict[str, Any]:
-    """What is kept: "triton", the compiler's version; "source", the digest; "kernels", a row of facts each."""
+    """What is kept: "triton", the compiler's version, "source", the digest, and "kernels", a row of facts for each."""
     kept: dict[str, Any] = json.loads(KEPT.read_text())
     return kept
 
 
 def write(found: list[dict[str, Any]]) -> None:
-    """A line a kernel, so that a change shows which it concerns."""
+    """One line for each kernel, so that a change shows which kernels it concerns."""
     rows = ",\n".join(json.dumps(row) for row in found)
     KEPT.write_text(f'{{"triton": "{triton.__version__}", "source": "{digest()}", "kernels": [\n{rows}\n]}}\n')
 

@@ -1,4 +1,4 @@
-"""How the benchmarks run: on which device, how many rounds; never while results are wrong, or beside other work."""
+"""How the benchmarks run: on which device, and how many rounds. Never while results are wrong, or beside other work."""
 
 import gc
 
@@ -33,7 +33,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def check_results(device, methods=(("spd", None), ("ftp", None), ("project", "mars"))):
-    """Raises AssertionError where a backend's steps are not the oracle's."""
+    """Raises AssertionError if a backend's steps are not the oracle's."""
     for backend in {"cpu": ("native",), "cuda": ("triton", "triton_tickets")}[device.type]:
         for method, norm in methods:
             for settings in (SETTINGS[0], SETTINGS[-1]):
@@ -53,7 +53,7 @@ def device(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _right_before_fast(device):
-    """Nothing is timed that is wrong."""
+    """Nothing is timed while a step is wrong."""
     try:
         check_results(device)
     except AssertionError as error:
@@ -62,7 +62,7 @@ def _right_before_fast(device):
 
 @pytest.fixture
 def ring(request, benchmark, device):
-    """Where contests take place; a benchmark's group is the question that it answers."""
+    """Where contests take place. A benchmark's group is the question that it answers."""
     smoke = request.config.getoption("--smoke")
     benchmark.group = request.node.originalname.removeprefix("bench_")
     return Ring(benchmark, device, request.config.getoption("--seconds"), smoke, 0 if smoke else 60)
@@ -72,7 +72,7 @@ def ring(request, benchmark, device):
 def _threads(request):
     torch.set_num_threads(request.config.getoption("--threads"))
     yield
-    torch.compiler.reset()  # which would keep what compiled steps have seen
+    torch.compiler.reset()  # it would keep what compiled steps have seen
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -80,7 +80,7 @@ def _threads(request):
 
 @pytest.fixture
 def room(device):
-    """Skips what this machine has no memory for."""
+    """Skips a benchmark that this machine has no memory for."""
 
     def check(needed):
         free = free_memory(device)

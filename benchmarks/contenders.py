@@ -1,5 +1,5 @@
-"""Who is measured: our optimizers, torch's, other packages' AdamW where they are installed, and the eager code that
-this package replaces. Each also says how many bytes a step of it must move."""
+"""Who is measured: our optimizers, torch's, the AdamW of other installed packages, and the eager code that this package
+replaces. Each can also say how many bytes its step must move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Contender:
-    """make: an optimizer of these parameters. module: what it takes beside torch, imported when it is made. state: the
-    dtype of its moments, None for that of the parameters. moves: bytes a step, of tensors of these sizes, if counted.
+    """make: makes an optimizer of these parameters. module: what it needs beside torch, imported when it is made.
+    state: the dtype of its moments, None for that of the parameters. moves: the bytes of a step over tensors of these
+    sizes, if they are counted.
     """
 
     make: Callable[[Params], Any]
@@ -49,8 +50,11 @@ def anchored_bytes(
     anchor: torch.dtype | None = None, zero: bool = False, survey: int = 0, tracks: bool = False, pulled: bool = True,
     master: bool = False,
 ) -> float:  # fmt: skip
-    """AdamW's; the anchor; `survey`, how many tensors of the parameters' dtype are read before the step; the bf16 c
-    that FTP reads then, and writes later; float32 masters; and the pull of tensors longer than a chunk that fire."""
+    """The bytes of AdamW, the anchor, a survey, the bf16 c of FTP, float32 masters, and a pull.
+
+    survey: how many tensors of the parameters' dtype are read before the step. tracks: whether FTP reads c then, and
+    writes it later. The pull is that of tensors that fire and are longer than a chunk.
+    """
     n, of_anchor = sum(sizes), 0 if zero else (anchor or dtype).itemsize
     extra = survey * dtype.itemsize + (4 if tracks else 0) + (8 if master else 0)
     step = adamw_bytes(sizes, dtype, fired, state) + n * (of_anchor + extra)
@@ -95,11 +99,11 @@ PEERS = {
     "DeepSpeed CPUAdam": _peer("deepspeed.ops.adam", lambda m, p: m.DeepSpeedCPUAdam(p, **PLAIN), F32),
 }
 
-COMPILED = ("torch compiled", "torchao", "torchao, 8-bit", "heavyball")  # takes long, so on one list alone
+COMPILED = ("torch compiled", "torchao", "torchao, 8-bit", "heavyball")  # slow to compile, so on one list alone
 
 
 def ours(method: str, backend: str = "auto", *, moved: dict[str, Any] | None = None, **options: Any) -> Contender:
-    """An AnchoredAdamW. moved: what `anchored_bytes` is to know."""
+    """An AnchoredAdamW. moved: what `anchored_bytes` must know."""
     facts = {"state": options.get("state_dtype", F32), "master": options.get("master_weights", False)}
     facts["zero"] = method == "none" or options.get("anchor") == "zero"
     facts.update(moved or {})
@@ -124,7 +128,7 @@ METHODS = {
     "AdamFTP": ours("ftp", moved={**ROWS, "survey": 1, "tracks": True}),
 }
 ONE_LAUNCH = "AdamSPD, one launch"
-PROJECTS = ("AdamPGM, l2", "AdamPGM, mars")  # whose every tensor fires
+PROJECTS = ("AdamPGM, l2", "AdamPGM, mars")  # every tensor of theirs fires
 CHOICES = {
     "float32": {
         "AdamSPD": ours("spd"),
@@ -154,7 +158,7 @@ EAGER = {"AdamSPD": _eager(LoopSPD), "AdamFTP": _eager(LoopFTP)}
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that contenders come from, as they are installed."""
+    """The installed versions of the packages that contenders come from."""
     found = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Contenders take turns, round after round, in one process; a ratio is that of two steps of the same round."""
+"""Contenders take turns, round after round, in one process. A ratio compares two steps of the same round."""
 
 import gc
 import time
@@ -16,14 +16,15 @@ from .machine import BUSY, Others, wait_until_idle
 from .shapes import SMOKE, Shapes
 
 WARM_UP = 3
-ROUNDS = 5, 36  # at least; at most, lest a bf16 weight stand still as the momentum fades, and its tensor fire no more
-COPY = "copy"  # of as many bytes as the parameters have, read and written: the unit of GB/s
+# At least and at most. Later the momentum has faded, so that a bf16 weight stands still and its tensor fires no more.
+ROUNDS = 5, 36
+COPY = "copy"  # reads and writes as many bytes as the parameters have: the unit of GB/s
 TINY = 1e-8
 
 
 @dataclass
 class Times:
-    """Seconds of each round: by the wall until the device is idle, and of them, until the call returned."""
+    """Seconds of each round. wall: until the device is idle. host: until the call returned."""
 
     wall: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -49,8 +50,9 @@ def _nothing() -> None: ...
 class Field:
     """Parameters of these shapes for each contender, and gradients that all share.
 
-    The first gradient leads away from the anchor; later ones are tiny, so that the momentum goes on leading away, and
-    tensors with `fire` of all elements have gradients that lead back: under SPD they fire, the others do not.
+    The first gradient leads away from the anchor. Later ones are tiny, so the momentum goes on leading away. Some
+    tensors, with the share `fire` of all elements, then have gradients that lead back. Under SPD these tensors fire,
+    and the others do not.
     """
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, fire: float = 0.5) -> None:
@@ -80,7 +82,7 @@ class Field:
         return flat.view(shape)
 
     def turn(self) -> None:
-        """From the first gradients to the later ones."""
+        """Goes from the first gradients to the later ones."""
         if not self._later:
             for grad, fires in zip(self.grads, self.fired, strict=True):
                 grad.mul_(-TINY if fires else TINY)
@@ -129,7 +131,7 @@ class Stepper:
         return count and count(self._field.sizes, self._field.dtype, self.fired())
 
     def fired(self) -> float:
-        """The share of the elements that the last step pulled; 0 for others' optimizers."""
+        """The share of the elements that the last step pulled, 0 for the optimizers of others."""
         telemetry = getattr(self.optimizer, "telemetry", None)
         if telemetry is None:
             return 0.0
@@ -138,7 +140,7 @@ class Stepper:
 
 
 def copy_of(n: int, device: torch.device) -> Work:
-    """A copy by the device of n bytes, or as many as are enough to tell its bandwidth."""
+    """A copy of n bytes by the device, or of fewer if those are enough to tell its bandwidth."""
     n = min(n, 2**29)
     source = torch.ones(n // 4, device=device)
     target = torch.empty_like(source)
@@ -151,8 +153,8 @@ def _ratios(of: list[float], to: list[float]) -> list[float]:
 
 @dataclass
 class Ring:
-    """Where contests take place: pytest-benchmark's fixture, the device, how many seconds a contest is to take, and how
-    many to wait for others to let the machine go."""
+    """Where contests take place. benchmark: pytest-benchmark's fixture. seconds: how long a contest is to take.
+    patience: how many seconds to wait until other programs let the machine go."""
 
     benchmark: Any
     device: torch.device
@@ -161,7 +163,7 @@ class Ring:
     patience: float
 
     def rounds(self, seconds: float) -> int:
-        """How many, where one takes so long."""
+        """How many, if one takes so many seconds."""
         low, high = ROUNDS
         return 2 if self.smoke else min(high, max(low, int(self.seconds / seconds)))
 
@@ -173,11 +175,11 @@ class Ring:
         baseline: str = BASELINE,
         **told: Any,
     ) -> dict[str, Any]:
-        """Times the `step` of each entrant, each after its `prepare`; pytest-benchmark takes those of the watched one.
+        """Times the `step` of each entrant, each after its `prepare`. pytest-benchmark times that of the watched one.
 
-        n: of parameters. Leaves in the benchmark's `extra_info`, beside what is told: of each entrant quartiles of its
-        time over the baseline's, median seconds, the host's share of them, and the bytes it moved; and how many cores
-        others used.
+        n: how many parameters. The benchmark's `extra_info` gets what is told, and how many cores others used. For each
+        entrant, it gets the quartiles of its time over the baseline's, the median seconds, the host's part of them, and
+        the bytes that it moved.
         """
         lasted = 0.0
         for _ in range(WARM_UP):
@@ -231,7 +233,7 @@ class Ring:
         fire: float = 0.5,
         **told: Any,
     ) -> None:
-        """A contest of optimizers on one list of shapes; those that cannot run here are named with the reason."""
+        """A contest of optimizers on one list of shapes. Those that cannot run here are named with the reason."""
         on = Field(SMOKE if self.smoke else shapes, dtype, self.device, fire)
         entrants: dict[str, Entrant] = {}
         absent: dict[str, str] = {}

@@ -1,5 +1,7 @@
-"""What this package replaces: the methods as one writes them from the formulas, a loop over parameters with a decision
-on the host for each, and for TPGM a deep copy of the model."""
+"""What this package replaces: the methods as one writes them from the formulas.
+
+They loop over parameters, and decide for each on the host. TPGM makes a deep copy of the model.
+"""
 
 import copy
 from typing import Any
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 
 class LoopAdam(torch.optim.Optimizer):
-    """Adam in a loop; what becomes of a parameter p that its step would have `moved` is left to a method."""
+    """Adam in a loop. A method decides what becomes of a parameter p that Adam's step would have `moved`."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, anchors: list[Tensor | None], **options: Any) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, **options})
@@ -66,7 +68,7 @@ class LoopFTP(LoopAdam):
 
 
 class Given(torch.autograd.Function):
-    """A loss whose gradients are there already: what is left of an update of TPGM is its own work."""
+    """A loss whose gradients are there already. So an update of TPGM does nothing but its own work."""
 
     @staticmethod
     def forward(ctx: Any, grads: list[Tensor], *params: Tensor) -> Tensor:
@@ -79,8 +81,8 @@ class Given(torch.autograd.Function):
 
 
 def loop_update(model: nn.Module, anchors: list[Tensor], adam: torch.optim.Optimizer, grads: list[Tensor]) -> None:
-    """One step on TPGM's radii as the authors' algorithm goes: a deep copy of the model, into which each parameter's
-    projection is copied with its graph; the radius is checked on the host, and the deviation taken twice."""
+    """One step on TPGM's radii, as the authors' algorithm goes. It makes a deep copy of the model, and copies each
+    parameter's projection into it with its graph. It checks the radius on the host, and takes the deviation twice."""
     projected = list(copy.deepcopy(model).parameters())
     for p, a, radius in zip(projected, anchors, adam.param_groups[0]["params"], strict=True):
         p.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, whether something else keeps it busy, how much memory is left."""
+"""The machine that measures: what it is, whether something else keeps it busy, and how much memory is left."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ BUSY = 0.2  # cores that others may use
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a number is worth only together with."""
+    """What must stand beside a number for it to mean anything."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     facts: dict[str, Any] = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
@@ -29,7 +29,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 class Others:
-    """How many cores processes other than this one use, from when it is made until it is asked."""
+    """How many cores other processes use, from when this is made until it is asked."""
 
     def __init__(self) -> None:
         self._began = self._now()
@@ -44,7 +44,7 @@ class Others:
 
 
 def wait_until_idle(seconds: float = 60) -> bool:
-    """Whether the others let the machine go within so many seconds."""
+    """Whether other processes let the machine go within so many seconds."""
     ends = time.monotonic() + seconds
     while True:
         others = Others()
@@ -56,7 +56,7 @@ def wait_until_idle(seconds: float = 60) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """In bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     kib = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")), "0")
@@ -64,7 +64,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _ticks() -> int:
-    """That all cores together have been at work; 0 where the system does not tell."""
+    """The ticks that all cores together have been at work, 0 if the system does not tell."""
     user, nice, system = map(int, (_lines("/proc/stat") or ["cpu 0 0 0"])[0].split()[1:4])
     return user + nice + system
 

@@ -1,4 +1,4 @@
-"""What an optimizer takes of memory, measured in a process of its own.
+"""How much memory an optimizer takes, measured in a process of its own.
 
 python -m benchmarks.memory CHOICE cpu        prints one line of JSON
 """
@@ -30,7 +30,7 @@ def _from_file(params: Params) -> rft.AnchoredAdamW:
     return rft.AdamSPD(named, anchor=folder)
 
 
-# What compiles is left out: the compiler's own memory would count.
+# Those that compile are left out: the compiler's own memory would count.
 OTHERS = {name: of for name, of in {**TORCH, **PEERS}.items() if name not in COMPILED}
 STORED = "AdamSPD, weights from a bf16 checkpoint"
 FILE = "AdamSPD, anchors in a file"
@@ -45,8 +45,10 @@ CHOICES = {f"{str(dtype)[6:]}: {name}": (dtype, of) for dtype, names in LISTS.it
 
 
 def found(choice: str, device: str, smoke: bool = False) -> dict[str, float | str]:
-    """Bytes a parameter: `state`, of its tensors; `kept`, by which the process grew; `peak`, the most during two steps.
-    Or `missing`: why there is none."""
+    """Bytes for each parameter, or `missing`: why there are none.
+
+    `state`: of the optimizer's tensors. `kept`: by how many the process grew. `peak`: the most during two steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks.memory", choice, device, *(["--smoke"] if smoke else [])],
@@ -64,7 +66,7 @@ def main(choice: str, device: str, *smoke: str) -> None:
     dtype, contender = CHOICES[choice]
     if why := contender.missing():
         raise SystemExit(why)
-    _run(contender, _weights(SMOKE, dtype, device))  # what is loaded once is not the optimizer's
+    _run(contender, _weights(SMOKE, dtype, device))  # what is loaded only once does not count as the optimizer's
     shapes = SMOKE if smoke else MODELS["Swin-T"]
     rounded = BF16 if STORED in choice else dtype
     params = [nn.Parameter(p.detach().to(rounded).to(dtype)) for p in _weights(shapes, dtype, device)]
@@ -97,7 +99,7 @@ def _run(contender: Contender, params: Params, grads: list[torch.Tensor] | None 
 
 
 def _now(device: str) -> tuple[int, int]:
-    """Bytes that are this process's own, and all bytes, of which the peak is told."""
+    """The bytes that are this process's own, and all its bytes. The peak is a peak of the latter."""
     if device == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.memory_allocated()
     return _proc("smaps_rollup", "Anonymous"), _proc("status", "VmRSS")

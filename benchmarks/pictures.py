@@ -17,7 +17,7 @@ def is_ours(contender: str) -> bool:
 
 
 def draw_peers(results: Results, file: Path) -> None:
-    """A panel for each model and dtype: everyone's time over torch fused."""
+    """A panel for each model and dtype: the time of everyone over that of torch fused."""
     rows = results.of("peers")
     names = list(dict.fromkeys(n for row in rows for n in row.contenders if n not in (COPY, BASELINE)))
     names.sort(key=is_ours)
@@ -104,7 +104,7 @@ def draw_parts(results: Results, file: Path) -> None:
 
 
 def draw_eager(results: Results, file: Path) -> None:
-    """What the eager code costs: of a step, over ours; of a whole iteration, over AdamW's, beside ours."""
+    """What the eager code costs: its step over ours, and its whole iteration and ours over AdamW's."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     steps, iterations = figure.subplots(1, 2)
     rows = results.of("eager", "tpgm")

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks found: kept in benchmarks/results/, drawn by report.py, held to by check.py."""
+"""What a run of the benchmarks found. benchmarks/results/ keeps it, report.py draws it, check.py holds others to it."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .contest import COPY
 
 @dataclass(frozen=True)
 class Row:
-    """One contest. question: what it helps to answer; name: the benchmark's, with its parameters; told: by a Ring."""
+    """One contest. question: what it helps to answer. name: the benchmark's, with its parameters. told: by a Ring."""
 
     question: str
     name: str
@@ -21,15 +21,15 @@ class Row:
 
     @property
     def contenders(self) -> dict[str, dict[str, Any]]:
-        """None where it was no contest."""
+        """By name. There are none if it was no contest."""
         return self.told.get("contenders", {})
 
     def ratio(self, of: str = "") -> list[float]:
-        """Quartiles of a contender's time over the baseline's; by default of the one that the contest is about."""
+        """Quartiles of a contender's time over the baseline's. The default is the one that the contest is about."""
         return self.contenders[of or self["watched"]]["ratio"]
 
     def bytes_say(self, of: str) -> float:
-        """The ratio if the bytes alone counted; nan where they are not declared."""
+        """What the ratio would be if the bytes alone counted, nan if they are not declared."""
         moved = [self.contenders[name].get("bytes", float("nan")) for name in (of, self["baseline"])]
         return moved[0] / moved[1]
 
@@ -38,13 +38,13 @@ class Row:
         return self.contenders[of].get("bytes", float("nan")) / self.contenders[of]["seconds"] / 1e9
 
     def of_copy(self, of: str) -> float:
-        """The same as a part of what a copy reached in this contest."""
+        """That bandwidth as a share of what a copy reached in this contest."""
         return self.bandwidth(of) / self.bandwidth(COPY)
 
 
 @dataclass(frozen=True)
 class Results:
-    """machine: what measured; rows: in the order in which they were measured."""
+    """machine: what measured. rows: in the order in which they were measured."""
 
     machine: dict[str, Any]
     rows: list[Row]
@@ -67,7 +67,7 @@ def read(file: Path) -> Results:
 
 
 def write(results: Results, file: Path) -> None:
-    """The order of the contenders is kept: tables have it."""
+    """Keeps the order of the contenders, because tables have it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f"    {json.dumps(vars(row))}" for row in results.rows)
     file.write_text(f'{{\n  "machine": {json.dumps(results.machine)},\n  "rows": [\n{rows}\n  ]\n}}\n')

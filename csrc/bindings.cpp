@@ -1,4 +1,4 @@
-// The native backend as Python sees it: a prepared step holds its tensors as jobs, and takes their gradients.
+// The native backend as Python sees it. A prepared step holds its tensors as jobs. Each call takes their gradients.
 #include <torch/extension.h>
 
 #include <algorithm>
@@ -14,13 +14,13 @@ namespace {
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Dtypes as a set, and in the order of DType.
+// The dtypes in the order of DType, and sets of them with one bit for each.
 constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 using Dtypes = unsigned;
 constexpr Dtypes only(DType dtype) { return 1u << int(dtype); }
 constexpr Dtypes kAny = 0b1111, kSingle = only(DType::f32) | only(DType::bf16);
 
-// Where the dtype of a tensor stands in kDtypes, or 4.
+// The place of a tensor's dtype in kDtypes, or 4 if it is not there.
 int place_in_dtypes(const Tensor& tensor) {
   return int(std::find(std::begin(kDtypes), std::end(kDtypes), tensor.scalar_type()) - std::begin(kDtypes));
 }
@@ -41,7 +41,7 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// A tensor as rows of dimension 0, or as one; it is dense.
+// A dense tensor as rows of dimension 0, or as one row.
 Rows rows_of(const Tensor& tensor, bool by_rows) {
   const int64_t n = tensor.numel(), count = by_rows && tensor.dim() > 1 ? tensor.size(0) : 1;
   const int64_t length = count ? n / count : 0;
@@ -56,7 +56,7 @@ std::string described(const Tensor& t) {
   return text.str();
 }
 
-// Where a message says that a tensor is: "exp_avg of params[3], parameter 'head.weight',".
+// How a message names a tensor: "exp_avg of params[3], parameter 'head.weight',".
 std::string place_of(const char* what, size_t i, const std::string& label) {
   const std::string index = "params[" + std::to_string(i) + "]";
   return (what == std::string("param") ? index : what + (" of " + index)) + (label.empty() ? "" : ", " + label + ",");
@@ -93,7 +93,7 @@ Rule rule_of(const py::handle& facts) {
   return rule;
 }
 
-// All tensors of a step. `Hyper` tells the base.
+// All tensors of a step. `Hyper` determines the base.
 template <class Hyper>
 class PreparedStep {
  public:
@@ -132,7 +132,8 @@ class PreparedStep {
     check_table(alphas_, {segments}, "alphas");
   }
 
-  // The sum of all squares of gradients, in an order of its own that does not depend on the threads.
+  // The sum of the squares of all gradients. Its additions have an order of their own, which does not depend on the
+  // threads.
   Tensor squared_norm(const Tensors& grads) const {
     static const Rule rule = [] {
       Rule observe;
@@ -192,7 +193,7 @@ class PreparedStep {
     std::string label;
   };
 
-  // The tensors of the next parameter, checked as far as they stay what they are.
+  // Takes the tensors of the next parameter, and checks what does not change between steps.
   void take(const py::handle& of, const Rule& rule, const py::object& facts) {
     const size_t i = held_.size();
     Held& held = held_.emplace_back();
@@ -226,7 +227,7 @@ class PreparedStep {
                 held.step.defined() ? described(held.step) : "");
   }
 
-  // The memory of a tensor, which must be of one of these dtypes and lie as its param does.
+  // The memory of a tensor. It must have one of these dtypes, and lie in memory as its param does.
   Buffer buffer_of(const Tensor& tensor, size_t i, const char* what, Dtypes dtypes) const {
     const Held& held = held_[i];
     const int dtype = place_in_dtypes(tensor);
@@ -239,7 +240,7 @@ class PreparedStep {
     return {tensor.data_ptr(), DType(dtype)};
   }
 
-  // Thousands of small tensors: their headers are scattered, and waiting for them would cost as much as the step.
+  // For thousands of small tensors. Their headers are scattered, and waiting for them would cost as much as the step.
   static void prefetch(const Held& held) {
     for (const Tensor* tensor : {&held.param, &held.anchor, &held.state[0], &held.state[1], &held.step}) {
       const char* header = reinterpret_cast<const char*>(tensor->unsafeGetTensorImpl());
@@ -249,7 +250,7 @@ class PreparedStep {
 
   const Hyper* rows() const { return static_cast<const Hyper*>(hyper_.const_data_ptr()); }
 
-  // Addresses are read anew at every step: whoever swaps a tensor's storage (an offloader, say) finds it used.
+  // Addresses are read anew at each step. If somebody swaps a tensor's storage (an offloader, say), the new one counts.
   void bind(size_t i, const Tensor* grad, double scale, Tensors& relaid) {
     Job& job = jobs_[i];
     const Held& held = held_[i];
@@ -292,7 +293,8 @@ using AdamWStep = PreparedStep<AdamWHyper>;
 using SGDStep = PreparedStep<SGDHyper>;
 using NoStepStep = PreparedStep<NoStepHyper>;
 
-// Everything that a plan depends on: parameters, gradients but for their addresses, and which objects the state is.
+// Everything that a plan depends on: the parameters, the gradients except for their addresses, and which objects the
+// state consists of.
 class Fingerprint {
  public:
   void add(const Tensor& param) {

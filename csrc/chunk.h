@@ -1,4 +1,4 @@
-// Movement: what a segment is in memory, and how a block of it becomes numbers and goes back.
+// Movement: how a segment lies in memory, and how a block of it is loaded as numbers and stored again.
 // No method is known here.
 #pragma once
 
@@ -9,11 +9,11 @@
 namespace robustft {
 
 constexpr int64_t kChunk = 16384;  // elements that share one partial: the unit of a deterministic reduction
-constexpr int64_t kBlock = 1024;   // elements that are summed in their own type, then in double
+constexpr int64_t kBlock = 1024;   // elements that are summed in their own type; the sums of blocks are added in double
 constexpr int kTile = 256;         // elements that are converted at once, in the innermost cache
-constexpr int kShort = 64;         // elements of a row that shares a tile with others
-constexpr int kAhead = 512;        // bytes before its use that memory is asked for
-constexpr int kLanes = 16;         // accumulators of a reduction: the same on every instruction set, so are the bits
+constexpr int kShort = 64;         // a row with at most so many elements shares a tile with other rows
+constexpr int kAhead = 512;        // how many bytes ahead of its use memory is prefetched
+constexpr int kLanes = 16;         // accumulators of a reduction: the same on every instruction set, as are the bits
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 
@@ -22,7 +22,7 @@ struct Buffer {
   DType dtype = DType::f32;
 };
 
-// How a tensor divides into rows: a row's elements, counted in the order of memory, lie in runs of `stride`.
+// How a tensor divides into rows. Counted in the order of memory, a row's elements lie in runs of `stride`.
 struct Rows {
   int64_t count = 1, length = 0, stride = 0;
 
@@ -39,23 +39,24 @@ struct Penalty {
   int64_t row = -1;
 };
 
-// One tensor of a step with all that belongs to it; its segments are its rows, or it is one row as a whole.
+// One tensor of a step, with all that belongs to it. It has several rows if its rule decides or surveys by rows;
+// otherwise the whole tensor is one row.
 struct Param {
   Rows rows;
   Buffer param;
-  Buffer working;   // where param is the float32 master of 16-bit weights: those
-  Buffer grad;      // absent, where the base needs none
+  Buffer working;   // the 16-bit weights, when param is their float32 master
+  Buffer grad;      // may be absent when the base makes no step
   Buffer anchor;    // absent: the anchor is zero
   Buffer state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGD: momentum_buffer
-  Buffer delta;     // where c goes, if anywhere
+  Buffer delta;     // where c is stored, if it is kept
   Penalty penalty;
-  double sign = 1;          // what turns the gradient into that of what the step minimizes
-  int64_t seed = 0;         // of what is rounded stochastically:
-  bool dithered = false;    // a bf16 param
-  bool low_state = false;   // bf16 moments
+  double sign = 1;          // times the gradient, it is the gradient of what the step minimizes
+  int64_t seed = 0;         // of the stochastic rounding
+  bool dithered = false;    // whether a bf16 param is rounded stochastically
+  bool low_state = false;   // whether moments are bf16, which are rounded stochastically
 };
 
-// A part of a Param: rows from `row`, and of each the elements [begin, end).
+// A part of a Param: `rows` rows from `row` on, and the elements [begin, end) of each.
 struct Piece {
   int64_t row, rows, begin, end;
 };
@@ -74,13 +75,14 @@ struct Tile {
   int n;
   int64_t place;
   const int64_t* places = nullptr;
-  bool copied = false;  // what is behind its end will be read too
+  bool copied = false;  // numbers after its end will be read too
 
-  // Whether memory itself can serve as numbers, a register at a time.
+  // Whether memory can be used directly, a register at a time.
   bool whole() const { return places == nullptr && n % kLanes == 0 && !copied; }
 };
 
-// Elements [at, at + n) of a row that does not lie side by side. to: room for their places, with zeros up to kLanes.
+// Elements [at, at + n) of a row that does not lie side by side. Writes their places to `to`, and zeros after them up
+// to the next multiple of kLanes.
 inline Tile gathered(const Rows& rows, int64_t row, int64_t at, int n, int64_t* to) {
   int64_t place = rows.place(row, at), left = rows.stride - at % rows.stride;  // of this run
   for (int i = 0; i < n; ++i, ++place, --left) {
@@ -91,7 +93,7 @@ inline Tile gathered(const Rows& rows, int64_t row, int64_t at, int n, int64_t* 
   return {n, to[0], to};
 }
 
-// As many numbers as a register holds, from memory of another dtype.
+// Reads as many numbers as a register holds from memory of dtype kFrom.
 template <DType kFrom, class T>
 ROBUSTFT_INLINE Vec<T> widened(const char* from) {
   if constexpr (kFrom == kNative<T>) return read<Vec<T>>(from);
@@ -109,7 +111,7 @@ ROBUSTFT_INLINE Vec<T> widened(const char* from) {
   return v;
 }
 
-// To nearest, unless exact: then the numbers are of that dtype already.
+// Writes numbers to memory of dtype kTo, rounded to nearest. exact: they are of that dtype already.
 template <DType kTo, class T>
 ROBUSTFT_INLINE void narrowed(Vec<T> v, char* to, bool exact) {
   if constexpr (kTo == kNative<T>) return write(v, to);
@@ -136,12 +138,12 @@ ROBUSTFT_INLINE void with_dtype(DType dtype, const F& f) {
   }
 }
 
-// One element, as it is.
+// Copies one element as it is.
 inline void move(char* to, const char* from, int size) {
   size == 4 ? std::memcpy(to, from, 4) : size == 2 ? std::memcpy(to, from, 2) : std::memcpy(to, from, 8);
 }
 
-// A tile as numbers, with zeros after it up to kLanes.
+// Loads a tile as numbers, with zeros after it up to the next multiple of kLanes.
 template <class T>
 void load(const Buffer& buffer, const Tile& tile, T* to) {
   alignas(64) char room[kTile * 8];
@@ -177,18 +179,19 @@ void store(const T* from, const Tile& tile, const Buffer& buffer, bool exact) {
     std::memcpy(data + tile.place * size, room, tile.n * size);
 }
 
-// The nearest numbers of a dtype.
+// Rounds to the nearest numbers of a dtype.
 ROBUSTFT_INLINE Vec<float> nearest(DType dtype, Vec<float> v) {
   return dtype == DType::bf16 ? nearest_bf16(v) : dtype == DType::f16 ? from_f16(to_f16(v)) : v;
 }
-ROBUSTFT_INLINE Vec<double> nearest(DType, Vec<double> v) { return v; }  // float64 goes with float64
+ROBUSTFT_INLINE Vec<double> nearest(DType, Vec<double> v) { return v; }  // float64 arithmetic goes with float64 weights
 
 template <class T>
 void round_to(DType dtype, int n, T* values) {
   for (int i = 0; i < n; i += kWidth<T>) write(nearest(dtype, read<Vec<T>>(values + i)), values + i);
 }
 
-// A master weight counts as long as it rounds to the weight that is worked with: who writes that, writes both.
+// A master weight counts as long as it rounds to the working weight. If not, somebody has written the working weight,
+// and it replaces the master.
 template <class T>
 void reconcile(DType dtype, int n, const T* working, T* master) {
   for (int i = 0; i < n; i += kWidth<T>) {
@@ -197,7 +200,7 @@ void reconcile(DType dtype, int n, const T* working, T* master) {
   }
 }
 
-// Rounds to bf16 by chance; the second values, if there are any, take the other half of the random bits.
+// Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
 inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
   const Chance chance(key, tile.place);
   for (int i = 0; i < tile.n; i += kWidth<float>) {
@@ -206,10 +209,10 @@ inline void dither(uint32_t key, const Tile& tile, float* values, float* second 
     if (second) put(dithered(get(second + i), bits & 0xffff), second + i);
   }
 }
-inline void dither(uint32_t, const Tile&, double*, double* = nullptr) {}  // float64 keeps its state alike
+inline void dither(uint32_t, const Tile&, double*, double* = nullptr) {}  // float64 weights keep their state in float64
 
-// A buffer as numbers of the arithmetic type, a tile at a time: the memory itself where it already holds that type,
-// otherwise a copy.
+// A buffer as numbers of the arithmetic type, one tile at a time. It uses the memory itself if that already holds this
+// type. Otherwise it uses a copy.
 template <class T>
 class View {
  public:
@@ -219,13 +222,13 @@ class View {
   bool present() const { return buffer_.data != nullptr; }
   bool is(DType dtype) const { return !present() || buffer_.dtype == dtype; }
 
-  // Memory itself, of elements of type S that lie side by side.
+  // The memory itself, as elements of type S that lie side by side.
   template <class S>
   S* at(const Tile& tile) const {
     return present() ? static_cast<S*>(buffer_.data) + tile.place : nullptr;
   }
 
-  // nullptr where it is absent. read: whether what is there is needed, or only written.
+  // nullptr when the buffer is absent. read: whether the old numbers are needed. If not, they are only written.
   T* open(const Tile& tile, bool read = true) {
     if (!present()) return nullptr;
     if (direct(tile)) return at<T>(tile);

@@ -1,4 +1,4 @@
-// Rounding: 16-bit floats and back, to nearest or by chance.
+// Rounding: to 16-bit floats, to nearest or stochastically, and back.
 #pragma once
 
 #include "vector.h"
@@ -12,7 +12,7 @@ struct bf16 {
 
 using Halves = Side<uint16_t, kWidth<float>>::type;  // as many as there are floats in a register
 
-// GCC takes four instructions where there is one.
+// One instruction can do this. GCC takes four.
 ROBUSTFT_INLINE Bits extended(Halves halves) {
 #if defined(__x86_64__) && ROBUSTFT_REGISTER == 64
   return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(halves)));
@@ -25,7 +25,7 @@ ROBUSTFT_INLINE Bits extended(Halves halves) {
 
 ROBUSTFT_INLINE Vec<float> from_bf16(Halves bits) { return bit_cast<Vec<float>>(extended(bits) << 16); }
 
-// Of a value that is a bf16 already.
+// For values that are bf16 already.
 ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) { return __builtin_convertvector(bit_cast<Bits>(x) >> 16, Halves); }
 
 // Numbers as they lie in memory.
@@ -66,7 +66,7 @@ ROBUSTFT_INLINE Halves to_f16(Vec<float> x) {
   return __builtin_convertvector((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u), Halves);
 }
 
-// MurmurHash3's finalizer: every bit sways every bit of the result.
+// MurmurHash3's finalizer: every bit affects every bit of the result.
 template <class U>
 ROBUSTFT_INLINE U mix(U x) {
   x = (x ^ (x >> 16)) * 0x85ebca6bu;
@@ -74,14 +74,14 @@ ROBUSTFT_INLINE U mix(U x) {
   return x ^ (x >> 16);
 }
 
-// What is rounded stochastically within a step, each with bits of its own.
+// The phases of a step that round stochastically. Each has random bits of its own.
 enum class Phase : uint32_t { step, pull, moments };
 
 inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
   return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
 }
 
-// Bits for the elements at a place in memory and after it, or at several places: the counter is an element's place.
+// Random bits for the elements from a place in memory on, or at several places. The counter is an element's place.
 class Chance {
  public:
   Chance(uint32_t key, int64_t near) : key_(key), above_(near >> 32), high_(mix(key + uint32_t(above_))) {}
@@ -106,7 +106,7 @@ class Chance {
   uint32_t high_;
 };
 
-// A finite value becomes a bf16 neighbour, the upper one with the probability of its distance from the lower.
+// A finite value becomes one of its bf16 neighbours. The probability of the upper one is the distance from the lower.
 ROBUSTFT_INLINE Vec<float> dithered(Vec<float> value, Bits chance) {
   const Bits bits = bit_cast<Bits>(value), moved = (bits + chance) & 0xffff0000u;
   return bit_cast<Vec<float>>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);

@@ -1,4 +1,4 @@
-// Vector: numbers side by side, as many as a register holds. A translation unit says how many bytes that is.
+// Vector: numbers side by side, as many as a register holds. A translation unit sets how many bytes that is.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 
 namespace robustft {
 
-// Everything that knows the width is compiled once for each; internal linkage keeps the copies apart.
+// Everything that depends on the width is compiled once for each width. Internal linkage keeps the copies apart.
 namespace {
 
 template <class T>
@@ -61,7 +61,7 @@ ROBUSTFT_INLINE Vec<T> iota() {
   return v;
 }
 
-// GCC has no operator for it.
+// GCC has no operator for the square root.
 #if defined(__clang__)
 template <class T>
 ROBUSTFT_INLINE Vec<T> root(Vec<T> x) {

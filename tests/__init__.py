@@ -1,4 +1,4 @@
 import os
 
-# Before torch is imported: threads that wait are to sleep. On few cores, those that spin look like a hang.
+# Set before torch is imported: threads that wait should sleep. On few cores, threads that spin look like a hang.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,8 +1,8 @@
-"""What a version's checkpoints are, and what follows from them.
+"""What the checkpoints of a version are, and which weights follow from them.
 
     python -m tests.checkpoints FILE    with that version installed: writes what test_checkpoints.py reads
 
-Public names alone, so that any version can run it.
+It uses public names alone, so that any version can run it.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Tuned:
         self.tpgm.load_state_dict(saved)
 
 
-# By name: the dtype of the weights, and the optimizer of a model.
+# By name: the dtype of the weights, and a function from a model to its optimizer.
 CASES = {
     "spd, amsgrad": (torch.float32, lambda m: rft.AdamSPD(m.named_parameters(), lr=0.05, strength=1.5, amsgrad=True)),
     "ftp, sgd": (torch.float32, lambda m: rft.SGDFTP(m.parameters(), lr=0.05, momentum=0.9, radius_lr=0.1)),
@@ -75,7 +75,7 @@ CASES = {
 
 
 def made(name):
-    """What is saved after some steps, the weights then, and the weights after as many more."""
+    """What is saved after some steps, the weights at that time, and the weights after as many more steps."""
     dtype, make = CASES[name]
     model = model_of(dtype)
     optimizer = make(model)

@@ -5,8 +5,8 @@ pytest -m full          what takes long (make test-full)
 pytest                  both
 pytest --device cuda    the table of cases on the GPU, and what only a GPU can show (make test-gpu)
 
-A test, or a row of one, is of the full tier if it is marked so: @pytest.mark.full. Where Triton's interpreter takes
-long, @pytest.mark.lean(keep=...) leaves those of its rows to the full tier for which keep(**parameters) is false.
+A test, or a row of one, is of the full tier if it is marked @pytest.mark.full. Some tests take long in Triton's
+interpreter. For these, @pytest.mark.lean(keep=...) leaves the rows whose keep(**parameters) is false to the full tier.
 """
 
 import os
@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 
 def quicken_interpreter():
-    """Triton's interpreter patches triton.language at each call of a device function; once a launch is enough."""
+    """Triton's interpreter patches triton.language at each call of a device function. Once per launch is enough."""
     if rft.backends()["triton"]:
         return
     import triton.language as tl
@@ -62,7 +62,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Every core has a worker already. Tests about threads set their number themselves."""
+    """Every core has a worker already. Tests about threads set the number of threads themselves."""
     torch.set_num_threads(1)
 
 
@@ -77,8 +77,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """Every ready backend, but for the second form of the Triton one, which test_triton.py holds to the bits of the
-    first."""
+    """Every ready backend except the second form of the Triton one. test_triton.py holds that to the bits of the first
+    form."""
     if "backend" in metafunc.fixturenames:
         device = torch.device(metafunc.config.getoption("--device"))
         names = [name for name in registry.BACKENDS if name != "triton_tickets"]

@@ -1,8 +1,8 @@
 """What the tests cost: a table of CPU seconds by file, printed at the end, and a limit on their sum.
 
-CPU seconds, not seconds: they are the same on a machine that is busy with something else. A program that a test runs
-and waits for counts as the test's; the forks that run the examples of README and docs (test_demo.py) are not counted.
-A plugin of pytest, which conftest.py registers.
+It counts CPU seconds because they stay the same on a machine that is busy with something else. A program that a test
+runs and waits for counts as the test's. The forks that run the examples of README and docs (test_demo.py) are not
+counted. This is a plugin of pytest, which conftest.py registers.
 """
 
 import os
@@ -15,12 +15,12 @@ REST = "imports, collection and pytest itself"
 
 
 def cpu_seconds():
-    """Of this process, and of those that it has waited for."""
+    """The CPU seconds of this process, and of those that it has waited for."""
     return sum(os.times()[:4])
 
 
 class Durations:
-    """limit: the minutes that all tests may take; 0 for any."""
+    """limit: the minutes that all tests may take, 0 for no limit."""
 
     def __init__(self, limit):
         self.limit, self.seconds, self.tests = limit, Counter(), Counter()
@@ -36,12 +36,12 @@ class Durations:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
-        """A worker of pytest-xdist has ended: its controller adds what the worker counted."""
+        """A worker of pytest-xdist has ended. Its controller adds what the worker counted."""
         seconds, tests = getattr(node, "workeroutput", {}).get("durations", ({}, {}))
         self.seconds.update(seconds)
         self.tests.update(tests)
 
-    @pytest.hookimpl(tryfirst=True)  # before the controller waits for its workers, whose seconds it has already
+    @pytest.hookimpl(tryfirst=True)  # before the controller waits for its workers: it has their seconds already
     def pytest_sessionfinish(self, session):
         controls = session.config.getoption("dist", "no") != "no"
         self.seconds[REST] += cpu_seconds() - (0 if controls else sum(self.seconds.values()))

@@ -1,4 +1,4 @@
-"""A program, run by test_triton.py: optimizer steps through Triton's own host side, with a driver that has no GPU and
+"""A program, run by test_triton.py. It makes optimizer steps through Triton's own host side. The driver has no GPU, and
 notes what it is told to launch."""
 
 from dataclasses import replace

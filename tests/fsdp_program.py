@@ -51,7 +51,7 @@ def sharded(model: nn.Sequential, world: int) -> nn.Sequential:
 
 
 def batch(t: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in every process, so that one process alone has the same gradients."""
+    """It is the same in every process, so that one process alone has the same gradients."""
     generator = torch.Generator().manual_seed(t)
     return randn((16, 13), generator), randn((16, 3), generator).argmax(1)
 
@@ -97,7 +97,7 @@ def check_training(world: int) -> None:
 
 
 def check_given_anchors(world: int, folder: Path) -> None:
-    """A whole tensor on every process, and a file, are spread as the parameters are."""
+    """Anchors given as whole tensors on every process, or in a file, are spread as the parameters are."""
     pretrained = net(1).state_dict()
     weights = dict(pretrained)
     anchors: list[object] = [weights]
@@ -141,7 +141,7 @@ def check_functions(world: int) -> None:
 
 
 def check_tpgm(world: int) -> None:
-    """The radii of one process, the same in all, and everything else as it was."""
+    """All processes have the radii of one process, and everything else is as it was."""
     for norm, extra in (("l2", dict(init="half_min")), ("mars_rows", dict(radius_penalty=0.1))):
         learned = []
         for model in (net(0), sharded(net(0), world)):
@@ -163,7 +163,7 @@ def check_tpgm(world: int) -> None:
 
 
 def save(world: int, folder: Path) -> None:
-    """Three steps, a checkpoint, three more; the weights after them for whoever goes on from the checkpoint."""
+    """Three steps, a checkpoint, three more steps. Keeps the last weights for those that go on from the checkpoint."""
     for kind in KINDS:
         model = sharded(net(0), world)
         optimizer = make(kind, model)
@@ -178,7 +178,7 @@ def save(world: int, folder: Path) -> None:
 
 
 def resume(world: int, folder: Path, same: bool) -> None:
-    """From other weights, which the checkpoint replaces, anchors included; any number of processes."""
+    """Begins with other weights. The checkpoint replaces them and their anchors, with any number of processes."""
     for kind in KINDS:
         model = net(7) if world == 1 else sharded(net(7), world)
         optimizer = make(kind, model)

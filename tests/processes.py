@@ -1,4 +1,4 @@
-"""What the programs that test_spread.py runs in several processes share: by gloo on the CPU, by NCCL on GPUs."""
+"""What the programs of test_spread.py share. It runs them in several processes, by gloo on the CPU, by NCCL on GPUs."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def spawn(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs `main` in each of `args.world` processes; on GPUs, each has its own, which is the default device."""
+    """Runs `main` in each of `args.world` processes. On GPUs, each process has its own as the default device."""
     mp.spawn(_process, (main, args), nprocs=args.world)
 
 
@@ -33,9 +33,9 @@ def _process(rank: int, main: Callable[[argparse.Namespace], None], args: argpar
     main(args)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may still let go of tensors, which aborts an interpreter that is being torn down
+    os._exit(0)  # gloo's threads may still release tensors, which aborts an interpreter that is being torn down
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """The same numbers on every device; of a generator on the CPU."""
+    """The same numbers on every device, from a generator on the CPU."""
     return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())

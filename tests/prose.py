@@ -1,4 +1,4 @@
-"""How long the sentences of a page are: `python -m tests.prose PAGE...` tells it of each, with the longest."""
+"""How long the sentences of a page are. `python -m tests.prose PAGE...` tells it for each page, with the longest."""
 
 import re
 import sys

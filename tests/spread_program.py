@@ -1,4 +1,4 @@
-"""A program, run by test_spread.py in several processes: optimizers over DTensors against the same on whole tensors."""
+"""A program, run by test_spread.py in several processes: optimizers on DTensors against the same on whole tensors."""
 
 import argparse
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Case:
     kwargs: dict[str, Any]
     dtype: torch.dtype = torch.float32
     skipped_by: str = ""  # "some" or "all" processes, in the third step, whose gradients are scaled
-    apart: float = 0.0  # what may differ, because random bits go by the place in a part's own memory
+    apart: float = 0.0  # how much may differ, because random bits depend on the place in a part's own memory
 
 
 def around(groups: Any, lr: float, backend: str, **pull: Any) -> Any:
@@ -91,12 +91,12 @@ def layouts(world: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 
 def placed(placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Replicated where there is no such dimension."""
+    """Replicated if there is no such dimension."""
     return tuple(p if p.is_replicate() or p.dim < len(shape) else Replicate() for p in placements)
 
 
 def run(case: Case, backend: str, spread: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[Any, list[Any]]:
-    """Five steps; the optimizer, and its parameters."""
+    """Makes five steps. Returns the optimizer and its parameters."""
     generator = torch.Generator().manual_seed(0)
     start = [randn(shape, generator).to(case.dtype) for shape in SHAPES]
     params = [nn.Parameter(p.clone() if spread is None else spread(p.clone())) for p in start]
@@ -133,7 +133,7 @@ def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[An
         assert told[f"w{k}"].selections == want[f"w{k}"].selections, (what, told[f"w{k}"], want[f"w{k}"])
         for key in ("alpha", "deviation", "radius"):
             a, b = (getattr(of[f"w{k}"], key) for of in (told, want))
-            # An α is made of the deviation, of which the weights' last places are the larger a part the smaller it is.
+            # An α is made of the deviation. The smaller that is, the more the last places of the weights count.
             absolute = 1e-5 / max(1e-6, want[f"w{k}"].deviation) if key == "alpha" else 1e-5
             absolute += 1e3 * case.apart
             assert abs(a - b) <= 1e-4 * abs(b) + absolute or (a != a and b != b), (what, key, a, b)

@@ -1,7 +1,7 @@
 """The table of cases, and the rows of it that a tier runs: a covering array.
 
 A row is a method and norm, a kind of anchor, settings and a dtype. What goes wrong in a kernel nearly always shows when
-some two of these meet, so `covering` picks rows in which every pair that can exist is met, on every backend anew.
+some two of these meet. So `covering` picks rows that meet every pair that can exist, anew for every backend.
 """
 
 from itertools import combinations
@@ -25,11 +25,11 @@ class Row(NamedTuple):
 
     @property
     def names(self):
-        """Of what stands in the columns."""
+        """The names of what stands in the columns."""
         return "-".join(map(str, self.method_norm)), self.anchor, self.settings.name, str(self.dtype)
 
     def demands(self):
-        """The pairs that this row meets; and that its settings act with its method, which some do in few dtypes."""
+        """The pairs that this row meets. Also that its settings act with its method, as some do in few dtypes."""
         yield from combinations(self.names, 2)
         if self.settings.acts_on(self.dtype):
             yield "acts", self.method_norm, self.settings.name
@@ -46,8 +46,8 @@ TABLE = [
 
 
 def covering(turn, table=TABLE):
-    """Rows that meet together what the whole table meets; other ones for another `turn`. Greedily: the next is always
-    the one that meets the most of what is still to be met."""
+    """Rows that together meet what the whole table meets. Another `turn` gives other rows. The choice is greedy: the
+    next row is always one that meets the most of what is still to be met."""
     turn = turn * len(table) // 3 % len(table)
     table = table[turn:] + table[:turn]
     numbers = {}

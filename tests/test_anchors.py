@@ -1,4 +1,4 @@
-"""What anchors are given as; where they live (in which dtype, in host memory, in a file); what a checkpoint keeps."""
+"""What anchors are given as, where they live (in which dtype, in host memory, in a file), what a checkpoint keeps."""
 
 import json
 import subprocess
@@ -108,7 +108,7 @@ def test_exact_anchors_give_the_same_bits_in_less_memory(backend, narrow, wide, 
     ],
 )
 def test_the_smallest_dtype_that_is_exact(values, dtype, kept):
-    """It is exact for all weights of the group. One that needs more decides for the rest, so they share their launches."""
+    """Exact for all weights of the group. One that needs more decides for the rest, so that they share launches."""
     param = nn.Parameter(torch.full((7,), values, dtype=dtype))
     assert anchors.exact_dtypes([param, nn.Parameter(torch.zeros(3, dtype=dtype))]) == [kept, kept]
 

@@ -160,7 +160,7 @@ def test_what_was_not_measured_alike_is_not_judged(other, why):
 
 def smoke(pick, folder):
     found = folder / "found.json"
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker's
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not a worker's
     command = [*COMMAND, "-k", pick, f"--benchmark-json={found}"]
     run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -182,7 +182,7 @@ def smoke(pick, folder):
 def test_memory_is_that_of_the_state(choice, state):
     found = memory.found(choice, "cpu", smoke=True)
     assert found["state"] == pytest.approx(state, abs=0.01), found
-    batch = 64 * 4096 / numel(SMOKE)  # Linux counts a process's pages so many at a time
+    batch = 64 * 4096 / numel(SMOKE)  # Linux counts the pages of a process in batches of this size
     assert 0 < found["kept"] <= found["peak"] + batch
 
 

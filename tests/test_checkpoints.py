@@ -13,7 +13,7 @@ FILES = sorted((Path(__file__).parent / "data").glob("*.pt"))
 @pytest.mark.parametrize("name", checkpoints.CASES)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_earlier_checkpoints_go_on(file, name):
-    """To the roundings of other processors: what is random is a function of the saved seed."""
+    """Equal up to the roundings of other processors. What is random is a function of the saved seed."""
     saved = torch.load(file, weights_only=True)[name]
     after = checkpoints.continued(name, saved)
     for key, weights in saved["after"].items():

@@ -26,7 +26,7 @@ def params_of(dtypes, device):
 )
 @pytest.mark.parametrize("method", ["spd", "ftp", "none"])
 def test_as_clip_grad_norm(backend, device, method, dtypes, max_norm):
-    """The same norm and the same steps, whether it clips or not; gradients stay as they were."""
+    """The norm and the steps are the same, whether it clips or not. Gradients stay as they were."""
     if slow(backend) and (method == "none" or dtypes == [torch.float16]):
         pytest.skip("the interpreter is slow")
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_as_clip_grad_norm(backend, device, method, dtypes, max_norm):
         total = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]))
         if all(dtype.itemsize > 2 for dtype in dtypes):
             nn.utils.clip_grad_norm_(theirs, max_norm)
-        else:  # which would round the gradients it scales
+        else:  # clip_grad_norm_ would round the gradients that it scales
             outside.grad_scale = ((total + 1e-6) / max_norm).clamp(min=1).float()
         inside.step()
         outside.step()
@@ -58,7 +58,7 @@ def test_as_clip_grad_norm(backend, device, method, dtypes, max_norm):
 
 
 def test_with_a_gradient_scaler(backend, device):
-    """The norm is that of the unscaled gradients; with found_inf nothing moves."""
+    """The norm is that of the unscaled gradients. With found_inf nothing moves."""
     p = nn.Parameter(torch.ones(300, device=device))
     optimizer = rft.AnchoredSGD([p], lr=1.0, max_grad_norm=1.0, backend=backend)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
@@ -90,7 +90,7 @@ def test_the_limit_may_be_a_tensor_and_change(backend, device):
 
 
 def test_squares_of_every_layout(backend, device):
-    """Dense in any order, expanded, empty; the same bits again."""
+    """Gradients that are dense in any order, expanded or empty. A repetition gives the same bits."""
     stepper = Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=device)
     run = registry.prepare(backend, stepper.table())
     grads = stepper.grads()

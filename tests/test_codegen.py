@@ -1,7 +1,7 @@
 """The contract of the generated code, held without a GPU: kernels compiled ahead of time for four of them.
 
-What they came to is kept in benchmarks/results/codegen.json. Here the file is held to the contract and to the source;
-one kernel is compiled to see that the file tells the truth, and in the full tier all of them.
+What they came to is kept in benchmarks/results/codegen.json. Here the file is held to the contract and to the source.
+One kernel is compiled to see that the file tells the truth. The full tier compiles all of them.
 """
 
 import json
@@ -25,8 +25,8 @@ def kept():
 
 
 def compiled_anew(program, folder):
-    """What the program prints of the module `codegen`: in its own process, since here Triton interprets, and with an
-    empty cache."""
+    """What the program prints of the module `codegen`. It runs in its own process, since Triton interprets in this one,
+    and with an empty cache."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", f"import json\nfrom benchmarks import codegen\nprint(json.dumps({program}))"]
     env["TRITON_CACHE_DIR"] = str(folder)
@@ -67,8 +67,8 @@ def half_of_an_sms_threads_are_resident(kernels, _):
 
 
 def accesses_are_16_bytes_wide(kernels, _):
-    """Each of θ, g, θ₀ and the moments is loaded, and θ and the moments stored, by one instruction for what a thread
-    takes, moments beside 16-bit weights by two; each pull has its own for θ and θ₀, and sweep 1 contains a pull."""
+    """One instruction loads what a thread takes of θ, g, θ₀ or a moment, and one stores what it takes of θ or a moment.
+    Moments beside 16-bit weights take two. Each pull has its own for θ and θ₀, and sweep 1 contains a pull."""
     pulls = {"step_sweep": 1, "pull_sweep": 1, "ticket_sweep": 2}
     seen = 0
     for row in kernels:
@@ -127,7 +127,7 @@ def test_comments_alone_need_no_new_facts():
 
 
 def test_one_kernel_compiled_anew(kept, tmp_path):
-    """Facts are compared where the compiler is that which they were kept with; others may allot registers otherwise."""
+    """Facts are compared if the compiler is the one of the kept facts. Another one may allot registers otherwise."""
     name, kernel, target = LIVE
     which = next(k for k, shipped in enumerate(codegen.VARIANTS) if shipped.name == name)
     found = compiled_anew(f"codegen.facts(({which}, {kernel!r}, {target!r}))", tmp_path)

@@ -1,4 +1,4 @@
-"""torch.compile: of the model, of the step, of the whole training step. The step is called, not traced."""
+"""torch.compile of the model, of the step, and of the whole training step. The step is called, not traced."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def fresh_compiler():
 
 
 def train(make, lr, compiled):
-    """Eight steps under a schedule; what is compiled is "model", "step", "all" or nothing. Returns the weights."""
+    """Makes eight steps under a schedule. compiled: "model", "step", "all" or nothing. Returns the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
     optimizer = make(list(model.parameters()), lr)
@@ -54,7 +54,7 @@ def train(make, lr, compiled):
 @pytest.mark.parametrize("make", MAKE)
 @pytest.mark.parametrize("compiled", ["model", "step", "all"])
 def test_compiled_equals_eager(make, lr, compiled):
-    """Bit for bit, without a recompilation as lr changes, and with no graph of the step's inside."""
+    """Equal bit for bit. Nothing is compiled again as lr changes, and no graph has the inside of the step."""
 
     def fresh():
         return lr.clone() if isinstance(lr, torch.Tensor) else lr
@@ -66,7 +66,7 @@ def test_compiled_equals_eager(make, lr, compiled):
 
 
 def test_the_step_is_one_graph_break():
-    """Which fullgraph=True names."""
+    """And fullgraph=True names it."""
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     optimizer = rft.AdamSPD([param])

@@ -39,7 +39,7 @@ def test_demo_small(tmp_path):
 
 @pytest.mark.full
 def test_robust_methods_show_on_real_data(tmp_path):
-    """What a short run can hold: SPD deviates less than AdamW, and TPGM is more accurate out of distribution."""
+    """This much holds in a short run: SPD deviates less than AdamW. TPGM is more accurate out of distribution."""
     command = [sys.executable, "-m", "examples.digits.run", "--methods", "AdamW", "AdamSPD, λ=1", "TPGM, each step"]
     command += ["--seeds", "1", "--steps", "200", "--pretrain-steps", "600", "--lr", "3e-3"]
     command += ["--cache", tmp_path / "cache", "--out", tmp_path / "out"]
@@ -52,7 +52,7 @@ def test_robust_methods_show_on_real_data(tmp_path):
 
 
 def test_linear_model_stays_under_its_bound():
-    """The expected loss, and the farther the pre-trained weights are from their aim, the larger the best α."""
+    """The expected loss does. And the farther the pre-trained weights are from their aim, the larger is the best α."""
     rows = linear.measure(problems=2, draws=200)
     assert all((row["losses"] <= row["bounds"]).all() for row in rows)
     for seed in (0, 1):
@@ -75,15 +75,15 @@ def test_readme_has_examples():
 
 @pytest.fixture(scope="module")
 def forks():
-    """Makes processes as forks of one that has imported torch, with what its first optimizer imports, and done nothing
-    else."""
+    """Makes processes, as forks of one process. That one has imported torch, with what its first optimizer imports, and
+    has done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "robustft_kernels", "tests.test_demo"])
     return context
 
 
 def run_example(code, folder):
-    """As `python -W error::RuntimeWarning -c code` would, in this process; what it says goes to a file."""
+    """Does what `python -W error::RuntimeWarning -c code` would, in this process. What it says goes to a file."""
     os.chdir(folder)
     said = os.open("said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)

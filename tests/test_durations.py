@@ -1,4 +1,4 @@
-"""The account of CPU seconds: by file, summed over workers, with a limit that fails the run."""
+"""The account of CPU seconds: by file, summed over workers. A limit makes the run fail."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""An update of TPGM leaves no trace but in the radii, whatever goes wrong; its batches, and its memory."""
+"""An update of TPGM leaves no trace but in the radii, whatever goes wrong. Also its batches and its memory."""
 
 import copy
 import itertools
@@ -17,7 +17,7 @@ F = nn.functional
 
 
 class Everything:
-    """All that an update may touch and must not, as bits."""
+    """Everything that an update could touch but must not, as bits."""
 
     def __init__(self, model):
         self.model = model
@@ -52,7 +52,7 @@ class Everything:
 
 
 def careless(model, outcome):
-    """A loss that draws numbers, moves buffers, looks whether the mode is right, and at its third call goes wrong."""
+    """A loss that draws numbers, moves buffers and checks the mode. At its third call it goes wrong."""
     calls = itertools.count()
 
     def loss_fn(batch):
@@ -147,7 +147,7 @@ def test_an_update_needs_gradients(context):
 
 
 def peak_of(function):
-    """The most bytes alive at once that were allocated since the call."""
+    """The most bytes that are alive at once, of those allocated during the call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -170,7 +170,7 @@ def test_memory_is_one_copy_and_one_gradient():
     peak = peak_of(lambda: tpgm.update(lambda x: model(x).square().mean(), [batch], steps=2))
     assert depth * one <= peak <= (depth + 1) * one + max(reducing, pulling) + small
     copy_and_backward = peak_of(lambda: (copy.deepcopy(model), model(batch).square().mean().backward()))
-    assert copy_and_backward >= 2 * depth * one  # what holding all gradients costs: the measurement can see it
+    assert copy_and_backward >= 2 * depth * one  # to hold all gradients costs this, and the measurement can see it
 
 
 class Counting:

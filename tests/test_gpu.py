@@ -43,7 +43,7 @@ def give_grads(params, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["adamw, decay", "adamw, amsgrad, bf16 state", "adamw, master"])
 def test_bits_repeat_50_times(form, dtype, name):
-    """Chunks arrive in another order each time, beside other work."""
+    """Beside other work, chunks arrive in another order each time."""
     settings = next(settings for settings in SETTINGS if settings.name == name)
     start = settled(LARGE, settings, "spd", dtype)
     grads, first = start.grads(), start.clone()
@@ -97,7 +97,7 @@ def test_a_replayed_graph_follows_lr_and_gradients(form, options):
     for t in range(1, 6):
         both(t, graph.replay)
         assert all(map(torch.equal, captured, eager))
-    both(6, graphed.step)  # and without the graph again, which leaves it fit for more
+    both(6, graphed.step)  # without the graph again; the graph stays fit for more
     both(7, graph.replay)
     assert all(map(torch.equal, captured, eager))
     assert float(graphed.state[captured[0]]["step"]) == 8
@@ -109,14 +109,14 @@ def test_capture_must_be_permitted():
     optimizer.step()
     counter = torch.zeros(())
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        counter.add_(1)  # or the graph is empty, and warns
+        counter.add_(1)  # otherwise the graph is empty, and warns
         with pytest.raises(RuntimeError, match="capturable=False"):
             optimizer.step()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_steady_step_neither_waits_nor_allocates(form):
-    """With gradients that move, a schedule, and a gradient scaler's tensors."""
+    """Even with gradients that move, a schedule, and the tensors of a gradient scaler."""
     params, optimizer = optimizer_of(form, sizes=(300,) * 200 + (100_000,) * 5)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     streams = [[torch.randn_like(p) for p in params] for _ in range(3)]
@@ -157,7 +157,7 @@ def test_anchors_in_host_memory_give_the_bits_of_those_on_the_device(form):
 
 
 def test_clipping_is_that_of_torch():
-    """The norm to the rounding of torch's own float32 sum of 10⁶ squares, taken in float64 here."""
+    """The norm agrees to the rounding of torch's float32 sum of 10⁶ squares. Ours is in float64."""
     mine, clipping = optimizer_of("triton", max_grad_norm=3.0)
     theirs, clipped = optimizer_of("triton")
     for t in range(3):
@@ -181,8 +181,8 @@ def test_more_than_2_to_the_31_elements(form):
     param = nn.Parameter(torch.full((n,), 2.0, dtype=torch.bfloat16))
     anchor = torch.full((n,), 1.0, dtype=torch.bfloat16)
     optimizer = rft.SGDSPD([param], lr=0.5, strength=1e10, anchor=[anchor], backend=form)
-    # All entries move away from the anchor but a few, in the middle and beyond 2³¹, so far out that they do not move as
-    # stored, and make ⟨g, d⟩ positive.
+    # All entries but a few move away from the anchor. Those few are in the middle and beyond 2³¹. They are so far out
+    # that they do not move as stored, and they make ⟨g, d⟩ positive.
     param.grad = torch.full((n,), -1.0, dtype=torch.bfloat16)
     places = [5, 2**31 - 1, 2**31, n - 1]
     param.data[places] = 2.0**31

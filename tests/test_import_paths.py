@@ -28,7 +28,7 @@ def test_unknown_modules_are_still_unknown():
 
 
 def test_the_kernels_are_found_in_a_checkout(tmp_path):
-    """A link to the package stands for a checkout of which nothing is installed: the kernels lie beside it."""
+    """A link to the package stands for a checkout of which nothing is installed. The kernels lie beside it."""
     pytest.importorskip("triton")
     for folder in ("robustft_kernels", "triton_kernels"):
         (tmp_path / folder).symlink_to(ROOT / folder)

@@ -30,9 +30,9 @@ def net(dtype=torch.float32):
         (dict(method="spd", state_dtype=torch.bfloat16, master_weights=True), torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("served_by", ["auto", "reference"])  # a launch of one tensor is as any other
+@pytest.mark.parametrize("served_by", ["auto", "reference"])  # a launch of one tensor is like any other
 def test_bit_for_bit(served_by, kwargs, dtype):
-    """With a scheduler, a gradient-free parameter, a frozen and thawed one, a tied one, and a removal in the end."""
+    """With a scheduler, and parameters without a gradient, frozen and thawed, or tied. At the end hooks are removed."""
     results = []
     for inside in (False, True):
         model = net(dtype)
@@ -82,7 +82,7 @@ def test_what_does_not_go_with_it():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of its memory")
 def test_gradients_take_the_memory_of_a_few():
-    """12 layers of 4 MB: their gradients' 48 MB, less those of two at a time."""
+    """12 layers of 4 MB. This saves the 48 MB of their gradients, less those of two at a time."""
     program = """
 import re, sys, torch, robustft_kernels as rft
 torch.set_num_threads(1)

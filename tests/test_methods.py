@@ -1,4 +1,4 @@
-"""Each method against what its paper says, written out in plain torch and autograd; its state; what it refuses."""
+"""Each method against what its paper says, written out in plain torch and autograd. Its state, and what it refuses."""
 
 import copy
 from math import inf, nan
@@ -15,7 +15,7 @@ SHAPES = ((12, 7), (5,), (4, 3, 3, 3), (3, 20000))
 
 @pytest.fixture
 def model_of(backend):
-    """Parameters of SHAPES; Triton's interpreter is spared the long one."""
+    """Parameters of SHAPES, but without the long one in Triton's interpreter."""
     shapes = SHAPES[:-1] if backend.startswith("triton") and interpreted() else SHAPES
 
     def make(dtype=torch.float64):
@@ -28,7 +28,7 @@ def model_of(backend):
 
 
 def stream(params, steps, seed=1):
-    """Gradients that lead away from the start, but for some steps."""
+    """Gradients that lead away from the start, except in some steps."""
     generator = torch.Generator("cpu").manual_seed(seed)
     start = [p.detach().clone() for p in params]
     for t in range(steps):
@@ -45,7 +45,7 @@ def rows_of(tensor):
 @pytest.mark.parametrize("k", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("base", ["adam", "sgd"])
 def test_ftp_follows_the_paper(model_of, backend, base, k):
-    """Six steps of Algorithm 1 as the paper has it, with c and its norms kept from step to step."""
+    """Six steps of Algorithm 1 as the paper has it. It keeps c and its norms from step to step."""
     params = model_of()
     if base == "adam":
         optimizer = rft.AdamFTP(params, lr=0.05, weight_decay=0.1, k=k, radius_lr=0.3, backend=backend)
@@ -86,8 +86,8 @@ def test_ftp_follows_the_paper(model_of, backend, base, k):
 
 
 def test_ftp_cannot_do_without_its_delta(model_of, backend):
-    """After the first step the float32 weights are θ₀ again, but for a few near 0: the direction that the slope needs
-    is in the delta alone."""
+    """After the first step the float32 weights are θ₀ again, except for a few near 0. Only the delta has the direction
+    that the slope needs."""
     params = model_of(torch.float32)
     start = [p.detach().clone() for p in params]
     optimizer = rft.AdamFTP(params, backend=backend)
@@ -102,7 +102,7 @@ def test_ftp_cannot_do_without_its_delta(model_of, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ftp_resumes_bit_for_bit(model_of, backend, dtype):
-    """Also where a parameter had no gradient for a step, and with rows that never move, which stay finite."""
+    """Also if a parameter had no gradient for a step, and with rows that never move. Those stay finite."""
     params = model_of(dtype)
     optimizer = rft.AdamFTP(params, lr=0.01, radius_lr=0.1, backend=backend)
     resumed, copies = None, []
@@ -154,7 +154,7 @@ def test_penalties_are_those_of_the_loss(model_of, backend, method, base, anchor
 
 @pytest.mark.parametrize("norm", ["l2", "mars", "mars_rows"])
 def test_pgm_holds_its_radius(model_of, backend, norm):
-    """After each step n ≤ radius, a tensor that is read anew; and another group's norm is its own."""
+    """After each step n ≤ radius. The radius is a tensor, which is read anew. Another group has a norm of its own."""
     params = model_of(torch.float32)
     start = [p.detach().clone() for p in params]
     radius = torch.tensor(0.5)
@@ -174,7 +174,7 @@ def test_pgm_holds_its_radius(model_of, backend, norm):
 
 
 def test_spd_by_rows_is_spd_of_each_row(backend):
-    """Rows as parameters of their own, with one element each, where Σ|·| and ‖·‖ are the same."""
+    """Rows become parameters of their own, with one element each. For those Σ|·| and ‖·‖ are the same."""
     params, alone = [nn.Parameter(torch.randn(40, 1, dtype=torch.float64))], []
     alone = [nn.Parameter(params[0].detach()[i].clone()) for i in range(40)]
     together = rft.AdamSPD(params, lr=0.05, norm="mars_rows", strength=1.5, backend=backend)

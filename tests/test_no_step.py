@@ -1,4 +1,4 @@
-"""Sweeps that make no step, which measure or pull alone; and two halves against one whole."""
+"""Sweeps that make no step, but only measure or only pull. And two halves against one whole."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def hyper_rows(n=1, **values):
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("rule", ["observe", "observe_rows"])
 def test_measures_without_a_step(backend, device, rule, anchored, dtype):
-    """⟨g,c⟩ and the size of c, of the whole or of rows, with gradients and without; nothing moves."""
+    """⟨g,c⟩ and the size of c, of the whole or of rows, with gradients and without. Nothing moves."""
     cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[12:]
     of = Stepper(cases, SETTINGS[0], "none", dtype, anchored, device=device)
     of.rule = RULES[rule]
@@ -61,7 +61,7 @@ def test_measures_without_a_step(backend, device, rule, anchored, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", ["given", "given_rows"])
 def test_pull_by_given_alphas(backend, device, rule, dtype):
-    """θ₀ at α = 0, whatever θ is; untouched at 1; between, what the formula says."""
+    """At α = 0 it gives θ₀, whatever θ is. At α = 1 nothing is touched. In between it gives what the formula says."""
     cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[12:]
     of = Stepper(cases, SETTINGS[0], "none", dtype, torch.float32, device=device)
     of.rule, before = RULES[rule], [p.clone() for p in of.params]
@@ -86,7 +86,7 @@ def test_pull_by_given_alphas(backend, device, rule, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", ["project", "project_mars", "project_rows"])
 def test_projection_without_a_step(backend, device, rule, dtype):
-    """Within the radius of each tensor, which the table holds, or a tensor on the device."""
+    """Each tensor ends within its radius. The table holds the radius, or a tensor on the device does."""
     cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[12:]
     of = Stepper(cases, SETTINGS[0], "none", dtype, torch.float32, device=device)
     before = [p.clone() for p in of.params]
@@ -129,8 +129,8 @@ HALVED_SETTINGS = [s for s in SETTINGS if s.stochastic or s.hyper["master_weight
 @pytest.mark.parametrize("settings", HALVED_SETTINGS, ids=lambda s: s.name)
 @pytest.mark.parametrize(("method", "norm"), HALVED)
 def test_two_halves_are_a_whole(backend, device, settings, method, norm):
-    """Step and measure, decide in torch, pull as told: the bits of one step, if α is the same; FTP with the radius
-    that the whole step learned."""
+    """Step and measure, decide in torch, pull as told. This gives the bits of one step, if α is the same. FTP has the
+    radius that the whole step learned."""
     cases = ROW_CASES[5:] if not slow(backend) else ROW_CASES[20:24]
     first = "reference" if slow(backend) else backend
     whole = settled(cases, settings, method, torch.bfloat16, first, norm=norm, device=device)

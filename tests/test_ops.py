@@ -83,7 +83,7 @@ def _state(key, change):
     return lambda of: replace(of, state={**of.state, key: change(of.state[key])})
 
 
-# What is wrong with tensor 4, a vector of 3 numbers called "case '3'", and what the message says of it.
+# Tensor 4 is a vector of 3 numbers called "case '3'". What is wrong with it, and what the message says of that.
 MISFITS = {
     "dtype of the param": (lambda of: replace(of, param=of.param.int()), r"params\[4\], case '3',.*[Ii]nt"),
     "shape of the anchor": (lambda of: replace(of, anchor=torch.zeros(2)), r"anchor of params\[4\], case '3',.*3.*2"),
@@ -98,7 +98,7 @@ MISFITS = {
 @pytest.mark.parametrize("misfit", MISFITS)
 @pytest.mark.parametrize("kernels", ["triton", "native"])  # the oracle trusts its caller
 def test_kernels_name_the_tensor_that_does_not_fit(kernels, misfit):
-    """By its place and label, with what is expected and what was given; nothing is written."""
+    """By its place and label, with what is expected and what was given. Nothing is written."""
     if missing := rft.backends()[kernels]:
         pytest.skip(missing)
     change, message = MISFITS[misfit]
@@ -174,7 +174,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, mon
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
         lambda: setattr(params[0], "grad", torch.randn(6, 4).t()),
-        lambda: setattr(params[0], "grad", torch.randn(4, 6)),  # from one gradient to another in other strides
+        lambda: setattr(params[0], "grad", torch.randn(4, 6)),  # another gradient, in other strides
         lambda: setattr(params[2], "data", torch.randn(4, 6)),
         lambda: setattr(params[2], "data", torch.randn(6, 4).t()),
         lambda: setattr(params[2], "data", torch.randn(24)),

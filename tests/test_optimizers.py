@@ -93,7 +93,7 @@ def test_named_optimizers_are_their_method(cls, backend):
     assert all(map(torch.equal, mine, other))
     plain = make()
     run(base(plain, 1e-2, backend=backend), plain)
-    if cls is not rft.SGDSPD:  # which without momentum never moves away against its gradient
+    if cls is not rft.SGDSPD:  # without momentum it never moves away against its gradient
         assert not all(map(torch.equal, mine, plain))
 
 
@@ -155,7 +155,7 @@ def test_plan_is_built_once_and_again_when_it_must_be(backend, monkeypatch):
 
 
 def test_strided_parameters_and_gradients(backend):
-    """Layout changes nothing but the order in memory; a gradient of other strides is brought to its parameter's."""
+    """Layout changes nothing but the order in memory. A gradient of other strides is brought to its parameter's."""
     lays = [
         lambda t: t,
         lambda t: t.clone(memory_format=torch.channels_last),
@@ -205,7 +205,7 @@ def test_bad_arguments(kwargs, message):
     backend_free = {k: v for k, v in kwargs.items() if k != "backend"}
     with pytest.raises((ValueError, TypeError), match=message):
         rft.AdamSPD(make([(5, 7)]), **kwargs)
-    if backend_free:  # in a group, and nothing of it stays behind
+    if backend_free:  # also refused in a group, and nothing of it stays behind
         optimizer = rft.AdamSPD(make([(3,)]))
         with pytest.raises((ValueError, TypeError), match=message):
             optimizer.add_param_group({"params": make([(5, 7)]), **backend_free})
@@ -300,7 +300,7 @@ def test_closure_scheduler_and_hooks(backend):
 
 
 def test_momentum_that_comes_late(backend):
-    """A schedule that raises momentum from 0: the buffer starts with its first gradient, as in torch."""
+    """A schedule raises momentum from 0. The buffer starts with its first gradient, as in torch."""
     mine, other = make(), make()
     ours = rft.AnchoredSGD(mine, lr=1e-2, backend=backend)
     theirs = torch.optim.SGD(other, lr=1e-2, foreach=False)
@@ -313,7 +313,7 @@ def test_momentum_that_comes_late(backend):
 
 
 def test_momentum_that_comes_late_where_steps_are_counted(backend):
-    """The count is the buffer's: its first gradient is not dampened, however many steps were rounded before."""
+    """The buffer's steps count. Its first gradient is not dampened, however many steps were rounded before."""
     params = make(dtype=torch.bfloat16)
     optimizer = rft.AnchoredSGD(params, lr=1e-2, dampening=0.5, stochastic_rounding=True, backend=backend)
     run(optimizer, params, 2)
@@ -323,7 +323,7 @@ def test_momentum_that_comes_late_where_steps_are_counted(backend):
 
 
 def test_the_default_device_is_left_alone(backend):
-    """Nothing of ours is made there: the numbers of a step are the same under another default."""
+    """We make nothing there. The numbers of a step are the same under another default."""
     results = []
     for default in ("cpu", "meta"):
         params = make()

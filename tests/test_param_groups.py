@@ -1,4 +1,4 @@
-"""Groups of parameters: who is in, who is frozen, under which name, for torch's optimizers and ours."""
+"""Groups of parameters: which are in, which are frozen, and their names, for torch's optimizers and ours."""
 
 import copy
 
@@ -159,13 +159,13 @@ def test_wrappers(wrap):
     for head in ("head", prefix + "head", model.head):
         assert names_of(linear_probe(wrapped, head)) == [[prefix + name for name in HEAD]]
     assert names_of(linear_probe(model, prefix + "head")) == [HEAD]
-    model.head = wrap(model.head)  # a part that is wrapped
+    model.head = wrap(model.head)  # a part of the model is wrapped
     for head in ("head", "head.0", ["head.1.weight"]):
         assert linear_probe(model, head)
 
 
 def test_a_module_of_ones_own_named_module():
-    """Names as they are come first."""
+    """Names that fit as they are come first."""
     model = nn.ModuleDict({"module": nn.ModuleDict({"head": nn.Linear(2, 2)}), "head": nn.Linear(2, 2)})
     assert names_of(linear_probe(model, "head")) == [["head.weight", "head.bias"]]
     assert names_of(linear_probe(model, "module.head")) == [["module.head.weight", "module.head.bias"]]

@@ -15,8 +15,8 @@ STOCHASTIC = [s for s in SETTINGS if s.hyper["stochastic_rounding"]]
 
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochastic):
-    """40 steps of an eighth of a unit in the last place, from 1: five units up in the mean, with a deviation of the
-    mean of 0.01. To nearest, nothing ever moves."""
+    """40 steps of an eighth of a unit in the last place, from 1. They go five units up in the mean, with a deviation of
+    the mean of 0.01. To nearest, nothing ever moves."""
     n, steps = 20000, 40
     param = nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device=device))
     below = torch.finfo(torch.bfloat16).eps / 8
@@ -26,7 +26,8 @@ def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochas
         optimizer.step()
     moved = (param.detach().double() - 1) / torch.finfo(torch.bfloat16).eps
     if stochastic:
-        # A unit is added with probability 1/8: variance 40·(1/8)(7/8) = 4.4 for each of 20,000; six deviations.
+        # A unit is added with probability 1/8. So the variance is 40·(1/8)(7/8) = 4.4 for each of 20,000. Six
+        # deviations are allowed.
         assert abs(float(moved.mean()) - 5) < 6 * (4.4 / n) ** 0.5
         assert abs(float(moved.var()) - 4.4) < 0.4
         neighbours = torch.corrcoef(torch.stack([moved[:-1], moved[1:]]))[0, 1]
@@ -39,8 +40,8 @@ def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochas
 @pytest.mark.parametrize(("method", "norm"), [("l2sp", None), ("project", "l2"), ("project", "mars_rows")])
 @pytest.mark.parametrize("settings", STOCHASTIC, ids=lambda s: s.name)
 def test_every_backend_draws_the_same_bits(backend, device, settings, method, norm):
-    """Onto the anchor (α = 0) there is no arithmetic to differ in: one rounding of float32 anchors, everywhere; in the
-    sweep that steps, in the one that pulls, and by rows."""
+    """A pull onto the anchor (α = 0) has no arithmetic to differ in. Every backend rounds float32 anchors once. This is
+    so in the sweep that steps, in the one that pulls, and by rows."""
     cases = LEAN_CASES if slow(backend) else CASES
     got = Stepper(cases, settings, method, torch.bfloat16, torch.float32, device=device, norm=norm)
     got.settings = settings.but(strength=1e9, radius=0.0)
@@ -52,7 +53,7 @@ def test_every_backend_draws_the_same_bits(backend, device, settings, method, no
 
 
 def test_every_backend_draws_the_same_bits_for_moments(backend, device):
-    """From zero, with betas that are powers of two, there is one rounding to float32 before the one to bfloat16."""
+    """From zero, with 1 − β a power of two, there is one rounding to float32 before the one to bfloat16."""
     settings = next(s for s in STOCHASTIC if s.state_dtype == torch.bfloat16)
     settings = settings.but(beta1=0.5, beta2=0.75)
     got = Stepper(LEAN_CASES, settings, "none", torch.float32, anchored=False, device=device)
@@ -64,8 +65,8 @@ def test_every_backend_draws_the_same_bits_for_moments(backend, device):
 
 
 def test_moments_are_rounded_up_as_often_as_they_should_and_apart(backend, device):
-    """The first moment lies a quarter of a unit above 1, the second a half: so often each goes up, whatever the other
-    and the neighbours do."""
+    """The first moment lies a quarter of a unit above 1, the second a half. So each goes up as often as that, whatever
+    the other and the neighbours do."""
     n, ulp = 20000, torch.finfo(torch.bfloat16).eps
     param = nn.Parameter(torch.ones(n, device=device))
     optimizer = rft.AnchoredAdamW([param], betas=(0.5, 0.75), state_dtype=torch.bfloat16, backend=backend)
@@ -138,7 +139,7 @@ def test_float16_and_bad_seeds_are_refused():
 
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5], ids=lambda s: s.name)
 def test_gradients_are_unscaled_in_the_step(backend, device, settings):
-    """A power of two loses nothing: the bits of a step with the gradients themselves."""
+    """A power of two loses nothing. The bits are those of a step with the gradients themselves."""
     got = settled(CASES, settings, "spd", torch.float32, device=device)
     want, grads = got.clone(), got.grads()
     scale, clear = torch.tensor(1024.0, device=device), torch.tensor(0.0, device=device)
@@ -163,7 +164,7 @@ def test_found_inf_leaves_everything_as_it_was(backend, device, settings, method
 
 
 def test_grad_scaler(backend, device):
-    """torch.amp.GradScaler unscales in the step and skips an infinite one, as with plain gradients."""
+    """torch.amp.GradScaler unscales in the step, and skips an infinite one, as with plain gradients."""
     results = []
     for scaled in (False, True):
         torch.manual_seed(0)

@@ -39,7 +39,7 @@ def ulp(x, dtype):
 
 
 def numbers(dtype, anchored, seed=0, scale=0.3):
-    """The tensors of all cases, their anchors as given, and these in float64."""
+    """The tensors of all cases, their anchors as given, and the anchors in float64."""
     rng = torch.Generator().manual_seed(seed)
     params, anchors = [], []
     for case in CASES:
@@ -62,7 +62,7 @@ def rounding(param, theta_0):
 
 
 def slack(param, theta_0, norm):
-    """What that may do to n: one value for each norm."""
+    """How far that may take n, with one value for each norm."""
     return norms_of(rounding(param, theta_0), norm)
 
 
@@ -132,7 +132,7 @@ def test_projection_keeps_its_promises(shapes, norm, dtype, radius, scale, ancho
         assert bool(((p.double() - z).abs() <= (old.double() - z).abs() + ulp(old, dtype)).all())  # α ∈ [0, 1]
     project_(params, anchors, radius, norm)
     for p, before, z, free in zip(params, once, zero, room, strict=True):
-        excess = (free / radius).reshape(-1, 1) * by_rows((before.double() - z).abs())  # what n was above γ
+        excess = (free / radius).reshape(-1, 1) * by_rows((before.double() - z).abs())  # by how much n was above γ
         assert bool((by_rows((p.double() - before.double()).abs() - rounding(before, z)) <= excess).all())
     assert all(map(torch.equal, kept, anchors or ()))
     project_(turned, anchors and anchors[turn:] + anchors[:turn], radius, norm)
@@ -140,7 +140,7 @@ def test_projection_keeps_its_promises(shapes, norm, dtype, radius, scale, ancho
 
 
 def test_the_norms_differ():
-    """Or the tests above could pass for the wrong reason."""
+    """Otherwise the tests above could pass for the wrong reason."""
     params = [torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])]
     results = {norm: [p.clone() for p in params] for norm in NORMS}
     for norm, projected in results.items():
@@ -255,7 +255,7 @@ def test_radii_on_the_device_are_taken_as_they_are():
 
 
 class NoReads(TorchDispatchMode):
-    """On a device each of these would wait for it."""
+    """On a device, each of these reads would wait for it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "item", "is_nonzero", "unique")

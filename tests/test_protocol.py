@@ -1,4 +1,4 @@
-"""The protocol of torch.optim, by torch's own inputs for its own optimizers, its schedulers, and its averages."""
+"""The protocol of torch.optim: torch's own inputs for its own optimizers, its schedulers and its averages."""
 
 import io
 import warnings
@@ -43,8 +43,8 @@ def assert_alike(one, other):
 
 @pytest.mark.parametrize(("name", "kwargs"), INPUTS, ids=str)
 def test_torchs_inputs(name, kwargs, backend):
-    """Whatever torch gives its own: with gradients missing by turns, zero gradients, a state_dict in the midst, and a
-    later group."""
+    """Whatever torch gives its own optimizers. Gradients are missing by turns, or zero. There is a state_dict in the
+    middle, and a later group."""
     (params, plain), (copies, mine) = twins(name, kwargs, backend=backend)
     late = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     for t in range(8):
@@ -79,7 +79,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("name", "k", "given"), ERRORS, ids=lambda x: str(x) if isinstance(x, int | str) else "")
 def test_torchs_bad_inputs(name, k, given):
-    """What torch refuses, we refuse with the same kind of error, or take where we can: a beta may be a tensor."""
+    """What torch refuses, we refuse with the same kind of error. Or we take it if we can: a beta may be a tensor."""
     of = given.optimizer_error_input
     params = [nn.Parameter(torch.randn(2, 3))] if of.params is None else of.params
     if "betas" in of.kwargs and isinstance(given.error_regex, str) and "both floats" in given.error_regex:
@@ -105,7 +105,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers(name, scheduler):
-    """Momentum, cycled with lr, included; and resumed in the midst."""
+    """Including momentum, which is cycled with lr. Also resumed in the middle."""
     momentum = {"momentum": 0.9} if name == "SGD" else {}
     runs = twins(name, {"lr": 1e-2, "weight_decay": 0.01, **momentum})
     make, kwargs = SCHEDULERS[scheduler]
@@ -144,7 +144,7 @@ def test_plateau_chained_and_sequential():
 
 @pytest.mark.parametrize("average", [None, swa_utils.get_ema_multi_avg_fn(0.9)], ids=["SWA", "EMA"])
 def test_averages_of_the_weights(average):
-    """Whose swap into the model the next step goes on from, master weights or not."""
+    """Averages are swapped into the model, and the next step goes on from them, master weights or not."""
     for dtype, master in ((torch.float32, False), (torch.bfloat16, True)):
         torch.manual_seed(0)
         model = nn.Linear(6, 4).to(dtype)
@@ -189,7 +189,7 @@ def test_state_dict_hooks_and_profiler():
 
 
 def test_a_layer_frozen_and_thawed():
-    """Its state waits for it; its deviation is measured from the same anchor."""
+    """Its state waits for it. Its deviation is measured from the same anchor."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     optimizer = rft.AdamSPD(model.named_parameters(), lr=1e-2)
     for frozen in (False, True, False):

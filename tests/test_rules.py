@@ -1,4 +1,4 @@
-"""The declaration of the rules: what is missing or contradicts itself is refused at import, by name."""
+"""The declaration of the rules. What is missing or contradicts itself is refused at import, by name."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_methods_and_rules_fit_together():
 
 @pytest.mark.parametrize("key", METHOD_HYPER)
 def test_every_number_that_a_rule_reads_arrives_alone(key):
-    """Also one of a pair of betas; what the rule does not read is 0, so that no tensor is read for it."""
+    """Also one of a pair of betas. What the rule does not read is 0, so that no tensor is read for it."""
     group = {"method": "ftp", "strength": 2.0, "radius": 3.0, "k": 0.5, "radius_lr": 4.0, "radius_betas": (0.25, 0.75)}
     for base in (ADAMW, SGD, NO_STEP):
         own = {**dict.fromkeys(base.own, 1.0), "betas": (0.9, 0.99)}

@@ -1,4 +1,4 @@
-"""Parameters spread over processes: 2 and 4 of them on the CPU, by gloo; on GPUs, by NCCL, where there are so many."""
+"""Parameters spread over 2 and 4 processes: on the CPU by gloo, and on GPUs by NCCL if there are so many."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture
 def launch(device):
-    """Runs a program in so many processes; its output, if it fails, is the test's."""
+    """Runs a program in so many processes. If it fails, its output becomes the test's."""
 
     def run(program, folder, world, *args):
         if device.type == "cuda" and torch.cuda.device_count() < world:
@@ -32,8 +32,8 @@ WORLDS = [2, pytest.param(4, marks=pytest.mark.full)]
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_any_mesh_equals_one_process(launch, device, tmp_path, world):
-    """Every method, on meshes of one and two dimensions, sharded by rows, columns and both, replicated and not: the
-    weights of one process to rounding, its decisions, and the same bits everywhere."""
+    """Every method, on meshes of one and two dimensions, sharded by rows, columns and both, replicated and not. The
+    weights are those of one process to rounding, and so are its decisions. All processes have the same bits."""
     backends = {"cpu": ["native"], "cuda": ["triton", "triton_tickets"]}[device.type]
     launch("spread_program", tmp_path, world, "--backends", *backends)
 
@@ -44,14 +44,14 @@ def test_the_reference_backend_too(launch, tmp_path):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_fsdp_ddp_and_tpgm(launch, tmp_path, world):
-    """FSDP2, by four processes in its hybrid form, and DDP against one process; anchors given whole and in a file; the
-    functions and TPGM over DTensors."""
+    """FSDP2 and DDP against one process. Four processes use the hybrid form of FSDP2. Anchors are given whole and in a
+    file. Also the functions and TPGM over DTensors."""
     launch("fsdp_program", tmp_path, world, "train", "--folder", str(tmp_path))
 
 
 @pytest.mark.full
 def test_checkpoints_over_numbers_of_processes(launch, tmp_path):
-    """torch.distributed.checkpoint: two processes save, and go on bit for bit; four, and one, go on to rounding."""
+    """torch.distributed.checkpoint. Two processes save, and go on bit for bit. Four, and one, go on to rounding."""
     for k, (what, world) in enumerate((("save", 2), ("resume", 4), ("resume", 1))):
         folder = tmp_path / str(k)
         folder.mkdir()

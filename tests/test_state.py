@@ -109,7 +109,7 @@ def test_loads_torch_checkpoints(backend, theirs, ours, kwargs, dtype):
 
 
 def test_interchanges_with_torch():
-    """Ours loads into torch.optim.AdamW too, which then goes on as we would with method="none"."""
+    """Ours also loads into torch.optim.AdamW. That then goes on as we would with method="none"."""
     params = make()
     optimizer = rft.AnchoredAdamW(params, lr=1e-2, weight_decay=0.1)
     run(optimizer, params, 3)
@@ -210,7 +210,7 @@ def test_is_dense(tensor, dense):
 )
 @pytest.mark.parametrize(("anchor", "copies_kept"), [("initial", 3), ("zero", 2)])
 def test_memory_is_two_moments_and_an_anchor(anchor, copies_kept):
-    """The peak of three steps over the weights and gradients: the state, and no full-size temporary."""
+    """The peak of three steps, above the weights and gradients, is the state. There is no full-size temporary."""
     program = f"""
 import re
 import torch, robustft_kernels as rft
@@ -253,7 +253,7 @@ def test_first_gradient_after_loading(backend):
 
 
 def test_state_whose_memory_moved_is_found(backend):
-    """As by an offloader, which swaps the storage under the same tensor."""
+    """An offloader does this: it swaps the storage under the same tensor."""
     results = []
     for moved in (False, True):
         params = make()
@@ -269,8 +269,8 @@ def test_state_whose_memory_moved_is_found(backend):
 
 
 def test_a_kill_in_the_midst_of_a_save_loses_at_most_that_save(tmp_path):
-    """Saves to a file beside, which then takes the name: whenever the process dies, what has the name goes on bit for
-    bit as if nothing had happened."""
+    """Saves to a file beside, which then takes the name. The process may die at any time. What has the name goes on bit
+    for bit as if nothing had happened."""
     program = """
 import os, sys, torch
 from tests.test_state import from_scratch

@@ -32,8 +32,9 @@ native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends(
 def tiers(backend, turn):
     """What the tiers step on a backend: lists of cases, rows of the table, a word for it, and the mark of its tier.
 
-    The default tier has rows in which all pairs are met, other ones for another `turn`. In Triton's interpreter they
-    step lean cases, and in the full tier the others. The native backend, the fastest, has there the rest of the table.
+    The default tier has rows in which all pairs are met. Another `turn` gives other rows. In Triton's interpreter they
+    step lean cases, and the full tier steps all cases. The native backend is the fastest, so its full tier has the rest
+    of the table.
     """
     rows = covering(turn)
     if slow(backend):
@@ -83,7 +84,7 @@ def share_firing(stepper):
 
 
 def test_step_equals_oracle(on, cases, row, device):
-    """Step by step; where a backend is slow only the last, and on all cases the first too."""
+    """Compares step by step. For a slow backend it compares only the last step, and on all cases the first too."""
     (method, norm), settings = row.method_norm, row.settings
     compared = {0, 1, 2, 3} if not slow(on) else {3} if cases is LEAN_CASES else {0, 3}
     got = Stepper(cases, settings, method, row.dtype, ANCHORS[row.anchor], device=device, norm=norm)
@@ -102,7 +103,7 @@ def test_step_equals_oracle(on, cases, row, device):
         assert all(map(torch.equal, (*grads, *got.anchors), untouched)), "a gradient or an anchor was written"
         firing.append(share_firing(got))
     share = torch.stack(firing).nanmean()
-    if method == "spd" and settings.hyper.get("momentum") != 0:  # without momentum a step goes where g says: back
+    if method == "spd" and settings.hyper.get("momentum") != 0:  # without momentum a step follows g, which leads back
         assert 0.05 < share < 0.6, "the stream should make a good part of the segments fire"
         long = torch.tensor([p.numel() > CHUNK for p in got.params], device=device)
         assert (firing[-1][long] > 0).any(), "a tensor of several chunks should fire when it is compared"
@@ -114,7 +115,7 @@ def test_step_equals_oracle(on, cases, row, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("method", "norm"), [(m, n) for m, n in METHOD_NORMS if rule_of(m, n).crosses_rows])
 def test_rows_equal_oracle(backend, device, method, norm, dtype):
-    """Short and long rows, several chunks of one, aligned or not, contiguous or strided, one or none."""
+    """Rows short and long, aligned or not, contiguous or strided, one or none. Some rows have several chunks."""
     cases = ROW_CASES[len(CASES) :]
     got = settled(cases, SETTINGS[0], method, dtype, "reference", device=device, norm=norm)
     grads, before = got.grads(), got.clone()
@@ -127,7 +128,7 @@ def test_rows_equal_oracle(backend, device, method, norm, dtype):
 @pytest.mark.lean(keep=lambda settings, **_: settings is SETTINGS[0])
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=lambda s: s.name)
 def test_mixed_dtypes_in_one_call(backend, settings):
-    """A gradient dtype other than the parameter's, and all parameter dtypes side by side."""
+    """Gradients have another dtype than their parameter, and all dtypes of parameters are side by side."""
     steppers = [settled(CASES, settings, "spd", dtype) for dtype in DTYPES]
     grads = [s.grads(torch.float32) for s in steppers]
     want = [s.clone() for s in steppers]
@@ -177,7 +178,7 @@ def test_bits_do_not_depend_on_threads(backend, dtype):
     cases = (*CASES, Case("large", (40 * CHUNK + 7,)))
     start = settled(cases, SETTINGS[1], "spd", dtype)
     grads, results = start.grads(), []
-    # A wait that is missing shows in some runs of many. torch's own sums split by thread: it only has to repeat itself.
+    # A missing wait shows in few of many runs. torch's own sums split by thread, so it only has to repeat itself.
     for threads in (2, 2) if backend == "reference" else (1, 2, 3, 8, *[4] * 20):
         torch.set_num_threads(threads)
         got = start.clone()
@@ -189,7 +190,7 @@ def test_bits_do_not_depend_on_threads(backend, dtype):
 
 @native
 def test_bits_do_not_depend_on_the_instruction_set():
-    """Runs what this processor has; each instruction set in a process of its own."""
+    """Runs each instruction set that this processor has, in a process of its own."""
     program = """
 import hashlib
 import torch
@@ -237,7 +238,7 @@ def test_oracle_tells_methods_apart(backend):
 
 @pytest.mark.parametrize("method", ["spd", "l2sp"])
 def test_alpha_is_capped_at_the_anchor(backend, method):
-    """Where strength·r, or strength·lr, exceeds 1 the weights land on θ₀ and not beyond it."""
+    """If strength·r, or strength·lr, exceeds 1, the weights land on θ₀ and not beyond it."""
     settings = SETTINGS[0]
     got = settled(CASES, settings, method, torch.float32)
     got.settings = settings.but(strength=1e9)
@@ -251,8 +252,8 @@ def test_alpha_is_capped_at_the_anchor(backend, method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_storage_rounds_as_torch_does(backend, dtype):
-    """Every 16-bit value survives being widened and narrowed; floats of every exponent, the midpoints between two
-    neighbours and their neighbours round to nearest, ties to even."""
+    """Every 16-bit value survives being widened and narrowed. Floats of every exponent round to nearest, ties to even.
+    So do the midpoints between two neighbours, and the neighbours of those."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
     middles = (every.float() + torch.nextafter(every, torch.full_like(every, torch.inf)).float()) / 2
@@ -287,7 +288,7 @@ def test_first_step_never_fires(backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[4:5], ids=lambda s: s.name)
 def test_non_finite_gradient(backend, settings, bad):
-    """The base step takes it as torch.optim does; no pull, no trace in the anchor or in other tensors."""
+    """The base step takes it as torch.optim does. There is no pull, and no trace in the anchor or in other tensors."""
     got = settled(CASES, settings, "spd", torch.float32)
     grads = got.grads()
     k = next(i for i, case in enumerate(CASES) if case.name == "several chunks")
@@ -305,7 +306,7 @@ def test_non_finite_gradient(backend, settings, bad):
 
 
 def test_without_eps_lanes_that_hold_nothing_stay_out_of_sums(backend, device):
-    """0/0 in the lanes beyond a tensor's end, or a row's, is in no measure."""
+    """The lanes beyond the end of a tensor, or of a row, have 0/0. It is in no measure."""
     for method, norm in (("spd", "l2"), ("spd", "mars_rows")):
         got = settled(LEAN_CASES, SETTINGS[0], method, torch.float32, device=device, norm=norm)
         got.settings = SETTINGS[0].but(eps=0.0)
@@ -318,7 +319,7 @@ def test_without_eps_lanes_that_hold_nothing_stay_out_of_sums(backend, device):
 
 
 def test_an_infinite_weight_stays_alone(backend):
-    """Pulled toward zero it is still infinite, as α·inf is, and nothing else is touched by it."""
+    """Pulled toward zero it is still infinite, as α·inf is. It touches nothing else."""
     settings = SETTINGS[0]
     got = settled(CASES, settings, "l2sp", torch.float32, anchored=False)
     k = next(i for i, case in enumerate(CASES) if case.name == "several chunks")

@@ -1,4 +1,4 @@
-"""The table of cases is met in pairs, by the default tier, on every backend; the sizes reach every path."""
+"""On every backend, the default tier meets all pairs of the table of cases. The sizes reach every path."""
 
 from itertools import combinations
 
@@ -21,7 +21,7 @@ def test_the_default_tier_meets_every_pair_on_every_backend(pytestconfig):
 
 
 def test_what_acts_in_few_dtypes_meets_every_method_there(pytestconfig):
-    """Stochastic rounding acts on bfloat16, master weights on 16 bits: elsewhere they meet a method in name only."""
+    """Stochastic rounding acts on bfloat16, master weights on 16 bits. Elsewhere they meet a method in name only."""
     stochastic = [s.name for s in SETTINGS if s.hyper["stochastic_rounding"]]
     masters = [s.name for s in SETTINGS if s.hyper["master_weights"]]
     assert len(stochastic) >= 3
@@ -41,7 +41,7 @@ def test_the_table_is_whole():
 
 
 def test_a_covering_is_small():
-    """No fewer rows can do than there are pairs of the two longest columns; 15% more are allowed."""
+    """There must be as many rows as there are pairs of the two longest columns. 15% more are allowed."""
     pairs = len({row.names[::2] for row in TABLE})
     for turn in range(3):
         assert pairs <= len(covering(turn)) <= 1.15 * pairs
@@ -59,7 +59,7 @@ def test_cases_reach_the_vector_path_its_tail_and_several_chunks():
 
 
 def test_options_that_do_not_act_change_no_bit(backend):
-    """Stochastic rounding of other weights than bfloat16, masters of weights that are no 16 bits long."""
+    """Stochastic rounding of weights that are not bfloat16, and masters of weights that are not 16 bits long."""
     cases = LEAN_CASES[3:5]
     for settings in SETTINGS:
         for dtype in DTYPES:

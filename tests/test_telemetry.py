@@ -1,4 +1,4 @@
-"""What a step tells of itself: against the weights it left, for every method, and how it is read, logged and drawn."""
+"""What a step tells of itself, against the weights it left, for every method. How that is read, logged and drawn."""
 
 import sys
 from math import isnan, nan
@@ -23,8 +23,8 @@ RULES = [(method, norm) for method, of in rft.METHODS.items() for norm in of.rul
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("method", "norm"), RULES)
 def test_tells_what_the_weights_are(method, norm, dtype, served_by):
-    """Deviations are sums of the step, times α: exact up to the rounding of the weights that the pull leaves, an ulp of
-    the largest weight each."""
+    """Deviations are sums of the step, times α. They are exact up to the rounding of the weights that the pull leaves.
+    That is an ulp of the largest weight for each."""
     params = make(dtype)
     anchors = [p.detach().clone() for p in params]
     optimizer = rft.AnchoredAdamW(
@@ -56,7 +56,7 @@ def test_tells_what_the_weights_are(method, norm, dtype, served_by):
 
 
 def test_names_and_what_there_is_not():
-    """By name; by place over all groups without; nan for what a parameter does not have."""
+    """By name. Without names, by place over all groups. What a parameter does not have is nan."""
     a, b, c, d = make(shapes=[(5, 7), (3,), (4, 2), (6,)])
     groups = [
         {"params": [("a", a), ("b", b)], "method": "spd"},
@@ -115,7 +115,7 @@ def test_anchors_are_measured_once(monkeypatch):
 
 @each_backend
 def test_counts_go_on(served_by):
-    """When gradients are missing for a time, and when a step is skipped."""
+    """Also when gradients are missing for a time, and when a step is skipped."""
     for kind in ("fused", "wrapped"):
         params = make()
         optimizer = rft.AdamL2SP(params, lr=1e-2, backend=served_by)
@@ -174,7 +174,7 @@ def test_draw(tmp_path):
     above, below, _ = history.axes
     assert len(above.lines) == 2 * len(steps)
     assert [text.get_text() for text in above.get_legend().get_texts()] == [f"step {n}" for n in steps]
-    shares = below.collections[0].get_array()  # an interval a row; selections grow by k/5 a step
+    shares = below.collections[0].get_array()  # a row for each interval; selections grow by k/5 in each step
     assert shares.shape == (3, 5)
     assert shares[2].tolist() == pytest.approx([0.2 * k for k in range(5)])
     mixed = {"body.weight": numbers()["layer1.weight"], "body.bias": numbers()["layer2.weight"]}

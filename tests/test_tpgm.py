@@ -17,7 +17,7 @@ F = nn.functional
 
 
 class Net(nn.Module):
-    """A convolution, a batch-norm, dropout, and two layers that share a weight; one parameter the loss does not see."""
+    """A convolution, a batch-norm, dropout, and two layers that share a weight. The loss does not see one parameter."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_update_equals_a_loop_in_plain_torch(options):
     with torch.no_grad():
         gamma.copy_(torch.minimum(gamma, largest) if clamp else gamma).clamp_(min=1e-8)
     tpgm.update(loss_of(model), batches, steps=4)
-    tpgm.update(loss_of(model), batches, steps=3)  # goes on with the batches where it was
+    tpgm.update(loss_of(model), batches, steps=3)  # goes on with the batches from its last place
     radii = torch.stack(list(tpgm.radii.values()))
     torch.testing.assert_close(radii, gamma.detach(), rtol=1e-7, atol=1e-12)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -158,8 +158,8 @@ def test_half_min_is_taken_once():
 
 
 def test_radii_of_a_real_problem_agree_with_its_validation_loss():
-    """Digits, pre-trained with noise and fine-tuned on 40 of them. At the end no radius can better the loss: it is flat
-    in those between the bounds, and grows with those at 1e-8; the slopes are those of finite differences."""
+    """Digits, pre-trained with noise and fine-tuned on 40 of them. At the end no radius can improve the loss. It is
+    flat in those between the bounds, and grows with those at 1e-8. The slopes are those of finite differences."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
@@ -213,7 +213,7 @@ def test_radii_of_a_real_problem_agree_with_its_validation_loss():
 
 
 def test_hooks_gradients_and_sharing():
-    """A weight used twice is reduced once, sparse gradients count, frozen weights and accumulated gradients stay."""
+    """A weight used twice is reduced once. Sparse gradients count. Frozen weights and accumulated gradients stay."""
     torch.manual_seed(0)
     embedding = nn.Embedding(7, 4, sparse=True, dtype=torch.float64)
     tied = nn.Linear(4, 4, dtype=torch.float64)

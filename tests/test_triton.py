@@ -1,4 +1,4 @@
-"""The Triton backend's own: its two forms, its host side, what it costs in launches and uploads."""
+"""What the Triton backend alone has: its two forms, its host side, and its cost in launches and uploads."""
 
 import os
 import subprocess
@@ -60,7 +60,7 @@ def test_schedule_never_waits_for_what_comes_later():
 
 
 def test_groups_of_one_class_share_their_launches(device, monkeypatch):
-    """Groups with other rules, options and anchors; other dtypes are another class."""
+    """Also groups with other rules, options and anchors. Other dtypes are another class."""
     from robustft_kernels.triton_kernels import launch
 
     kernels = []
@@ -88,8 +88,8 @@ def test_groups_of_one_class_share_their_launches(device, monkeypatch):
 @pytest.mark.parametrize("form", ["triton", "triton_tickets"])
 @pytest.mark.parametrize("tensors", [1, 150, 2000])
 def test_launches_and_uploads_do_not_grow_with_tensors(device, monkeypatch, form, tensors):
-    """A mock launcher: so many launches whatever the number of tensors; a steady step builds no table, and uploads one
-    row if a gradient moved or a hyper-parameter changed, else none."""
+    """With a mock launcher. The number of launches does not depend on the number of tensors. A steady step builds no
+    table. It uploads one row if a gradient moved or a hyper-parameter changed, else none."""
     from robustft_kernels.triton_kernels import launch, table
 
     launches, built = [], []
@@ -104,7 +104,7 @@ def test_launches_and_uploads_do_not_grow_with_tensors(device, monkeypatch, form
     sends = 0
     for moved, lr, uploads in ((True, 1e-3, 1), (True, 1e-3, 1), (False, 1e-3, 0), (False, 5e-4, 1), (True, 2e-4, 1)):
         if moved:
-            kept = [p.grad for p in params]  # or the allocator gives their addresses again
+            kept = [p.grad for p in params]  # otherwise the allocator gives their addresses again
             for p in params:
                 p.grad = torch.zeros_like(p)
         optimizer.param_groups[0]["lr"] = lr
@@ -120,7 +120,7 @@ def test_launches_and_uploads_do_not_grow_with_tensors(device, monkeypatch, form
 
 
 def test_hyper_parameters_in_tensors_are_read_where_they_are(device):
-    """float32 or float64, changed in place between steps, with no word to the host: as the same numbers would do."""
+    """float32 or float64, changed in place between steps, without a word to the host. They act as plain numbers do."""
     start = [torch.randn(700, device=device), torch.randn(20000, device=device)]
     lr, strength = torch.tensor(1e-2, device=device), torch.tensor(1.5, dtype=torch.float64, device=device)
     results = []
@@ -171,7 +171,7 @@ def test_first_arguments_that_fit_nothing(device):
 
 
 def test_rows_take_their_own_launches(device, monkeypatch):
-    """One for rows that are decided in one program, sweep 2 for those that wait, a survey for FTP and MARS-SP."""
+    """One for rows that are decided in one program, sweep 2 for those that wait, and a survey for FTP and MARS-SP."""
     from robustft_kernels.triton_kernels import launch
 
     kernels = []
@@ -191,8 +191,8 @@ def test_rows_take_their_own_launches(device, monkeypatch):
 
 
 def test_the_whole_host_side_up_to_the_driver():
-    """Triton's own binding, specialisation and compilation for sm_90 with a driver that launches nothing: the two
-    kernels of a class are compiled once, for changed lr, other shapes and more tensors too."""
+    """Triton's own binding, specialisation and compilation for sm_90, with a driver that launches nothing. The two
+    kernels of a class are compiled once, and serve changed lr, other shapes and more tensors too."""
     out = subprocess.run(
         [sys.executable, "-m", "tests.fake_driver"], capture_output=True, text=True, check=False, env=_uninterpreted()
     )
@@ -212,7 +212,7 @@ def _uninterpreted():
 @pytest.mark.parametrize("pull", [{"strength": 1.3}, {"method": "project", "radius": 0.1, "norm": "mars_rows"}])
 @pytest.mark.parametrize("wrap", [False, True])
 def test_telemetry_and_the_wrapper(device, wrap, pull):
-    """As the reference has them, to the roundings that the two do in different orders."""
+    """They are as in the reference, up to the roundings that the two do in different orders."""
     options = {"method": "spd", **pull}
     found = {}
     for backend in ("triton", "reference"):

@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.register_buffer("seen", torch.zeros(()), persistent=False)
 
     def forward(self, x):
-        self.seen = self.seen + 1  # a buffer that is bound anew
+        self.seen = self.seen + 1  # binds a new buffer
         return self.head(self.norm(self.conv(x)).mean((2, 3)))
 
 
@@ -35,7 +35,7 @@ def tied():
 
 
 def pair(make=Net):
-    """A pre-trained net, and one that has moved from it: weights, statistics and counts."""
+    """A pre-trained net, and one whose weights, statistics and counts have moved from it."""
     torch.manual_seed(0)
     first = make()
     second = copy.deepcopy(first)
@@ -56,7 +56,7 @@ def same_bits(a, b):
 
 
 def everything(model):
-    """All of a model's values, those outside the state dict too."""
+    """All values of a model, also those outside the state dict."""
     return {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -94,7 +94,7 @@ DTYPES = [
 
 @pytest.mark.parametrize(("dtype", "theirs"), DTYPES)
 def test_dtypes(dtype, theirs):
-    """Half a unit of the dtype, and three roundings of the arithmetic on the way; and at the ends, exact."""
+    """Allows half a unit of the dtype, and three roundings of the arithmetic on the way. At the ends it is exact."""
 
     def parts(t):
         return (torch.view_as_real(t) if t.is_complex() else t).double()
@@ -245,7 +245,7 @@ def test_tied():
     first, second = pair(tied)
     expected = wise_ft(first, second, 0.3)
     assert expected["head.weight"] is expected["embed.weight"]
-    start, end = ({"embed.weight": model.embed.weight} for model in (first, second))  # one name of the two
+    start, end = ({"embed.weight": model.embed.weight} for model in (first, second))  # one of its two names
     assert same_bits(wise_ft(start, second, 0.3), expected)
     assert torch.equal(wise_ft(first, end, 0.3)["embed.weight"], expected["embed.weight"])
     copies = {name: tensor.clone() for name, tensor in first.state_dict().items()}
@@ -254,10 +254,10 @@ def test_tied():
         wise_ft({**copies, "head.weight": copies["head.weight"] + 1}, second, 0.3)
     with pytest.raises(ValueError, match=r"ties 'embed\.weight', 'head\.weight': exclude all of them, or none"):
         wise_ft(first, second, 0.3, exclude="head")
-    wise_ft_(second, copies, 0.3)  # once, not once a name
+    wise_ft_(second, copies, 0.3)  # once, and not once for each name
     assert same_bits(second.state_dict(), expected)
     assert second.head.weight is second.embed.weight
-    second.head.weight = nn.Parameter(second.head.weight.detach() + 1)  # each its own way from there
+    second.head.weight = nn.Parameter(second.head.weight.detach() + 1)  # from here on the two are apart
     out = wise_ft(first, second, 0.5)
     torch.testing.assert_close(out["head.weight"] - out["embed.weight"], torch.full((7, 4), 0.5))
 
@@ -303,7 +303,7 @@ def test_refused_arguments():
 
 
 def test_the_start_that_moved_along():
-    """The state dict of a model is the model's memory: kept without a copy, it is fine-tuned too."""
+    """The state dict of a model is the model's memory. If it is kept without a copy, it is fine-tuned too."""
     _, model = pair()
     start = model.state_dict()
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_the_start_that_moved_along():
 
 
 def sweep_probe(model):
-    """An evaluation that leaves its marks: mode, statistics, a buffer bound anew, and even weights."""
+    """An evaluation that changes the mode, statistics, even weights, and binds a new buffer."""
     values = {n: t.clone() for n, t in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     model.train()

@@ -1,4 +1,4 @@
-"""Anchored: equal to the fused optimizers, right around one of the user's own, and otherwise as the wrapped one is."""
+"""Anchored: equal to the fused optimizers, right around a user's own optimizer, and otherwise like the wrapped one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from robustft_kernels.step.no_step import NoStep
 from tests.test_projection import NoReads
 
 SHAPES = [(), (3,), (5, 7), (120, 130), (40000,), (8, 4, 3, 3), (0,), (3, 0)]
-# Away from the anchor, or back, when the momentum still leads away.
+# Away from the anchor, or back while the momentum still leads away.
 TURNS = (-3.0, -3.0, 0.5, -3.0, 0.5, -3.0, 0.4, 0.5)
 each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not rft.backends()[n]])
 
@@ -51,7 +51,7 @@ def make(dtype=torch.float32, shapes=SHAPES):
 
 
 def give_grads(params, t, maximize=False):
-    """The same whatever the parameters are now; ⟨g,d⟩ is far from 0 once they have moved."""
+    """Gradients do not depend on what the parameters are now. Once these have moved, ⟨g,d⟩ is far from 0."""
     for k, p in enumerate(params):
         fixed, noise = torch.Generator().manual_seed(k), torch.Generator().manual_seed(1000 * t + k)
         away = torch.randn(p.shape, generator=fixed) + 0.1 * torch.randn(p.shape, generator=noise)
@@ -88,7 +88,7 @@ TWINS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("plain", "base", "pull"), TWINS)
 def test_equals_the_fused_optimizers(plain, base, pull, dtype, served_by):
-    """Up to a dozen roundings a step of the base, 4 ulps as in test_optimizers, and of the pull: strength times the
+    """Up to roundings. The base has a dozen in each step, 4 ulps as in test_optimizers. The pull is strength times the
     difference of two norms that feel the same roundings."""
     base, pull = {"lr": 1e-2, **base}, {"method": "spd", **pull}
     maximize = base.get("maximize", False)
@@ -102,7 +102,7 @@ def test_equals_the_fused_optimizers(plain, base, pull, dtype, served_by):
     assert far(run(plain(free, **base), free, maximize=maximize), mine) > 100 * allowed  # it was pulled
     told = wrapped.telemetry()
     for name, of in ours.telemetry().items():
-        near = 1e4 * torch.finfo(dtype).eps  # those ulps, where c is a hundredth of θ
+        near = 1e4 * torch.finfo(dtype).eps  # those ulps, for a c that is a hundredth of θ
         assert told[name] == pytest.approx(of, abs=near, rel=near, nan_ok=True), name
 
 
@@ -159,7 +159,7 @@ def test_around_an_optimizer_of_ones_own(pull, served_by):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bit_parameters(dtype, served_by):
-    """Against the fused form, which rounds to nearest as often: at most a neighbour further at each step."""
+    """The fused form rounds to nearest as often. So the two differ by at most one neighbour more at each step."""
     for anchor in ("initial", [p.detach().float() for p in make(dtype)]):
         mine, other = make(dtype), make(dtype)
         pull = dict(method="project", radius=0.3, norm="mars_rows", anchor=anchor)
@@ -191,7 +191,7 @@ def test_settings_may_change_between_steps(served_by):
 
 
 def test_closure():
-    """The gradients that it makes are those that SPD measures."""
+    """SPD measures the gradients that it makes."""
     results = []
     for closed in (False, True):
         params = make()
@@ -239,7 +239,7 @@ def test_optimizer_that_evaluates_several_times():
 
 @each_backend
 def test_groups_and_missing_gradients(served_by):
-    """Each parameter's trajectory depends on its own gradients and group alone; "none" equals the wrapped one."""
+    """Each parameter's trajectory depends on its own gradients and group alone. "none" equals the wrapped one."""
     rows = [
         dict(method="none", lr=1e-3),
         dict(strength=2.0),
@@ -272,7 +272,7 @@ def test_groups_and_missing_gradients(served_by):
 
 
 def test_what_the_wrapped_one_may_do_to_its_parameters(monkeypatch):
-    """New memory of the same form is found; anything else is an error that names the parameter."""
+    """New memory of the same form is found. Anything else is an error that names the parameter."""
     init, prepared = NoStep.__init__, []
     monkeypatch.setattr(NoStep, "__init__", lambda self, *args: prepared.append(self) or init(self, *args))
     want = run(Anchored(Lion(params := make(), lr=1e-3), strength=1.5), params)
@@ -291,7 +291,7 @@ def test_what_the_wrapped_one_may_do_to_its_parameters(monkeypatch):
 
 
 def test_model_changed_between_steps():
-    """Another dtype and layout: anchors follow. Another shape, or a new parameter: errors, and no step is made."""
+    """Anchors follow another dtype and layout. Another shape, or a new parameter, is an error, and no step is made."""
     model = nn.Conv2d(4, 6, 3)
     params = list(model.parameters())
     wrapped = Anchored(SGD(model.named_parameters(), lr=1e-2, momentum=0.9))

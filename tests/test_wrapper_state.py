@@ -68,7 +68,7 @@ def test_checkpoints_of_and_for_the_wrapped_one():
     assert all(wrapped._anchors[p].data_ptr() == anchor.data_ptr() for p, anchor in zip(params, anchors, strict=True))
     saved = saved_and_loaded(wrapped.state_dict())
     assert all(of["anchor"].dtype == torch.float64 for of in saved["state"].values())
-    plain.load_state_dict(saved)  # takes it as its own
+    plain.load_state_dict(saved)  # torch takes it as its own
     lean = Anchored(AdamW(params), "l2sp", save_anchors=False).state_dict()
     assert not any("anchor" in of for of in lean["state"].values())
     zero = Anchored(AdamW(params), anchor="zero")
@@ -170,8 +170,8 @@ def test_schedulers_work_on_either():
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("pull", [dict(strength=1.5), dict(method="l2sp", strength=5.0)])
 def test_gradient_scaler(pull, fused, served_by):
-    """The scaler's path where the wrapped optimizer unscales, and where it does not; with an infinite gradient neither
-    steps nor pulls."""
+    """The scaler's path if the wrapped optimizer unscales, and if it does not. With an infinite gradient there is
+    neither a step nor a pull."""
     results = []
     for scale in (1.0, 1024.0):
         params = make()
@@ -194,7 +194,7 @@ def test_gradient_scaler(pull, fused, served_by):
 
 
 def test_anchors_for_all_groups():
-    """A list runs through the groups that have none of their own; a mapping passes over those of method "none"."""
+    """A list runs through the groups that have none of their own. A mapping passes over those of method "none"."""
     a, b, c = make(shapes=[(5, 7), (3,), (2,)])
     given = [torch.zeros(5, 7), torch.zeros(2)]
     rows = ((("a", a), {}), (("b", b), {"anchor": "zero"}), (("c", c), {"method": "none"}))

@@ -1,7 +1,7 @@
 """Base: the update of the underlying optimizer, from param, grad and state to the next param.
 
-A base is two functions, by its name in `BASES`: one reads a group's row of hyper-parameters into scalars, one applies
-them to a block.
+A base is two functions, by its name in `BASES`. One reads a group's row of hyper-parameters into scalars. The other
+applies them to a block.
 """
 
 import triton
@@ -21,8 +21,8 @@ _N_MAXIMIZE = tl.constexpr(NO_STEP.hyper.index("maximize"))
 
 @triton.jit
 def read_hyper(table, live, at):
-    """A hyper-parameter in float64, from the table. When a tensor of the user's holds it, `live` has that tensor's
-    address, with its last bit set if it is float64."""
+    """A hyper-parameter in float64, from the table. If a tensor of the user's holds it, `live` has the address of that
+    tensor. The last bit of the address is set if the tensor is float64."""
     value = tl.load(table + at)
     if live is not None:
         address = tl.load(live + at)
@@ -35,7 +35,7 @@ def read_hyper(table, live, at):
 
 @triton.jit
 def power(beta, t):
-    """βᵗ in float64, by squaring: few registers, and no more roundings than t has binary digits, twice."""
+    """βᵗ in float64, by squaring. It takes few registers, and at most two roundings for each binary digit of t."""
     result = tl.full((), 1.0, tl.float64)
     n = t.to(tl.int32)
     while n > 0:
@@ -47,7 +47,7 @@ def power(beta, t):
 
 @triton.jit
 def adamw_scalars(table, live, row, t, T: tl.constexpr):
-    """−1 to maximize, else 1, and what `adamw` needs; t counts from 1."""
+    """−1 to maximize, else 1, and what `adamw` needs. t counts from 1."""
     lr = read_hyper(table, live, row + _A_LR)
     beta1, beta2 = read_hyper(table, live, row + _A_BETA1), read_hyper(table, live, row + _A_BETA2)
     scalars = (
@@ -79,7 +79,7 @@ def adamw(theta, g, m, v, v_max, scalars, STATES: tl.constexpr):
 
 @triton.jit
 def sgd_scalars(table, live, row, t, T: tl.constexpr):
-    """−1 to maximize, else 1, and what `sgd` needs; t counts the updates of the momentum buffer from 1."""
+    """−1 to maximize, else 1, and what `sgd` needs. t counts the updates of the momentum buffer from 1."""
     lr, momentum = read_hyper(table, live, row + _S_LR), read_hyper(table, live, row + _S_MOMENTUM)
     nesterov = tl.load(table + row + _S_NESTEROV)
     later = (t > 1) & (momentum != 0)
@@ -96,7 +96,10 @@ def sgd_scalars(table, live, row, t, T: tl.constexpr):
 
 @triton.jit
 def sgd(theta, g, b, unused1, unused2, scalars, STATES: tl.constexpr):
-    """θ − lr·b, or θ − lr(g' + μb) with nesterov, and b ← μb + (1−dampening)g', g' = g + wd·θ, at its first step g'."""
+    """θ − lr·b, or θ − lr(g' + μb) with nesterov, and the new b.
+
+    g' = g + wd·θ. b ← μb + (1−dampening)g', and at its first step b ← g'.
+    """
     lr, weight_decay, keep, take, buffer_weight, grad_weight = scalars
     g = g + weight_decay * theta
     b = keep * b + take * g
@@ -105,7 +108,7 @@ def sgd(theta, g, b, unused1, unused2, scalars, STATES: tl.constexpr):
 
 @triton.jit
 def no_step_scalars(table, live, row, t, T: tl.constexpr):
-    """−1 to maximize, else 1, and nothing."""
+    """−1 to maximize, else 1, and a placeholder: `no_step` needs nothing."""
     factor = (1 - 2 * tl.load(table + row + _N_MAXIMIZE)).to(T)
     return factor, (factor,)
 

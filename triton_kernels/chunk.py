@@ -1,5 +1,5 @@
-"""Movement: what a tensor is in the table, and how a block of it becomes numbers and goes back. No method is known
-here."""
+"""Movement: how a tensor stands in the table, and how a block of it is loaded as numbers and stored again. No method is
+known here."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
 TILE = 8  # rows that are worked on together, a warp each
 INTERPRETED = triton.knobs.runtime.interpret
 
-# The columns of the table of tensors, int64: addresses first (0 if absent), then how each lies and what it is under.
+# The columns of the int64 table of tensors. Addresses come first, 0 if absent. Layout and settings follow.
 COLUMNS = (
     "param", "working", "anchor", "state0", "state1", "state2", "delta", "learned", "step",
     "numel", "rows", "stride", "first", "chunks", "row", "rule", "seed", "dithered", "segment",
@@ -25,13 +25,13 @@ STEP = tl.constexpr(COLUMNS.index("step"))
 NUMEL = tl.constexpr(COLUMNS.index("numel"))
 ROWS = tl.constexpr(COLUMNS.index("rows"))  # indices of dimension 0, for a rule that goes by rows
 STRIDE = tl.constexpr(COLUMNS.index("stride"))  # of dimension 0
-FIRST = tl.constexpr(COLUMNS.index("first"))  # chunk of the class
+FIRST = tl.constexpr(COLUMNS.index("first"))  # its first chunk in the class
 CHUNKS = tl.constexpr(COLUMNS.index("chunks"))
-ROW = tl.constexpr(COLUMNS.index("row"))  # of hyper
+ROW = tl.constexpr(COLUMNS.index("row"))  # its row of hyper
 RULE = tl.constexpr(COLUMNS.index("rule"))  # its place in the RULES of the variant
 SEED = tl.constexpr(COLUMNS.index("seed"))  # of its random bits
 DITHERED = tl.constexpr(COLUMNS.index("dithered"))  # whether its weights are rounded stochastically
-SEGMENT = tl.constexpr(COLUMNS.index("segment"))  # its first row of results, and place in alphas
+SEGMENT = tl.constexpr(COLUMNS.index("segment"))  # its first row of results, and first place in alphas
 
 # How many tensors of a launch have something.
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -41,7 +41,7 @@ _BY_BITS = tl.constexpr(INTERPRETED)  # the interpreter casts bfloat16 wrongly: 
 
 @triton.jit
 def present(address, n, HAVE: tl.constexpr):
-    """How many of n elements there are at an address. When only SOME tensors HAVE one, it may be 0, for none."""
+    """How many of n elements there are at an address. When only SOME tensors HAVE one, an address of 0 means none."""
     limit = n
     if HAVE == SOME:
         limit = tl.where(address != 0, n, 0)
@@ -50,9 +50,9 @@ def present(address, n, HAVE: tl.constexpr):
 
 @triton.jit
 def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
-    """Elements as numbers of the arithmetic type; zero when masked. VECTOR: the address is a multiple of 16.
+    """Elements as numbers of the arithmetic type, zero when masked. VECTOR: the address is a multiple of 16.
 
-    The hint must stand on the pointer: on the integer it is lost.
+    This hint must be on the pointer. On the integer it is lost.
     """
     if _BY_BITS and DTYPE == tl.bfloat16:
         bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + offsets, mask=mask, other=0)
@@ -65,7 +65,7 @@ def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: t
 
 @triton.jit
 def store(address, offsets, mask, values, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Numbers that DTYPE holds, as `as_stored` makes them, to memory."""
+    """Stores numbers in memory. DTYPE must hold them exactly, as `as_stored` sees to."""
     if _BY_BITS and DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True) >> 16
         tl.store(address.to(tl.pointer_type(tl.uint16)) + offsets, bits.to(tl.uint16), mask=mask)
@@ -88,7 +88,7 @@ def as_stored(values, DTYPE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def mix(x):
-    """The finalizer of MurmurHash3: every bit of a uint32 sways every bit of the result."""
+    """The finalizer of MurmurHash3: every bit of a uint32 affects every bit of the result."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -96,17 +96,17 @@ def mix(x):
 
 @triton.jit
 def weights_at(tensor, V: tl.constexpr):
-    """The addresses of a tensor's weights, in one: whatever divides it divides them."""
+    """The addresses of a tensor's weights, in one number. A power of two that divides it divides each of them."""
     address = tl.load(tensor + PARAM)
-    if V.MASTERED:  # or even the load of a 0 would cost registers
+    if V.MASTERED:  # otherwise even the load of a 0 would cost registers
         address |= tl.load(tensor + WORKING)
     return address
 
 
 @triton.jit
 def load_weights(param, working, offsets, mask, WIDE: tl.constexpr, V: tl.constexpr):
-    """What a step begins from. A master weight counts as long as it rounds to the weight that is worked with; when
-    someone else has written that weight, it is taken in its place."""
+    """What a step begins from. A master weight counts as long as it rounds to the working weight. If someone else has
+    written the working weight, the step begins from that."""
     theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
     if V.MASTERED:
         shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, WIDE)
@@ -134,22 +134,22 @@ def rounding_key(seed, t, PHASE: tl.constexpr):
 
 @triton.jit
 def rounding_keys(tensor, t):
-    """The keys of a tensor's step t: of its θ̃, its pull and its moments."""
+    """The keys for step t of a tensor: for its θ̃, its pull and its moments."""
     seed = tl.load(tensor + SEED)
     return rounding_key(seed, t, STEP_KEY), rounding_key(seed, t, PULL_KEY), rounding_key(seed, t, MOMENTS_KEY)
 
 
 @triton.jit
 def random_bits(offsets, key):
-    """32 for each element; the counter is its place in memory."""
+    """32 bits for each element. The counter is the element's place in memory."""
     low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
     return mix(mix(low ^ key) + mix(key + high))
 
 
 @triton.jit
 def dither(values, chance):
-    """float32 values rounded to a bfloat16 neighbour, by 16 random bits up with the probability of their distance from
-    the lower one. Inf and nan stay."""
+    """Rounds float32 values to a bfloat16 neighbour, by 16 random bits. The probability of the upper neighbour is the
+    distance from the lower one. Inf and nan stay."""
     bits = values.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     return tl.where(finite, (bits + chance) & 0xFFFF0000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
@@ -157,7 +157,8 @@ def dither(values, chance):
 
 @triton.jit
 def keep_moments(s0, s1, s2, offsets, keys, V: tl.constexpr):
-    """Moments as they can be stored: in bfloat16 the first two rounded stochastically, or small changes were lost."""
+    """Moments as they can be stored. In bfloat16 the first two are rounded stochastically. To nearest, small changes
+    would be lost."""
     if V.STATE_DTYPE != V.ARITHMETIC:
         bits = random_bits(offsets, keys[MOMENTS_KEY])
         s0, s1 = dither(s0, bits >> 16), dither(s1, bits & 0xFFFF)

@@ -1,8 +1,9 @@
 """Decide: from measures to α, in float64, for one segment or several at once. α = 1 leaves a segment alone.
 
 A rule is a function of the same name as its row in `methods.RULES`. It takes the measures `m` and the hyper-parameters
-`h`, both tuples. A rule that needs no measures gives its α whatever they are; one that does gives 1 when they are nan.
-So the same call, with nan, tells what is known before the sweep. The radius is the group's, or the learned one.
+`h`, both tuples. A rule that needs no measures returns its α whatever they are. A rule that needs them returns 1 when
+they are nan. So the same call, with nan, tells what is known before the sweep. The radius is the group's, or the
+learned one.
 """
 
 import triton
@@ -41,13 +42,13 @@ def shrink(ratio, m, h):
 
 @triton.jit
 def within(n, radius):
-    """min(1, radius/n); 1 when n is not finite."""
+    """min(1, radius/n), and 1 when n is not finite."""
     return tl.where((n > radius) & (n < float("inf")), radius / n, 1.0)
 
 
 @triton.jit
 def spd(m, h):
-    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖, and 0 when ‖c‖ = 0."""
+    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖, and 0 when ‖c‖ = 0."""
     after = tl.sqrt(size_of(m))
     return shrink(m[GAIN] / (tl.sqrt(m[BEFORE]) + after) / after, m, h)
 
@@ -102,7 +103,7 @@ def decide(rule, m, h, V: tl.constexpr):
 def learn_radius(learned, slope, t, h):
     """A radius and the moments of its gradient after one step of Adam on the slope.
 
-    The first step sets the radius to 1e-8. A slope that is not finite leaves all as it is.
+    The first step sets the radius to 1e-8. A slope that is not finite changes nothing.
     """
     radius, exp_avg, exp_avg_sq = learned
     beta1, beta2 = h[RADIUS_BETA1], h[RADIUS_BETA2]

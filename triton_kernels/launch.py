@@ -15,8 +15,8 @@ from . import norm, row_sweeps, sweeps
 from .table import Addresses, Entry, Table, entries_of
 from .variant import DTYPES, Dtypes, options_of
 
-PROGRAMS = 4  # of the one-launch form, on each SM
-LAG = 2  # in that form, rounds of all programs between a segment's last chunk of sweep 1 and its first of sweep 2
+PROGRAMS = 4  # on each SM, in the one-launch form
+LAG = 2  # in that form: rounds of all programs from a segment's last chunk in sweep 1 to its first in sweep 2
 
 
 def launch(kernel: Any, programs: int, *args: Any, table: Table) -> None:
@@ -25,8 +25,8 @@ def launch(kernel: Any, programs: int, *args: Any, table: Table) -> None:
 
 
 class PreparedStep:
-    """One step over all tensors of a device: at most two launches for each dtype class, or one with `tickets`; as many
-    again for segments that are rows, and one more when their rules survey them.
+    """One step over all tensors of a device. It takes at most two launches for each dtype class, or one with `tickets`.
+    Segments that are rows take at most two more, and a third if their rules survey them.
 
     Each call brings gradients, with the dtypes and strides of the first call's. `table.live` is read at each step, also
     when a CUDA graph replays it. addresses: writes tensors' addresses to an int64 tensor. Raises ValueError naming the
@@ -61,7 +61,7 @@ class PreparedStep:
         torch.autograd.graph.increment_version(self._params)
 
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """Σ g² over all gradients, a float64 on their device: one launch more for each dtype class."""
+        """Σ g² over all gradients, a float64 on their device. It takes one more launch for each dtype class."""
         with self._guard:
             if self._classes is None:
                 self._classes = self._build(grads)
@@ -116,7 +116,7 @@ class PreparedStep:
 
 
 class _Tickets:
-    """What the one-launch form needs beside a table: the order of its tasks, and how far they are."""
+    """What the one-launch form needs beside a table: the order of its tasks, and how far they have come."""
 
     def __init__(self, table: Table) -> None:
         device = table.tensors.device
@@ -132,7 +132,7 @@ def schedule(ends: list[int], pulled: int, chunks: int, lag: int) -> list[int]:
     """The tasks of `ticket_sweep` in their order: 2·chunk steps a chunk, 2·chunk + 1 pulls it.
 
     ends: the chunk after the last of each tensor that lies in the first `pulled` chunks. The pulls of a tensor follow
-    `lag` tasks after its last step, and go backwards, from what was written last.
+    `lag` tasks after its last step. They go backwards, beginning with what was written last.
     """
     tasks: list[int] = []
     due: deque[tuple[int, int]] = deque()  # pulls: after how many tasks, and of which chunk

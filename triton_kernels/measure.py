@@ -1,7 +1,7 @@
 """Measure: the sums over a segment that a rule decides from, as a tuple in the order of `methods.MEASURES`.
 
-The size of a tensor is ‖·‖², that of a row Σ|·|. A new measure is one more entry in what `measure` and `measure_rows`
-return.
+The size of a tensor is ‖·‖². The size of a row is Σ|·|. A new measure is one more entry in what `measure` and
+`measure_rows` return.
 """
 
 import triton
@@ -43,20 +43,20 @@ def size_of(measures):
 
 @triton.jit
 def sums(values, LANES: tl.constexpr):
-    """A block's contribution to each accumulator; each takes neighbours, which one thread holds, so nothing moves."""
+    """A block's contribution to each accumulator. Each takes neighbours that one thread holds, so nothing moves."""
     return tl.sum(tl.reshape(values, [LANES, values.shape[0] // LANES]), 1)
 
 
 @triton.jit
 def row_sums(values, VECTOR: tl.constexpr):
-    """A block's contribution to the accumulators of each row; each takes VECTOR neighbours."""
+    """A block's contribution to the accumulators of each row. Each takes VECTOR neighbours."""
     ROWS: tl.constexpr = values.shape[0]
     return tl.sum(tl.reshape(values, [ROWS, values.shape[1] // VECTOR, VECTOR]), 2)
 
 
 @triton.jit
 def measure(theta, new, g, anchor, measures, LANES: tl.constexpr):
-    """Adds a block to ⟨g,d⟩, ‖d‖² and ⟨u, 2d+u⟩ = ‖c‖² − ‖d‖², u = c − d, without the cancellation."""
+    """Adds a block to ⟨g,d⟩, ‖d‖² and ⟨u, 2d+u⟩, u = c − d. The last is ‖c‖² − ‖d‖² without the cancellation."""
     d = theta - anchor
     u = new - theta
     return (
@@ -68,7 +68,7 @@ def measure(theta, new, g, anchor, measures, LANES: tl.constexpr):
 
 @triton.jit
 def measure_rows(theta, new, g, anchor, measures, VECTOR: tl.constexpr):
-    """Adds a block of [rows, columns] to ⟨g,d⟩, Σ|d| and Σ(|c| − |d|), which is ±u when no sign changes."""
+    """Adds a block of [rows, columns] to ⟨g,d⟩, Σ|d| and Σ(|c| − |d|). |c| − |d| is ±u when no sign changes."""
     d = theta - anchor
     u = new - theta
     size = tl.abs(d)
@@ -91,7 +91,7 @@ def totals(measures, AXIS: tl.constexpr):
 
 @triton.jit
 def fold(partials, chunks, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """COUNT sums from a segment's partials, in the order of the chunks, whichever was finished first."""
+    """COUNT sums of a segment's partials. They are added in the order of the chunks, whichever finished first."""
     lanes = ()
     for _ in tl.static_range(COUNT):
         lanes = lanes + (tl.zeros([LANES], tl.float64),)
@@ -106,8 +106,8 @@ def fold(partials, chunks, COUNT: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def plus(totals, partials, inside, COUNT: tl.constexpr):
-    """The sums with those of one partial more, COUNT neighbours in memory. Other programs have written them, so the
-    load must not find a stale line in L1."""
+    """Adds one more partial to the sums: COUNT neighbours in memory. Other programs have written them, so the load must
+    not find a stale line in L1."""
     more = ()
     for k in tl.static_range(COUNT):
         more = more + (totals[k] + tl.load(partials + k, mask=inside, other=0.0, cache_modifier=".cg"),)

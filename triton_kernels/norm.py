@@ -12,7 +12,7 @@ def square_span(grad, begin, n, VECTOR: tl.constexpr, V: tl.constexpr):
     """The accumulators of Σ g² over n elements from `begin`, VECTOR at a time in each thread."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
-        n = n // VECTOR * VECTOR  # tells the compiler
+        n = n // VECTOR * VECTOR  # tells the compiler what divides n
     squares = tl.zeros([V.LANES], V.ARITHMETIC)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
@@ -23,8 +23,8 @@ def square_span(grad, begin, n, VECTOR: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def norm_sweep(tensors, grads, owners, partials, counter, squared, V: tl.constexpr):
-    """Σ g² of a class of tensors. A gradient is dense, whatever its segments are: each of its chunks takes its share,
-    and the last program to finish folds all of them, in their order."""
+    """Σ g² of a class of tensors. A gradient is dense, whatever its segments are, so each of its chunks takes a share.
+    The last program to finish folds all of them, in their order."""
     chunk = tl.program_id(0)
     i = tl.load(owners + chunk)
     tensor = tensors + i.to(tl.int64) * WIDTH

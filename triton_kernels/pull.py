@@ -6,5 +6,5 @@ import triton.language as tl
 
 @triton.jit
 def pull(theta: tl.tensor, anchor: tl.tensor, alpha: tl.tensor):
-    """θ₀ + α(θ − θ₀); θ₀ at α = 0, from wherever θ is."""
+    """θ₀ + α(θ − θ₀). At α = 0 it is θ₀, wherever θ is."""
     return tl.where(alpha == 0, anchor, anchor + alpha * (theta - anchor))

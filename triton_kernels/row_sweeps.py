@@ -1,9 +1,10 @@
 """Sweeps of rows: the kernels that are launched when every segment is a row, an index of dimension 0.
 
-A program works on one chunk of one tensor: several whole rows, which a tile takes a few at a time, a warp each, or a
-part of one. Rows that depend on nothing else are decided and pulled at once, while they are in the cache. Rows that lie
-in several chunks, or share the α of the largest, wait for the last program of their tensor, and sweep 2 pulls them. A
-survey goes first when the step must know something of all rows: the slope of the last delta, or the largest row.
+A program works on one chunk of one tensor. A chunk is several whole rows, or a part of one row. A tile takes a few
+whole rows at a time, a warp each. Rows that depend on nothing else are decided and pulled at once, while they are in
+the cache. Other rows lie in several chunks, or share the α of the largest row. They wait for the last program of their
+tensor, and sweep 2 pulls them. A survey goes first when the step must know something of all rows: the slope of the last
+delta, or the largest row.
 """
 
 import triton
@@ -30,7 +31,7 @@ SURVEYED = tl.constexpr(3)  # what the survey leaves of a chunk: the slope; the 
 
 @triton.jit
 def known_alpha(tensor, alphas, row, rows, TILE: tl.constexpr, V: tl.constexpr):
-    """The alphas of TILE rows, of which `rows` exist, that are known before the sweep: the caller's, or 1."""
+    """The alphas of TILE rows that are known before the sweep: the caller's, or 1. Only `rows` of the rows exist."""
     i = tl.arange(0, TILE)
     alpha = tl.full([TILE], 1.0, tl.float64)
     if V.RULE_GIVEN != 0:
@@ -41,7 +42,7 @@ def known_alpha(tensor, alphas, row, rows, TILE: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def decide_rows(tensor, hyper, live, measures, V: tl.constexpr):
-    """The alphas of rows, but 1 when their tensor has one for all, which is decided last."""
+    """The alphas of rows. They are 1 when their tensor has one α for all rows, because that is decided last."""
     alpha = decide_segment(tensor, hyper, live, measures, V)
     if V.RULE_TIED != 0:
         alpha = tl.where(among(tl.load(tensor + RULE), V.RULE_TIED), 1.0, alpha)
@@ -51,7 +52,7 @@ def decide_rows(tensor, hyper, live, measures, V: tl.constexpr):
 @triton.jit
 def step_piece(chunk, tensor, grad, hyper, live, partials, largest, results, alphas, grad_scale, VECTOR: tl.constexpr,
                V: tl.constexpr):  # fmt: skip
-    """Sweep 1 on one chunk, and sweep 2 on rows that need nothing more."""
+    """Sweep 1 on one chunk, and sweep 2 on the rows that need not wait."""
     row, count, begin, n, parts = piece(chunk, tensor, V)
     t = this_step(tensor, V)
     factor, scalars = step_scalars(tensor, hyper, live, t, grad_scale, V)
@@ -73,7 +74,7 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, results, alp
             if among(rule, V.RULE_MEASURES):
                 alpha = decide_rows(tensor, hyper, live, measures, V)
                 record(results, alphas, segment + first + i, i < rows, measures, alpha, V)
-                tl.debug_barrier()  # what one thread has stored another may pull
+                tl.debug_barrier()  # another thread may pull what one has stored
                 pull_rows(tensor, row + first, rows, 0, n, alpha, keys, V.TILE, VECTOR, V)
             elif V.RULE_GIVEN != 0:
                 if among(rule, V.RULE_GIVEN):
@@ -83,8 +84,8 @@ def step_piece(chunk, tensor, grad, hyper, live, partials, largest, results, alp
 
 @triton.jit
 def conclude(tensor, hyper, live, partials, results, alphas, V: tl.constexpr):
-    """The last program of a tensor does what is left: rows in several chunks, the α of the largest row, the upper bound
-    of a learned radius, the step count."""
+    """What is left for the last program of a tensor: rows in several chunks, the α of the largest row, the upper bound
+    of a learned radius, and the step count."""
     rows, rule, segment = tl.load(tensor + ROWS), tl.load(tensor + RULE), tl.load(tensor + SEGMENT)
     parts = tl.maximum((tl.load(tensor + NUMEL) // tl.maximum(rows, 1) + V.CHUNK - 1) // V.CHUNK, 1)
     lanes = tl.arange(0, V.LANES)
@@ -130,7 +131,7 @@ def conclude(tensor, hyper, live, partials, results, alphas, V: tl.constexpr):
 @triton.jit
 def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest, grad_scale, found_inf,
                V: tl.constexpr):  # fmt: skip
-    """Sweep 0: one program a chunk. The last of a tensor learns from its slope, or names its largest row."""
+    """Sweep 0: one program for each chunk. A tensor's last program learns from the slope, or names the largest row."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -202,7 +203,7 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
 
 @triton.jit
 def learn(tensor, rule, slope, t, hyper, live, V: tl.constexpr):
-    """What a tensor's rule learns from the slope, if it does."""
+    """Learns from the slope, if a tensor's rule does."""
     for k in tl.static_range(len(V.RULES)):
         if V.NUMBERS[k] > 0:
             if rule == k:
@@ -220,7 +221,7 @@ def learn(tensor, rule, slope, t, hyper, live, V: tl.constexpr):
 @triton.jit
 def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, results, alphas, grad_scale, found_inf,
              V: tl.constexpr):  # fmt: skip
-    """Sweep 1: one program a chunk. Does nothing when found_inf is set."""
+    """Sweep 1: one program for each chunk. Does nothing when found_inf is set."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -242,7 +243,8 @@ def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, r
 
 @triton.jit
 def row_pull(tensors, owners, alphas, found_inf, V: tl.constexpr):
-    """Sweep 2: one program for each chunk of the first so many, the last first, since sweep 1 left it in the cache."""
+    """Sweep 2: one program for each chunk that may be pulled. Those are the first of the table. The last of them goes
+    first, since sweep 1 left it in the cache."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return

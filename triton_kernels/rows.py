@@ -1,4 +1,4 @@
-"""Rows: how the rows of a tensor, indices of dimension 0, divide into chunks, and what is done to a few at a time."""
+"""Rows, the indices of dimension 0: how those of a tensor divide into chunks, and what is done to a few at a time."""
 
 import triton
 import triton.language as tl
@@ -36,8 +36,8 @@ from .pull import pull
 
 @triton.jit
 def piece(chunk, tensor, V: tl.constexpr):
-    """What a chunk is: its first row, how many, where it begins in them, how long it is, and of how many parts of a
-    row it is one."""
+    """What a chunk is: its first row, how many rows, where it begins in a row, its length there, and how many parts a
+    row has."""
     rows = tl.load(tensor + ROWS)
     length = tl.load(tensor + NUMEL) // tl.maximum(rows, 1)
     place = chunk - tl.load(tensor + FIRST)
@@ -53,14 +53,15 @@ def piece(chunk, tensor, V: tl.constexpr):
 def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """The offsets of a block of TILE rows, and which of its columns exist.
 
-    Element e of row i, counted in the order of memory, lies at (e // s)·(s·rows) + i·s + e % s, where s is the stride
-    of dimension 0: any dense layout. With VECTOR above 1 rows are contiguous and their length a multiple of it.
+    s is the stride of dimension 0. Element e of row i, counted in the order of memory, lies at
+    (e // s)·(s·rows) + i·s + e % s. This holds for any dense layout. If VECTOR is above 1, rows are contiguous and
+    their length is a multiple of it.
     """
     stride = tl.load(tensor + STRIDE)
     lane = at + tl.arange(0, V.LANES // TILE * VECTOR)
     e = begin + lane
     if VECTOR > 1:
-        stride = stride // VECTOR * VECTOR  # tells the compiler
+        stride = stride // VECTOR * VECTOR  # tells the compiler what divides it
     else:
         e = e // stride * (stride * tl.load(tensor + ROWS)) + e % stride
     return ((row + tl.arange(0, TILE)) * stride)[:, None] + e[None, :], lane < n
@@ -78,7 +79,8 @@ def wide(tensor, grad, V: tl.constexpr):
 @triton.jit
 def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, keys, scalars,
               TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """The base step on n elements from `begin` of TILE rows from `row`, of which `rows` exist; their measures."""
+    """Makes the base step on n elements from `begin` of TILE rows from `row`, of which only `rows` exist. Returns their
+    measures."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -142,7 +144,7 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
 
 @triton.jit
 def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The pull of such rows by their alphas, of which those that are 1 leave their row alone."""
+    """Pulls such rows by their alphas. An α of 1 leaves its row alone."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -166,7 +168,7 @@ def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECT
 
 @triton.jit
 def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
-    """⟨g, c⟩ and Σ|c| of such rows, c being the last step's delta; of a tensor that keeps none, 0 and Σ|d|."""
+    """⟨g, c⟩ and Σ|c| of such rows. c is the delta of the last step. For a tensor that keeps none: 0 and Σ|d|."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -193,7 +195,7 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
 
 @triton.jit
 def fold_rows(tensor, row, rows, parts, partials, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """COUNT sums of each of LANES rows from `row` that lie in `parts` chunks each, in the order of the chunks."""
+    """COUNT sums of each of LANES rows from `row`. Each row lies in `parts` chunks, which are added in their order."""
     i = row + tl.arange(0, LANES)
     first = partials + (tl.load(tensor + FIRST) + i * parts) * COUNT
     folded = ()

@@ -1,9 +1,9 @@
 """Sweeps of tensors: the kernels for segments that are whole tensors. row_sweeps.py has those for rows.
 
 A program works on one chunk of one tensor. In the two-launch form `step_sweep` makes the base step and measures, and
-`pull_sweep` pulls the segments with α ≠ 1; in the one-launch form `ticket_sweep` does both, in an order in which the
-pull finds its memory still in the cache. Sums are deterministic: accumulators of a chunk in a fixed order, one partial
-a chunk, folded by whichever chunk of the segment is the last to finish, in the order of the chunks.
+`pull_sweep` pulls the segments with α ≠ 1. In the one-launch form `ticket_sweep` does both. Its order lets the pull
+find its memory still in the cache. Sums are deterministic. The accumulators of a chunk are added in a fixed order, to
+one partial for the chunk. Whichever chunk of the segment finishes last folds the partials, in the order of the chunks.
 """
 
 import triton
@@ -55,7 +55,7 @@ def extent(chunk, tensor, V: tl.constexpr):
 
 @triton.jit
 def step_count(tensor):
-    """The steps that a tensor's state has seen, 0 when nobody counts them."""
+    """How many steps a tensor's state has seen, 0 when nobody counts them."""
     step = tl.load(tensor + STEP)
     t = tl.full((), 0.0, tl.float32)
     if step != 0:
@@ -65,7 +65,7 @@ def step_count(tensor):
 
 @triton.jit
 def this_step(tensor, V: tl.constexpr):
-    """The number of the step that is made, from 1; when none is, of the step before."""
+    """The number of this step, from 1. If the base makes no step, it is the number of the step before."""
     t = step_count(tensor)
     if not V.NO_STEP:
         t += 1
@@ -83,14 +83,15 @@ def count_step(tensor, V: tl.constexpr):
 
 @triton.jit
 def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The base step on n elements from `begin`, VECTOR at a time in each thread; the accumulators of its measures.
+    """Makes the base step on n elements from `begin`, VECTOR at a time in each thread. Returns the accumulators of its
+    measures.
 
-    With VECTOR above 1 every address is a multiple of 16 and n of VECTOR: all accesses are 16 bytes wide under their
-    mask, and the last block needs no code of its own.
+    If VECTOR is above 1, every address is a multiple of 16, and n is a multiple of VECTOR. So accesses are up to 16
+    bytes wide under their mask, and the last block needs no code of its own.
     """
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
-        n = n // VECTOR * VECTOR  # tells the compiler
+        n = n // VECTOR * VECTOR  # tells the compiler what divides n
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
     dithered = tl.load(tensor + DITHERED) != 0
@@ -145,7 +146,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
 
 @triton.jit
 def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The pull on n elements from `begin`; VECTOR as in `step_span`."""
+    """The pull on n elements from `begin`. VECTOR is as in `step_span`."""
     WIDE: tl.constexpr = VECTOR > 1
     if WIDE:
         n = n // VECTOR * VECTOR
@@ -207,14 +208,14 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
 
 @triton.jit
 def settle(chunk, i, tensor, measures, hyper, live, partials, counters, ready, results, alphas, V: tl.constexpr):
-    """The last chunk of a segment to finish decides for it and counts the step; a segment of one chunk is pulled at
-    once. Reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
+    """The last chunk of a segment to finish decides for it and counts the step. A segment of one chunk is pulled at
+    once. This reads anew what step_chunk knew: values kept across its loop would take the loop's registers."""
     chunks = tl.load(tensor + CHUNKS)
     last = chunks == 1
     if chunks > 1:
         for k in tl.static_range(MEASURES):
             tl.store(partials + chunk * MEASURES + k, measures[k])
-    # The whole program has stored what others will read, and read the step count that is written below.
+    # Now the whole program has stored what others will read. It has also read the step count that is written below.
     tl.debug_barrier()
     if chunks > 1:
         last = tl.atomic_add(counters + i, 1, sem="acq_rel") == chunks - 1
@@ -323,7 +324,7 @@ def pull_decided(chunk, tensors, owners, alphas, V: tl.constexpr):
 @triton.jit
 def step_sweep(tensors, grads, owners, hyper, live, partials, counters, results, alphas, grad_scale, found_inf,
                V: tl.constexpr):  # fmt: skip
-    """Sweep 1: one program a chunk. Does nothing when found_inf is set."""
+    """Sweep 1: one program for each chunk. Does nothing when found_inf is set."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -333,7 +334,8 @@ def step_sweep(tensors, grads, owners, hyper, live, partials, counters, results,
 
 @triton.jit
 def pull_sweep(tensors, owners, alphas, found_inf, V: tl.constexpr):
-    """Sweep 2: one program for each chunk of the first so many, the last first, since sweep 1 left it in the cache."""
+    """Sweep 2: one program for each chunk that may be pulled. Those are the first of the table. The last of them goes
+    first, since sweep 1 left it in the cache."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -346,8 +348,8 @@ def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials
     """Both sweeps: programs draw the tasks of `schedule` in its order until none is left.
 
     schedule: how many tasks, how many tensors, then each task, 2·chunk for sweep 1 and 2·chunk + 1 for sweep 2. A task
-    of sweep 2 waits for its segment's `ready`; those it waits for are in the hands of running programs, having been
-    drawn before, so that it cannot wait forever. The last program to leave resets the cursor and `ready`.
+    of sweep 2 waits for its segment's `ready`. The tasks that it waits for were drawn before it, so running programs
+    have them, and it cannot wait forever. The last program to leave resets the cursor and `ready`.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:

@@ -1,4 +1,4 @@
-"""The host side: from the tensors of a step to the table that the kernels read, and what travels there at each step."""
+"""The host side: the table of a step's tensors that the kernels read, and what is sent there at each step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ Addresses = Callable[[list[Tensor], Tensor], None]
 class Entry:
     """A tensor of a step as the kernels see it: in rows and chunks.
 
-    index: among the tensors of the step. segment: its first of results and alphas. moments: by their order, up to the
-    last that it has.
+    index: its place among the tensors of the step. segment: its first segment in results and alphas. moments: in their
+    order, up to the last that it has.
     """
 
     of: StepTensors
@@ -47,7 +47,7 @@ class Entry:
         return self.of.state.get(self.of.spec.rule.learns)
 
     def dtypes(self, grad: torch.dtype) -> Dtypes:
-        """What its launch is compiled for. What is absent goes with what is there."""
+        """What its launch is compiled for. An absent tensor gets a dtype that goes with the weights."""
         weights = self.weights.dtype
         return Dtypes(
             weights,
@@ -68,12 +68,12 @@ class Entry:
 
     @property
     def length(self) -> int:
-        """Of a row."""
+        """The length of a row."""
         return self.of.param.numel() // max(self.rows, 1)
 
     @property
     def chunks(self) -> int:
-        """Parts of a row, or several rows each; an empty tensor has one too, which counts its steps."""
+        """How many: each is part of a row, or several rows. An empty tensor has one too, which counts its steps."""
         if self.length > CHUNK:
             return self.rows * -(-self.length // CHUNK)
         return max(1, -(-self.rows // (CHUNK // max(self.length, 1))))
@@ -183,8 +183,8 @@ class Table:
 
 
 class DeviceRow:
-    """A row of int64 on the device that the host rewrites without waiting for the copies under way: through a ring of
-    pinned buffers, each with an event that tells when its copy is done. It grows when none is free."""
+    """A row of int64 on the device. The host rewrites it without waiting for the copies under way. For this it has a
+    ring of pinned buffers, each with an event that tells when its copy is done. The ring grows when none is free."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.device = torch.zeros(words, dtype=torch.int64, device=device)
@@ -234,7 +234,7 @@ class DeviceRow:
 
 
 def _live(hyper: Tensor, live: Mapping[int, Tensor], device: torch.device) -> Tensor:
-    """For each hyper-parameter the address of the tensor that holds it, plus 1 if that is float64; 0 for the table."""
+    """For each hyper-parameter the address of the tensor that holds it, plus 1 if it is float64, or 0 for the table."""
     addresses = torch.zeros(hyper.numel(), dtype=torch.int64, device="cpu")
     for at, tensor in live.items():
         addresses[at] = tensor.data_ptr() + (tensor.dtype == torch.float64)

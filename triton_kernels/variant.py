@@ -26,7 +26,7 @@ MAX_STATES = 3
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Of the tensors of a launch. working: of the weights, when `param` is their master."""
+    """The dtypes of the tensors of a launch. working: that of the weights, if `param` is their master."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -40,13 +40,14 @@ class Variant:
     """What a kernel is compiled for. Every field is a tl.constexpr, a device function or a tuple of such.
 
     READ, BASE: the base's two functions. NO_STEP: whether it makes no step. HAS_GRADS: whether there are gradients.
-    HYPERS: columns of a group's row. TERMS: those that the rules read, in the order of `decide.TERMS`; −1 for others.
-    STATES: the tensors of state, at most. LAST_STATE: which tensors have the last of them. ANCHORED: which have an
-    anchor (NONE, SOME or ALL).
+    HYPERS: how many columns a group's row has. TERMS: the columns that the rules read, in the order of `decide.TERMS`,
+    and −1 for others.
+    STATES: the most tensors of state. LAST_STATE: which tensors have the last of them. ANCHORED: which have an anchor.
+    Both are NONE, SOME or ALL.
     RULES: the functions of the rules in use. NUMBERS, LEARN: how many numbers each learns, and by which function.
     RULE_…: the places among them of rules of one kind, a bit each. TRACKS: whether any keeps its delta.
-    STOCHASTIC: whether any tensor's weights are rounded so. MASTERED: whether `param` is the master of weights to work
-    with. …_DTYPE: of the tensors. ARITHMETIC: the dtype of the arithmetic.
+    STOCHASTIC: whether any tensor's weights are rounded stochastically. MASTERED: whether `param` is the master of the
+    working weights. …_DTYPE: the dtypes of the tensors. ARITHMETIC: the dtype of the arithmetic.
     CHUNK: elements of a program. LANES: accumulators. ROWS: whether segments are rows. TILE: how many of them share the
     accumulators. VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is
     taken for it.
@@ -103,7 +104,7 @@ def variant_of(
 ) -> Variant:
     """The kernels for tensors of such dtypes; see Variant.
 
-    states: the fewest and the most that any of them keeps. anchored: whether all of them are, whether any.
+    states: the fewest and the most that any of them keeps. anchored: whether all of them are, and whether any is.
     """
     c = tl.constexpr
     facts = [RULES[name] for name in rules]
@@ -122,7 +123,7 @@ def variant_of(
     wider = max(dtypes.grad.itemsize, dtypes.anchor.itemsize) > dtypes.param.itemsize
     registers = wider or stochastic or base is not ADAMW or most == MAX_STATES or linear or by_rows
     if dtypes.param.itemsize == 2 and registers:
-        vector = 4  # 8-byte accesses of what is 16-bit: with 16 bytes these would spill at their registers
+        vector = 4  # 16-bit numbers in accesses of 8 bytes: with 16 bytes these would spill registers
     code = "".join(function.cache_key for function in (read, step, *functions, *learn)) if not INTERPRETED else ""
     return Variant(
         READ=read,
@@ -164,11 +165,11 @@ def variant_of(
 
 
 def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
-    """How a variant is compiled for a GPU, ("cuda", 90) or ("hip", 942).
+    """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0).
 
-    Without contraction to FMA the bits do not depend on what the compiler fuses. 64 registers a thread let half the
-    threads that an SM can hold be resident. To spill nothing, the compiler for Blackwell needs 80, and so do master
-    weights and bfloat16 moments; float64 and the sweeps of rows need twice as many.
+    Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
+    half the threads that an SM can hold are resident. To spill nothing, the compiler for Blackwell needs 80. Master
+    weights and bfloat16 moments need as many. float64 and the sweeps of rows need 128. Both together get 255.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}

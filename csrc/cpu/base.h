@@ -7,7 +7,7 @@
 
 namespace robustft {
 
-// One row of the table that a step receives for each parameter group; the fields are the table's columns.
+// A step receives a table with one row for each parameter group. The fields are the columns of the table.
 #define ROBUSTFT_ADAMW_HYPER(X) \
   X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(amsgrad) ROBUSTFT_METHOD_HYPER(X) ROBUSTFT_FLAGS(X)
 #define ROBUSTFT_SGD_HYPER(X) \
@@ -59,8 +59,8 @@ struct AdamW {
   }
 };
 
-// b = momentum b + (1 - dampening)(g + wd theta), b = g + wd theta at its first step; theta~ = theta - lr b,
-// or theta - lr (g + wd theta + momentum b) with nesterov
+// b = momentum b + (1 - dampening)(g + wd theta), but b = g + wd theta at its first step.
+// theta~ = theta - lr b, or theta - lr (g + wd theta + momentum b) with nesterov.
 template <class T>
 struct SGD {
   static constexpr bool kMoves = true;
@@ -91,7 +91,7 @@ ROBUSTFT_INLINE Vec<T> penalized(T scale, T linear, T sign, Vec<T> d, Vec<T> gra
   return grad + linear / scale * d + (d > 0 ? toward : d < 0 ? -toward : zero);
 }
 
-// theta~ = theta; the pull of a sweep of its own, and the measures of one
+// theta~ = theta. Serves the sweeps that only pull, or only measure.
 template <class T>
 struct NoStep {
   static constexpr bool kMoves = false;

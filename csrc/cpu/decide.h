@@ -39,7 +39,7 @@ inline double norm(const Measures& m) { return std::sqrt(std::max(m.before + m.g
 
 inline double row_norm(const Measures& m) { return m.before + m.gain; }
 
-// Only where the progress is inconsistent and led away; not for nan.
+// Fires only if the progress is inconsistent and led away, and not for nan.
 inline double shrink(double ratio, const Measures& m, double strength) {
   const bool fires = m.grad_dot_delta > 0 && m.gain > 0 && std::isfinite(ratio);
   return fires ? 1 - std::min(1.0, strength * ratio) : 1;
@@ -62,8 +62,8 @@ constexpr double kRowEps = 1e-8;  // FTP's
 
 inline double ftp(const Measures& m, const Terms& t) { return within(row_norm(m) + kRowEps, t.radius); }
 
-// A learned radius with the moments of its gradient, all 0 before the first step. One step of Adam on the slope; the
-// first step only sets the radius, and a slope that is not finite does nothing.
+// Makes one step of Adam on the slope. The numbers are the learned radius and the moments of its gradient, all 0 before
+// the first step. The first step only sets the radius. A slope that is not finite changes nothing.
 inline void learn(double* numbers, double slope, double t, const Terms& h) {
   constexpr double kSmallest = 1e-8;
   double &radius = numbers[0], &exp_avg = numbers[1], &exp_avg_sq = numbers[2];
@@ -78,7 +78,7 @@ inline void learn(double* numbers, double slope, double t, const Terms& h) {
   }
 }
 
-// The functions of the rules that choose an alpha, by name. All other facts of a rule Python declares, in
+// The functions of the rules that choose an alpha, by name. Python declares all other facts of a rule, in
 // methods.RULES.
 struct AlphaRow {
   const char* name;

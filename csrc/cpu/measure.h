@@ -8,9 +8,9 @@
 
 namespace robustft {
 
-// The sums, in the order of methods.MEASURES: <g, d>; the size of d; the size of c less that of d, without cancellation.
-// The size of a tensor is |.|^2, that of a row the sum of magnitudes. A new measure is a name here and a line in
-// BlockMeasure::add.
+// The sums, in the order of methods.MEASURES: <g, d>, the size of d, and the size of c minus the size of d, without
+// cancellation. The size of a tensor is |.|^2. The size of a row is the sum of magnitudes. A new measure is a name here
+// and a line in BlockMeasure::add.
 #define ROBUSTFT_MEASURES(X) X(grad_dot_delta) X(before) X(gain)
 #define ROBUSTFT_COUNT(name) +1
 constexpr int kMeasures = 0 ROBUSTFT_MEASURES(ROBUSTFT_COUNT);
@@ -52,11 +52,11 @@ enum class Measuring : uint8_t { none, squares, magnitudes };
 
 namespace {
 
-// The sums of one block in T, in kLanes accumulators each, folded into double at its end.
+// The sums of one block, each in kLanes accumulators of type T. At the end of the block they are folded into double.
 template <class T, Measuring kMeasuring>
 class BlockMeasure {
  public:
-  // Numbers that belong to the k-th register of accumulators; d = param - anchor.
+  // Adds numbers that belong to the k-th register of accumulators. d = param - anchor.
   ROBUSTFT_INLINE void add(int k, Vec<T> param, Vec<T> next, Vec<T> grad, Vec<T> d) {
     const Vec<T> u = next - param, old = kMeasuring == Measuring::squares ? d * d : magnitude(d);
     grad_dot_delta_[k] += grad * d;

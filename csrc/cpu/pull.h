@@ -6,7 +6,8 @@
 namespace robustft {
 namespace {
 
-// With alpha = 0 onto the anchor, from wherever it is; with alpha = 1 nowhere. A: one alpha, or one for each.
+// With alpha = 0 it returns the anchor, wherever the param is. With alpha = 1 it returns the param. A: one alpha, or
+// one for each element.
 template <class T, class A>
 ROBUSTFT_INLINE Vec<T> pulled(A alpha, Vec<T> param, Vec<T> anchor) {
   const Vec<T> between = anchor + alpha * (param - anchor);

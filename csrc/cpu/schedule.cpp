@@ -12,12 +12,16 @@
 namespace robustft {
 namespace {
 
-constexpr int64_t kWhole = 2 * kChunk;  // tensors up to this size are finished by one thread; small ones share a task
-constexpr int64_t kBatchRows = 512;     // short rows, a chunk at most, that are stepped and then pulled, in the cache
-constexpr int64_t kRun = 8;  // pieces that a thread takes at once: where streams break off, the prefetchers lose them
-constexpr int64_t kTurns = 32;  // that each thread has at least, before it takes so many
+// One thread finishes a tensor up to this size alone. Small tensors share a task.
+constexpr int64_t kWhole = 2 * kChunk;
+// The most short rows that are stepped and then pulled while they are in the cache. They are a chunk at most.
+constexpr int64_t kBatchRows = 512;
+// The most pieces that a thread takes at once. Each time a stream breaks off, the prefetchers lose it.
+constexpr int64_t kRun = 8;
+// A thread takes several pieces at once only if each thread still has at least this many turns.
+constexpr int64_t kTurns = 32;
 
-// A tensor in pieces of at most kChunk elements: several whole rows, or a part of one.
+// A tensor, cut into pieces of at most kChunk elements. A piece is several whole rows, or part of one row.
 class Pieces {
  public:
   explicit Pieces(const Rows& rows)
@@ -28,7 +32,7 @@ class Pieces {
   bool split() const { return parts_ > 1; }
   int64_t parts() const { return parts_; }
   int64_t count() const { return split() ? rows_.count * parts_ : (rows_.count + together_ - 1) / together_; }
-  int64_t found() const { return rows_.count * parts_; }  // how many sums all pieces give
+  int64_t found() const { return rows_.count * parts_; }  // how many sums the pieces give in all
   int64_t first_found(int64_t i) const { return split() ? i : i * together_; }
   Piece operator[](int64_t i) const {
     if (!split()) return {i * together_, std::min(together_, rows_.count - i * together_), 0, rows_.length};
@@ -62,7 +66,7 @@ void fold(std::vector<Measures>& found, int64_t parts) {
   }
 }
 
-// From the measures of all segments to their alphas.
+// Decides the alphas of all segments from their measures.
 void decide(const Job& job, const std::vector<Measures>& found) {
   const int64_t n = job.segments();
   Measures largest;
@@ -80,7 +84,7 @@ void pull(const Job& job, const Piece& piece) {
   sweeps().no_step(job.param, {}, job.t, alpha_of(job), piece, Measuring::none, nullptr);
 }
 
-// Rows that need nothing of each other: step, measure, decide and pull a few at a time, while they are in the cache.
+// For rows that do not depend on each other. Steps, measures, decides and pulls a few at a time, in the cache.
 void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
   const int64_t batch = std::clamp<int64_t>(kChunk / std::max<int64_t>(1, piece.end - piece.begin), 1, kBatchRows);
   Measures found[kBatchRows];
@@ -92,7 +96,7 @@ void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
   }
 }
 
-// Sweep 0: of the delta with the gradient, or of d.
+// Sweep 0. For the slope it measures the delta with the gradient. For the largest row it measures d.
 void survey(const Job& job, const Piece& piece, Measures* found) {
   Param seen;
   seen.rows = job.param.rows;
@@ -119,7 +123,7 @@ void conclude_survey(Job& job, const std::vector<Measures>& found) {
   }
 }
 
-// What is left once all segments are decided.
+// Does what is left once all segments are decided.
 void finish(const Job& job) {
   if (!job.learned || job.segments() == 0) return;
   double largest = 0;
@@ -133,14 +137,14 @@ void finish(const Job& job) {
 
 enum class Kind : uint8_t { whole, survey, step };
 
-// What is drawn: jobs as a whole, or the first sweep of some pieces of one.
+// What a thread draws: several whole jobs, or the first sweep over some pieces of one job.
 struct Task {
   Kind kind;
   int first, last;
   int64_t begin, end;
 };
 
-// Pieces that several threads may take, each once.
+// Pieces that any thread may take. Each piece is taken once.
 class Claims {
  public:
   explicit Claims(int64_t n) : taken_(n), left_(n) {}
@@ -157,7 +161,7 @@ class Claims {
   std::atomic<int64_t> left_;
 };
 
-// What the threads tell each other about a tensor that several of them work on.
+// What threads tell each other about a tensor that they work on together.
 struct Progress {
   std::vector<Measures> found;
   std::atomic<int64_t> unsurveyed, unstepped;  // pieces
@@ -191,9 +195,10 @@ class Run {
   }
 
  private:
-  // A thread goes on with what it began, as soon as the tensor's other pieces are as far: what it surveyed it steps,
-  // what it stepped it pulls, the last first, since that is still in its own cache. It waits only when nothing is left
-  // to draw, for what running threads have drawn, the earliest tensor first: that cannot deadlock.
+  // A thread goes on with its own pieces as soon as the tensor's other pieces are as far. It steps what it surveyed,
+  // and pulls what it stepped. It takes the last pieces first, since they are still in its own cache. It waits only
+  // when nothing is left to draw. Then it waits for what running threads have drawn, the earliest tensor first. This
+  // cannot deadlock.
   struct Worker {
     Run& run;
     std::deque<Task> surveyed = {}, stepped = {};
@@ -231,7 +236,7 @@ class Run {
         for (int64_t i = task.end; i-- > task.begin;) run.pull_piece(task.first, i);
     }
 
-    // Removes what concerns the first job, and returns it backwards.
+    // Removes the tasks of the first job, and returns them in reverse order.
     static std::vector<Task> first_job(std::deque<Task>& tasks) {
       std::vector<Task> taken;
       for (const int job = tasks.front().first; !tasks.empty() && tasks.front().first == job; tasks.pop_front())
@@ -272,7 +277,7 @@ class Run {
   }
 
   bool surveys(int j) const { return jobs_[j].rule->survey != Survey::none; }
-  // Whether rows are pulled as soon as they are measured, or once the whole tensor is.
+  // Whether rows are pulled as soon as they are measured. If not, they wait until the whole tensor is measured.
   static bool pulls_at_once(const Job& job, const Pieces& pieces) {
     return job.rule->by_rows && !job.rule->tied && !pieces.split();
   }
@@ -294,7 +299,7 @@ class Run {
     Job& job = jobs_[j];
     const Pieces pieces(job.param.rows);
     Progress* const progress = progress_[j].get();
-    if (surveys(j) && !progress->steps.take(i)) return;  // somebody has helped
+    if (surveys(j) && !progress->steps.take(i)) return;  // a helper has taken it
     if (job.rule->measuring == Measuring::none)
       return step_(job, alpha_of(job), pieces[i], Measuring::none, nullptr);
     if (pulls_at_once(job, pieces))
@@ -302,7 +307,7 @@ class Run {
     else
       step_(job, {}, pieces[i], job.rule->measuring, &progress->found[pieces.first_found(i)]);
     if (progress->unstepped.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-    if (pulls_later(j)) {  // whoever finishes the last piece folds all of them, in their order
+    if (pulls_later(j)) {  // the thread that finishes the last piece folds all of them, in their order
       fold(progress->found, pieces.parts());
       decide(job, progress->found);
     }
@@ -314,7 +319,8 @@ class Run {
     if (progress_[j]->pulls.take(i)) pull(jobs_[j], Pieces(jobs_[j].param.rows)[i]);
   }
 
-  // What others began and have not gone on with yet: a thread that the system has put aside does not make all wait.
+  // Takes over pieces that other threads began and have not gone on with. So a thread that the system has suspended
+  // does not make all others wait.
   void help_to_step() {
     for (int j = 0; j < int(jobs_.size()); ++j) {
       if (!progress_[j] || !surveys(j)) continue;

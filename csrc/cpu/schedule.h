@@ -1,4 +1,4 @@
-// Schedule: which thread crosses which part of memory, and when. The bits of the result do not depend on it.
+// Schedule: which thread works on which part of memory, and when. The bits of the result do not depend on it.
 #pragma once
 
 #include <functional>
@@ -9,8 +9,8 @@
 
 namespace robustft {
 
-// A tensor and what is to be done with it. Where the rule measures, sweep 1 measures and sweep 2 pulls; otherwise one
-// sweep does all. A survey goes before.
+// A tensor and what is to be done with it. If the rule measures, sweep 1 measures and sweep 2 pulls. Otherwise one
+// sweep does everything. A survey comes first.
 struct Job {
   Param param;
   const Rule* rule;
@@ -18,8 +18,8 @@ struct Job {
   double t;
   bool graded;       // whether there is a gradient
   int row;           // of the hyper-parameters' table
-  double* results;   // kResults a segment, written; measures that the rule does not need are nan
-  double* alphas;    // one a segment, written, or read if they are given
+  double* results;   // kResults per segment, written; all measures are nan if the rule measures nothing
+  double* alphas;    // one per segment, written, or read if they are given
   double* learned;   // the numbers that the rule learns, if any; the first is the radius
 
   int64_t segments() const { return rule->by_rows ? param.rows.count : 1; }

@@ -1,4 +1,4 @@
-// Sweeps: the crossings of memory. Each instruction set offers the same three; a pull is the base that makes no step.
+// Sweeps: the passes over memory. Each instruction set offers the same three. A pull is the base that makes no step.
 #pragma once
 
 #include "base.h"
@@ -13,8 +13,8 @@ struct PerRow {
   double operator[](int64_t row) const { return values[shared ? 0 : row]; }
 };
 
-// The base step on a piece at step t of its state. With a measuring, writes what it measured of each row of the piece to
-// `found`; otherwise pulls by the alpha that is known already, in the same pass.
+// Makes the base step on a piece, at step t of its state. If it measures, it writes the measures of each row of the
+// piece to `found`. Otherwise it pulls by the alpha that is known already, in the same pass.
 template <class Hyper>
 using BaseSweep = void (*)(const Param&, const Hyper&, double t, const PerRow& alpha, const Piece&, Measuring,
                            Measures* found);

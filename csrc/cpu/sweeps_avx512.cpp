@@ -1,6 +1,6 @@
-// The sweeps compiled for AVX512; schedule.cpp chooses them where the processor has it.
+// The sweeps compiled for AVX512; schedule.cpp chooses them if the processor has it.
 #if defined(__x86_64__)
-// Before the target is raised: what a standard header emits must run on every processor.
+// Included before the target is raised: code from a standard header must run on every processor.
 #include <immintrin.h>
 
 #include <algorithm>
