@@ -71,10 +71,52 @@ def test_shared_anchor_mapping_over_groups():
     optimizer = rft.AdamSPD(groups, anchor=pretrained)
     assert optimizer.state[body[0]]["anchor"].data_ptr() == pretrained["a"].data_ptr()
     assert head[0] not in optimizer.state
-    with pytest.raises(ValueError, match="the anchor mapping names 'running_mean', which no parameter bears"):
-        rft.AdamSPD(groups, anchor={**pretrained, "running_mean": torch.zeros(3)})
     with pytest.raises(ValueError, match="the anchor mapping lacks 'b'"):
         rft.AdamSPD(groups, anchor={"a": pretrained["a"]})
+
+
+def around(params, anchor):
+    return rft.Anchored(torch.optim.SGD(params), anchor=anchor)
+
+
+def test_a_state_dict_is_an_anchor_mapping(tmp_path, safetensors):
+    """With buffers, second names of tied weights, and what wrappers put into names, on either side; saved too."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(5, 4), nn.BatchNorm1d(4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    safetensors.save_model(model, tmp_path / "model.safetensors")  # keeps one name of the tied weights
+    wrapped = [(f"module._orig_mod.{name}", param) for name, param in model.named_parameters()]
+    for names in (list(model.named_parameters()), wrapped):
+        for anchor in (start, {f"_orig_mod.{name}": of for name, of in start.items()}, str(tmp_path)):
+            for optimizer_of in (rft.AdamSPD, around):
+                optimizer = optimizer_of(names, anchor=anchor)
+                for name, param in model.named_parameters():
+                    assert torch.equal(optimizer.state[param]["anchor"], start[name])
+    first = rft.AdamSPD(model.named_parameters())
+    rft.AdamSPD(wrapped).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"names differ, first 'embed\.weight' for '_orig_mod\.other\.weight'"):
+        rft.AdamSPD([("_orig_mod.other.weight", model.embed.weight), *wrapped[1:]]).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("optimizer_of", [rft.AdamSPD, around])
+def test_a_list_of_anchors_is_parallel_over_all_groups(optimizer_of):
+    a, b, c = params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    anchors = [torch.zeros(3), torch.full((3,), 2.0)]
+    groups = [{"params": [a]}, {"params": [b], "anchor": "zero"}, {"params": (p for p in (c,))}]
+    optimizer = optimizer_of(groups, anchor=anchors)
+    kept = [optimizer.state[p].get("anchor") for p in params]
+    assert kept[1] is None
+    assert kept[0].data_ptr() == anchors[0].data_ptr()
+    assert kept[2].data_ptr() == anchors[1].data_ptr()
+    with pytest.raises(ValueError, match="1 anchors for 2 parameters: a list of anchors is parallel"):
+        optimizer_of([{"params": [a]}, {"params": [c]}], anchor=anchors[:1])
 
 
 @pytest.mark.lean(keep=lambda wide, narrow, **_: wide == torch.float32 and narrow == torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The house itself: imports flow one way, the wheel holds what it should, the native code is what it claims."""
+"""The structure of the project: imports go one way, the wheel holds what it should, the native code is as claimed."""
 
 import ast
 import os
@@ -15,16 +15,16 @@ import robustft_kernels as rft
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
-# From what users import down to what imports nothing of ours: folders, and the modules in each.
+# Folders, and the modules in each: from what users import down to what imports nothing of ours.
 STACK = {
     "": ("__init__",),
-    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored", "shown_state"),
+    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored", "keeping", "shown_state"),
     " ": ("telemetry",),
     "finetune": ("tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
     "testing": ("tolerances", "stepper", "cases"),
     "step": ("plan", "sharded", "launch", "no_step", "hyper", "results", "decide", "fingerprint", "ops"),
     "backends": ("registry", "triton", "native", "reference", "backend"),
-    "core": ("checkpoint", "anchors", "state", "contract", "bases", "sharding", "ranges", "methods"),
+    "core": ("checkpoint", "anchors", "names", "state", "contract", "bases", "sharding", "ranges", "methods"),
     "  ": ("_import_paths",),
 }
 ORDER = [f"{folder.strip()}.{name}".strip(".") for folder, names in STACK.items() for name in names]
@@ -42,7 +42,7 @@ TRITON_STACK = (
     "base",
     "chunk",
 )
-TORCH_OPTIM = ("optim.anchored", "optim.wrapper", "optim.in_backward", "optim.shown_state")
+TORCH_OPTIM = ("optim.anchored", "optim.keeping", "optim.wrapper", "optim.in_backward", "optim.shown_state")
 needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
@@ -159,7 +159,7 @@ print([str(w.message) for w in caught])
 
 @needs_native
 def test_one_openmp_runtime():
-    """A second one would make the threads of both spin."""
+    """With a second one, the threads of both would spin."""
     program = "import torch, robustft_kernels; print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if re.search(r"lib(gomp|omp|iomp5)[-.\w]*\.so", line)}
@@ -170,7 +170,7 @@ def test_one_openmp_runtime():
 @pytest.mark.skipif(shutil.which("g++") is None or os.uname().machine != "x86_64", reason="needs g++ on x86-64")
 @pytest.mark.parametrize(("unit", "width"), [("baseline", 16), ("avx2", 32), ("avx512", 64)])
 def test_arithmetic_fills_the_registers(unit, width, tmp_path):
-    """Holds the compiler to it: floats and doubles, side by side, in registers of the instruction set's full width."""
+    """Holds the compiler to floats and doubles side by side, in registers of the instruction set's full width."""
     flags = re.search(r"FLAGS = (\[.*?\])", (ROOT / "setup.py").read_text(), flags=re.S).group(1)
     command = ["g++", "-std=c++20", "-fPIC", "-fopenmp", *ast.literal_eval(flags)]
     source = ROOT / "csrc" / "cpu" / f"sweeps_{unit}.cpp"

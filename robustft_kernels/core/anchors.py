@@ -4,13 +4,16 @@ parameters' device or in host memory."""
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .names import bare_name
 from .sharding import agree, local, version_of, whole
 from .state import is_dense, is_reachable, keep_anchor
 
@@ -125,7 +128,9 @@ def read(path: Path_) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+            here = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tied = opened.metadata() or {}  # second names of tied weights, as safetensors.torch.save_model leaves them
+            tensors.update(here | {name: here[kept] for name, kept in tied.items() if kept in here})
     return tensors
 
 
@@ -144,18 +149,34 @@ def digest(anchor: Tensor) -> Tensor:
     return known[1].clone()  # who loads a checkpoint in place writes what was handed out
 
 
-def check_no_surplus(spec: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raises ValueError for names in an anchor mapping that no parameter bears."""
-    if surplus := [name for name in spec if name not in set(names)]:
-        raise ValueError(f"the anchor mapping names {_some(surplus)}, which no parameter bears; remove what is surplus")
-
-
 def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor]:
+    """The entries of a mapping for these names, whatever wrappers have put into either. Other entries are passed over,
+    since a state dict has buffers and second names of tied weights."""
     if names is None:
         raise ValueError("an anchor mapping needs named parameters: pass model.named_parameters() as params")
-    if missing := [name for name in names if name not in spec]:
+    bare = {bare_name(name): tensor for name, tensor in spec.items()}
+    if missing := [name for name in names if bare_name(name) not in bare]:
         raise ValueError(f"the anchor mapping lacks {_some(missing)}; add what is missing")
-    return [spec[name] for name in names]
+    return [bare[bare_name(name)] for name in names]
+
+
+def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Anchor]:
+    """What each group has of an anchor that is given for all: the anchor itself, or its part of a list. A list is
+    parallel to the parameters of the groups without an anchor of their own.
+
+    Raises ValueError for a list of another length.
+    """
+    own = ["anchor" in group or "pre" in group for group in groups]
+    if spec is None or isinstance(spec, str | PathLike | Mapping):
+        return [spec] * len(groups)
+    given, counts = list(spec), [0 if its else len(group["params"]) for group, its in zip(groups, own, strict=True)]
+    if len(given) != sum(counts):
+        raise ValueError(
+            f"{len(given)} anchors for {sum(counts)} parameters: a list of anchors is parallel to params, over all "
+            "groups without an anchor of their own"
+        )
+    parts = iter(given)
+    return [list(islice(parts, n)) for n in counts]
 
 
 def _in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from .anchors import check_digest, digest
 from .bases import DTYPE_OPTIONS, Group, as_dtype
+from .names import bare_name
 from .state import check_loadable, copy_beside
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
-    """Raises ValueError naming the first of a checkpoint's parameter names that differs from ours, if both have any."""
-    if ours and theirs and list(ours) != list(theirs):
+    """Raises ValueError naming the first of a checkpoint's parameter names that differs from ours, if both have any.
+    What wrappers put into names does not count."""
+    if ours and theirs and list(map(bare_name, ours)) != list(map(bare_name, theirs)):
         pairs = zip(ours, theirs, strict=False)
-        first = next(((a, b) for a, b in pairs if a != b), (len(ours), len(theirs)))
+        first = next(((a, b) for a, b in pairs if bare_name(a) != bare_name(b)), (len(ours), len(theirs)))
         raise ValueError(f"the checkpoint's parameter names differ, first {first[1]!r} for {first[0]!r}")
 
 

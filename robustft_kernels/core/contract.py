@@ -57,7 +57,7 @@ class StepTable:
 
     hyper: float64 on the CPU, a row a group, with the columns `Base.hyper`.
     results: float64, a row a segment in the order of the tensors, with the columns `methods.RESULTS`. The step writes
-        it: nan for measures that the rule does not need, and one more in the last when α ≠ 1.
+        it: nan when the rule measures nothing, and one more in the last when α ≠ 1.
     alphas: float64, one a segment. The step writes them, or reads them when the rule is given its α.
     live: tensors on the device that hold hyper-parameters, by their place in the flat `hyper`. Backends that keep
         addresses read them at each step; the others take none.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.names import WRAPPERS, unwrapped
 from ..core.ranges import NOT_NEGATIVE, Range, check_number
-from .prefixes import WRAPPERS, unwrapped
 
 # A module of the model, the name of one (or of a parameter), or several of either.
 Part = str | nn.Module | Iterable[str | nn.Module]

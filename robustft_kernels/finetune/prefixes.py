@@ -1,24 +1,11 @@
-"""Parameter names: what wrappers put into them is left out, and prefixes match whole components."""
+"""The parameters that names and prefixes mean; a prefix matches whole components."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from torch import Tensor, nn
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch.compile, FSDP, checkpointing
-
-
-def unwrapped(name: str, wrappers: Collection[str] = WRAPPERS) -> str:
-    """A name without the wrappers' own parts."""
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it, `module.` in front included, which DDP adds."""
-    parts = unwrapped(name).split(".")
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+from ..core.names import bare_name
 
 
 def names_of(given: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[str]]:

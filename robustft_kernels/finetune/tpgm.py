@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..core import anchors
 from ..core.checkpoint import check_names, check_saved, loaded_anchor
+from ..core.names import bare_name
 from ..core.ranges import NOT_NEGATIVE, POSITIVE, Range, check_number
 from ..core.sharding import local
 from ..core.state import is_dense
 from .evaluation import Feed, as_found, evaluation_mode, put
-from .prefixes import bare_name, matching, names_of
+from .prefixes import matching, names_of
 from .projection import Ball, as_lists
 from .slopes import dots_of
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.names import unwrapped
 from ..core.ranges import FROM_0_TO_1, check_number
-from .prefixes import unwrapped
 
 Weights = nn.Module | Mapping[str, Any]
 Buffers = Literal["finetuned", "interpolate", "pretrained"]

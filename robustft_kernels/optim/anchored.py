@@ -2,34 +2,31 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import registry
-from ..core import anchors, checkpoint, state
+from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.bases import ADAMW, DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper, spec_of
+from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..step.launch import label_of
 from ..step.plan import Plan
 from ..step.results import Results
 from ..telemetry import Telemetry, collect
-from .shown_state import CompletingState
+from .keeping import KeepingOptimizer
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-# Keys of torch.optim's own groups that choose an implementation, not a formula.
-_TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 NO_BOUND = Range(above=True, finite=False)  # infinity clips nothing, and tells the norm
 # What is the optimizer's own rather than a group's, and goes with copies but not with checkpoints.
 _OWN = ("backend", "save_anchors", "max_grad_norm")
 
 
-class AnchoredOptimizer(Optimizer):
+class AnchoredOptimizer(KeepingOptimizer):
     """What the optimizers of this package share; not to be constructed itself."""
 
     base: Base
@@ -56,41 +53,12 @@ class AnchoredOptimizer(Optimizer):
         self._plan: Plan | None = None
         self._results: Results = {}  # of the plan; outlives it
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
-        words = anchor is None or anchor in ("initial", "zero")
-        self._given: Anchor = None if words else anchor
-        super().__init__(params, {**defaults, "anchor": anchor if words else "initial"})
-        if isinstance(self._given, Mapping):
-            anchors.check_no_surplus(self._given, [n for g in self.param_groups for n in g.get("param_names", ())])
-        self._given = None
-
-    @property
-    def state(self) -> CompletingState:
-        """What is kept of each parameter, by name; complete when it is asked whether there is any."""
-        held: CompletingState = self.__dict__["state"]
-        return held
-
-    @state.setter
-    def state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self.__dict__["state"] = CompletingState(WeakMethod(self._complete_state), state)
-
-    def _complete_state(self) -> None:
-        """Begins what a parameter does not keep yet, and puts the digest of an anchor beside it if that is saved in its
-        place."""
-        for group in self.param_groups:
-            spec = spec_of(group)
-            for param in group["params"]:
-                if not param.requires_grad:
-                    continue
-                backend = registry.choose_backend(self.backend, param.device, {param.dtype})
-                steps_on = param.device if backend.keeps_addresses else torch.device("cpu")
-                kept = self.state[param]
-                state.fill_state(param, kept, self.base, spec, steps_on)
-                if "anchor" in kept and self._saves(group) == "digest":
-                    kept["anchor_digest"] = anchors.digest(kept["anchor"])
-
-    def _saves(self, group: Group) -> bool | str:
-        """How a state_dict has the anchors of a group: True, "digest", or False."""
-        return "digest" if self.save_anchors and group["anchor"] == "file" else self.save_anchors
+        words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
+        self._given: list[Anchor] = []  # for the groups that are still to be added, while the optimizer is made
+        listed, groups = _listed(params)
+        self._given = [] if words else anchors.over_groups(anchor, groups)
+        super().__init__(listed, {**defaults, "anchor": anchor if words else "initial"})
+        self._given = []
 
     def _patch_step_function(self) -> None:
         """torch's, by which the step runs its hooks."""
@@ -112,7 +80,7 @@ class AnchoredOptimizer(Optimizer):
         spec: Anchor = group.pop("pre", None) if "pre" in group else group.pop("anchor", None)
         super().add_param_group(group)  # names, duplicates of other groups, defaults
         try:
-            shared = group["anchor"] if self._given is None else self._given
+            shared = self._given.pop(0) if self._given else group["anchor"]
             self._adopt(group, spec if own else shared, shared=not own)
         except BaseException:
             self.param_groups.pop()
@@ -141,8 +109,6 @@ class AnchoredOptimizer(Optimizer):
         group["anchor"], tensors = anchors.resolve(
             spec, params, names, labels, anchored=anchored, dtype=group["anchor_dtype"], device=group["anchor_device"]
         )
-        if not shared and isinstance(spec, Mapping):
-            anchors.check_no_surplus(spec, names or ())
         for param, tensor in zip(params, tensors or (), strict=tensors is not None):
             self.state[param]["anchor"] = tensor
 
@@ -173,81 +139,6 @@ class AnchoredOptimizer(Optimizer):
         """
         return collect(self.param_groups, self.state, self._results)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the anchors among the state; with their SHA-256 where they are in a file or
-        `save_anchors="digest"`, without either where `save_anchors=False`. Complete at any time: what a parameter has
-        not yet begins here, since torch.distributed.checkpoint loads only what is there."""
-        self._complete_state()
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            for key in group["params"]:
-                if "anchor" in (of := saved["state"].get(key, {})):
-                    own = group["anchor"] != "given"
-                    saved["state"][key] = checkpoint.with_anchor(of, of["anchor"], self._saves(group), own=own)
-        saved["state"] = {key: of for key, of in saved["state"].items() if of}
-        saved["param_groups"] = list(map(checkpoint.plain_group, saved["param_groups"]))
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a copy of what `state_dict` returned, or of a torch.optim optimizer's of the same base.
-
-        Float32 state and anchors keep their dtypes. What the checkpoint lacks (anchors, method, strength ...) stays
-        as it is here. Raises ValueError, before anything is changed, where shapes or parameter names differ.
-        """
-        incoming: dict[str, Any] = {}
-
-        def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            of_params = {key: checkpoint.present(of) for key, of in saved["state"].items()}
-            groups = self._complete(saved["param_groups"], of_params)
-            saved = {**saved, "state": of_params, "param_groups": groups}
-            for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
-                for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
-                    present = self.state[param].get("anchor") if param in self.state else None
-                    checkpoint.check_saved(param, label_of(group, k), saved["state"].get(key, {}), present)
-            incoming.update(saved)
-            return saved
-
-        present = {param: of.get("anchor") for param, of in self.state.items()}
-
-        def restore(_: Optimizer) -> None:  # torch has cast every floating state to its parameter's dtype
-            for group, theirs in zip(self.param_groups, incoming["param_groups"], strict=True):
-                spec = spec_of(group)
-                for param, key in zip(group["params"], theirs["params"], strict=True):
-                    loaded = state.load(param, incoming["state"].get(key, {}), spec, present.get(param))
-                    if group["anchor"] != "zero" and "anchor" not in loaded and present.get(param) is not None:
-                        loaded["anchor"] = present[param]
-                    if loaded:
-                        self.state[param] = loaded
-                    else:
-                        self.state.pop(param, None)
-
-        # The user's hooks run before the one and after the other.
-        hooks = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._plan = None
-
-    def _complete(self, saved: list[Group], saved_state: Mapping[Any, Any]) -> list[Group]:
-        """The saved groups with what they lack taken from ours."""
-        complete = []
-        for group, theirs in zip(self.param_groups, saved, strict=False):
-            if theirs.get("decoupled_weight_decay") is False and theirs.get("weight_decay") and self.base is ADAMW:
-                raise ValueError(
-                    "the checkpoint is of torch.optim.Adam with a coupled weight_decay, here it is decoupled; "
-                    "set weight_decay to 0 in its groups, or start anew"
-                )
-            ours = [key for key in group if key not in ("params", "param_names")]
-            bare = {key: value for key, value in theirs.items() if key not in _TORCH_SWITCHES}
-            has_anchors = any("anchor" in saved_state.get(key, {}) for key in theirs["params"])
-            complete.append(checkpoint.complete_group(group, bare, ours, has_anchors=has_anchors))
-        return complete + saved[len(complete) :]
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OWN}}
 
@@ -256,7 +147,20 @@ class AnchoredOptimizer(Optimizer):
         self.state = self.__dict__["state"]  # torch has put a plain dictionary there
         self._plan, self._results, self.grad_norm = None, {}, None
         self._graphed = []
-        self._given = None
+        self._given = []
+
+
+def _listed(params: Params) -> tuple[Any, list[Group]]:
+    """`params` as torch takes them, with lists in place of generators; and the groups that they are."""
+    if isinstance(params, Tensor | set):  # which torch refuses
+        return params, []
+    listed: list[Any] = list(params)
+    if not (listed and isinstance(listed[0], dict)):
+        return listed, [{"params": listed}]
+    for k, group in enumerate(listed):
+        of = group.get("params", ())
+        listed[k] = {**group, "params": [of] if isinstance(of, Tensor) else of if isinstance(of, set) else list(of)}
+    return listed, listed
 
 
 def keep_from_compiler(cls: type[Optimizer]) -> None:

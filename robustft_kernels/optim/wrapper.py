@@ -1,7 +1,6 @@
 """A pull toward the anchor around the step of any torch.optim.Optimizer: Muon, Lion, 8-bit optimizers, one's own."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -107,9 +106,8 @@ class Anchored(Optimizer):
         })  # fmt: skip
         self.defaults = optimizer.defaults
         groups = optimizer.param_groups
-        adopted = [self._adopt(*pair) for pair in zip(groups, _specs(anchor, groups), strict=True)]
-        if isinstance(anchor, Mapping):
-            anchors.check_no_surplus(anchor, [name for group in groups for name in group.get("param_names", ())])
+        specs = anchors.over_groups(anchor, groups)
+        adopted = [self._adopt(g, g.get("anchor", spec)) for g, spec in zip(groups, specs, strict=True)]
         for group, (own, tensors) in zip(groups, adopted, strict=True):
             group.update(own)
             self._anchors.update(tensors)
@@ -231,8 +229,6 @@ class Anchored(Optimizer):
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
         own["anchor"], tensors = anchors.resolve(spec, params, group.get("param_names"), labels, anchored=anchored)
-        if not shared and isinstance(spec, Mapping):
-            anchors.check_no_surplus(spec, group.get("param_names", ()))
         return own, dict(zip(params, tensors or (), strict=tensors is not None))
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,22 +289,6 @@ class Anchored(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults = self.optimizer.defaults
-
-
-def _specs(anchor: Anchor, groups: list[Group]) -> list[Anchor]:
-    """What is the anchor of each group: its own, or what it has of the one for all."""
-    if anchor is None or isinstance(anchor, str | PathLike | Mapping):
-        return [group.get("anchor", anchor) for group in groups]
-    given, counts = list(anchor), [0 if "anchor" in group else len(group["params"]) for group in groups]
-    if len(given) != sum(counts):
-        raise ValueError(
-            f"{len(given)} anchors for {sum(counts)} parameters: a list is parallel to those of all groups"
-        )
-    parts = iter(given)
-    return [
-        group["anchor"] if "anchor" in group else list(islice(parts, n))
-        for group, n in zip(groups, counts, strict=True)
-    ]
 
 
 def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:
