@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import product
 from math import isnan
 from pathlib import Path
+from textwrap import fill
 
 from . import pictures
 from .contenders import BASELINE
@@ -43,7 +44,7 @@ def absent(results: Results) -> str:
     seen = {(row["model"], row["dtype"]) for row in results.of("peers")}
     for model, dtype in product(MODELS, ("float32", "bfloat16")):
         if (model, dtype) not in seen:
-            why[f"{model}, {dtype}"] = "this machine has not the memory"
+            why[f"{model}, {dtype}"] = "this machine has too little memory"
     return "\n".join(f"- {name}: {reason}" for name, reason in why.items()) or "- none"
 
 
@@ -80,8 +81,8 @@ def tpgm_run(results: Results) -> str:
     lines = []
     for row in results.of("tpgm_run"):
         train, project = row["steps"]
-        run = f"{row['model']}, {train} steps of training, {project} on the radii, the projection"
-        lines.append(f"{run}: {told(row.ratio())} of the {train} alone.")
+        run = f"On {row['model']}, a run is {train} steps of training, {project} on the radii, and the projection."
+        lines.append(f"{run}\nIt takes {told(row.ratio())} times as long as the {train} alone.")
     return "\n".join(lines) or "Not measured here."
 
 
@@ -118,7 +119,7 @@ def losses(results: Results) -> str:
             if name != COPY and not pictures.is_ours(name) and row.ratio(name)[2] < row.ratio(mine)[0]:
                 pair = ", ".join(f"{who} {told(row.ratio(who))}" for who in (name, mine))
                 lines.append(f"- {row['model']}, {row['dtype']}: {pair}")
-    return "\n".join(lines) or "- nowhere"
+    return "\n".join(lines) or "- none"
 
 
 def write_page(results: Results, page: Path) -> None:
@@ -129,7 +130,8 @@ def write_page(results: Results, page: Path) -> None:
     untrusted = [row.name for row in results.rows if not row["trusted"]]
     copies = sorted(row.bandwidth(COPY) for row in results.rows if COPY in row.contenders and row["parameters"] > 2**24)
     fields = {
-        "machine": ", ".join(f"{key} {value}" for key, value in machine.items() if value) + f"; {packages}",
+        "machine": ", ".join(f"{key} {value}" for key, value in machine.items() if value),
+        "packages": fill(f"Other packages: {packages or 'none'}.", 120),
         "copy": f"{copies[len(copies) // 2]:.0f}" if copies else "?",
         "untrusted": ", ".join(untrusted) or "none",
         "losses": losses(results),

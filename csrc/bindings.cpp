@@ -48,6 +48,10 @@ Rows rows_of(const Tensor& tensor, bool by_rows) {
   return {count, length, n && count > 1 ? tensor.stride(0) : length};
 }
 
+// Tensors whose memory, if they have any, is not their numbers.
+constexpr c10::DispatchKeySet kUnreadable({c10::DispatchKey::Python, c10::DispatchKey::Negative,
+                                           c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor});
+
 std::string described(const Tensor& t) {
   std::ostringstream text;
   text << t.scalar_type() << " of shape " << t.sizes();
@@ -231,7 +235,8 @@ class PreparedStep {
   Buffer buffer_of(const Tensor& tensor, size_t i, const char* what, Dtypes dtypes) const {
     const Held& held = held_[i];
     const int dtype = place_in_dtypes(tensor);
-    TORCH_CHECK(tensor.has_storage(), "robustft: ", place_of(what, i, held.label), " has no memory of its own");
+    TORCH_CHECK(tensor.has_storage() && !tensor.key_set().has_any(kUnreadable), "robustft: ",
+                place_of(what, i, held.label), " has no memory of its own that can be read as it is");
     TORCH_CHECK((dtypes >> dtype & 1) && tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
                     same_layout(tensor, held.param),
                 "robustft: ", place_of(what, i, held.label), " must be ", names_of(dtypes), " of shape ",
@@ -318,7 +323,7 @@ class Fingerprint {
   void put(int64_t word) { words_.push_back(word); }
   void add_metadata(const Tensor& t) {
     put(int64_t(t.scalar_type()) << 32 | int64_t(t.layout()) << 16 | int64_t(t.device().type()));
-    put(t.device().index());
+    put(t.device().index() << 2 | int64_t(t.is_neg()) << 1 | int64_t(t._is_zerotensor()));
     for (int64_t size : t.sizes()) put(size);
     if (t.layout() != at::kStrided) return;
     for (int64_t stride : t.strides()) put(stride);

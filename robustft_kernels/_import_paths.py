@@ -1,7 +1,7 @@
 """Module paths that the import system does not find by itself.
 
-- The modules of 0.3.0 under their old names, with a DeprecationWarning; they go in 0.5.0.
-- `robustft_kernels.triton_kernels` in a checkout, where that folder lies beside this package and not within it.
+- The modules of 0.3.0 under their old names, with a DeprecationWarning. They go in 0.5.0.
+- `robustft_kernels.triton_kernels` in a checkout. There that folder lies beside this package and not within it.
 """
 
 import importlib
@@ -27,7 +27,7 @@ MOVED = {name: f"{folder}.{name}" for folder, names in _FOLDERS.items() for name
 
 
 class Finder(MetaPathFinder):
-    """Asked last, when nobody else knows a module."""
+    """Finds a module that no other finder knows, as the last one to be asked."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         parent, _, name = fullname.rpartition(".")
@@ -43,7 +43,7 @@ class Finder(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Gives a module that has another name already."""
+    """Loads a module that is imported under another name."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,5 @@
-"""What the last step did to each parameter, in numbers: read from the device only when asked, logged and drawn."""
+"""What the last step did to each parameter, in numbers. They are read from the device only when asked for, and can be
+logged and drawn."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,15 +26,15 @@ Results = Mapping[Tensor, tuple[Tensor, Tensor]]
 class Telemetry(NamedTuple):
     """One parameter as its last step left it.
 
-    deviation: n = ‖θ − θ₀‖, the norm being that of its method: Frobenius for "l2", the largest row sum maxᵢ Σ|cᵢ| for
-        "mars" and "mars_rows" ("ftp" and "mars_sp" included). From the sums of the step, α·n before the pull, to the
-        rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp", "none") are
-        measured when asked. nan without an anchor.
-    relative_deviation: deviation / ‖θ₀‖ in the same norm; nan where θ₀ is zero.
-    alpha: α of the last step; the mean over the rows where each has its own.
+    deviation: n = ‖θ − θ₀‖ in the norm of its method. That is Frobenius for "l2", and the largest row sum maxᵢ Σ|cᵢ|
+        for "mars" and "mars_rows" ("ftp" and "mars_sp" included). It comes from the sums of the step: α·n before the
+        pull, to the rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp",
+        "none") are measured when asked. nan without an anchor.
+    relative_deviation: deviation / ‖θ₀‖ in the same norm. nan if θ₀ is zero.
+    alpha: α of the last step. If each row has its own α, their mean.
     selected: the share of segments (1, or the rows) with α ≠ 1 in the last step.
-    selections: in how many steps so far α was not 1; the mean over the segments.
-    radius: of "project", and γ as learned by "ftp"; nan for the other methods.
+    selections: in how many steps so far α was not 1, as the mean over the segments.
+    radius: the radius of "project", or γ as learned by "ftp". nan for the other methods.
     """
 
     deviation: float
@@ -45,19 +46,21 @@ class Telemetry(NamedTuple):
 
 
 class Writer(Protocol):
-    """As torch.utils.tensorboard.SummaryWriter."""
+    """What torch.utils.tensorboard.SummaryWriter offers."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 @torch.no_grad()
 def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], results: Results) -> dict[str, Telemetry]:
-    """`Telemetry` of every parameter of `groups`, by name; without names by place: "0", "1", ... over all groups.
+    """`Telemetry` of every parameter of `groups`, by name. Without names, by place over all groups: "0", "1", ...
 
-    kept: what there is of each parameter: its "anchor", its "radius_state". results: of plan.Plan. A parameter that has
-    made no step has α = 1, no selections, and the deviation that it has now.
+    kept: what is kept for each parameter: its "anchor", its "radius_state".
+    results: as plan.Plan has them. A parameter that has made no step has α = 1, no selections, and the deviation that
+        it has now.
 
-    One transfer from each device, of all segments' sums. ‖θ₀‖ is measured at the first call, and kept.
+    There is one transfer from each device, with the sums of all segments. ‖θ₀‖ is measured at the first call and then
+    kept.
     """
     subjects = list(_subjects(groups, kept, results))
     told: dict[str, Telemetry] = {}
@@ -69,8 +72,8 @@ def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], resul
 
 
 def log(telemetry: Mapping[str, Telemetry], writer: Writer, step: int, prefix: str = "") -> None:
-    """Writes each number that is not nan as the scalar "{prefix}{number}/{parameter}", so that TensorBoard shows the
-    parameters of one number together.
+    """Writes each number that is not nan as the scalar "{prefix}{number}/{parameter}". So TensorBoard shows one number
+    of all parameters together.
 
     writer: a SummaryWriter, or anything with its `add_scalar`.
     """
@@ -83,18 +86,20 @@ def log(telemetry: Mapping[str, Telemetry], writer: Writer, step: int, prefix: s
 def draw(
     telemetry: Mapping[str, Telemetry] | Mapping[int, Mapping[str, Telemetry]], path: str | PathLike[str] | None = None
 ) -> "Figure":
-    """The picture by depth: above, deviation and radius (dashed) of each parameter in the order given, a line for each
-    kind (the last part of the name); below, how often it was selected.
+    """Draws the parameters by depth, in the order given.
+
+    Above are the deviation and the radius (dashed) of each, with one line for each kind (the last part of the name).
+    Below is how often each was selected.
 
     Args:
-        telemetry: of one step; or a history {step: telemetry} of the same parameters, drawn from light to dark, and
-            below, in what share of the steps from one record to the next.
+        telemetry: of one step, or a history {step: telemetry} of the same parameters. A history is drawn from light to
+            dark. The lower part then shows the share of steps with a selection, from one record to the next.
         path: where to save it, in the format of its suffix.
 
     Returns:
-        The matplotlib Figure; pyplot is not involved.
+        The matplotlib Figure. pyplot is not involved.
 
-    Raises ImportError without matplotlib, ValueError where there is nothing to draw.
+    Raises ImportError without matplotlib, and ValueError if there is nothing to draw.
     Source: the kind of TPGM (Tian et al., CVPR 2023), Figures 2 and 4.
     """
     try:
@@ -162,7 +167,7 @@ class _Subject:
     numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def told(self, numbers: dict[str, Any]) -> Telemetry:
-        """From the same numbers as numpy arrays."""
+        """Its telemetry, from the same numbers as numpy arrays."""
         first = {key: float(values[0]) if len(values) else nan for key, values in numbers.items()}
         deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
         alpha, selected, selections = 1.0, 0.0, 0.0
@@ -214,7 +219,7 @@ def _lies_on(device: torch.device, value: object) -> bool:
 
 
 def _measure(subjects: list[_Subject]) -> None:
-    """The deviations that no step found, and ‖θ₀‖; all of one device."""
+    """Measures the deviations that no step found, and ‖θ₀‖. All subjects are on one device."""
     for norm in ("l2", "mars"):
         of_norm = [subject for subject in subjects if subject.norm == norm]
         for zero in (False, True):
@@ -231,11 +236,11 @@ def _measure(subjects: list[_Subject]) -> None:
             subject.numbers["anchor"] = size
 
 
-_known_sizes = WeakTensorKeyDictionary()  # of anchors, with the norm and version for which they hold
+_known_sizes = WeakTensorKeyDictionary()  # of anchors, with the norm and the version that they are valid for
 
 
 def _sizes(anchors: list[Tensor], norm: str) -> list[Tensor]:
-    """‖θ₀‖ of each, measured only once."""
+    """‖θ₀‖ of each anchor, measured only once."""
     versions = [(norm, version_of(anchor)) for anchor in anchors]
     known = [_known_sizes.get(anchor, (None, None)) for anchor in anchors]
     new = [k for k, version in enumerate(versions) if known[k][0] != version]
@@ -247,7 +252,7 @@ def _sizes(anchors: list[Tensor], norm: str) -> list[Tensor]:
 
 
 def _read(subjects: list[_Subject]) -> Iterator[dict[str, Any]]:
-    """The numbers of one device on the host, brought there in one transfer."""
+    """The numbers of one device, brought to the host in one transfer."""
     on_device = [number for subject in subjects for number in subject.numbers.values()]
     on_host = torch.cat(on_device).cpu().numpy() if on_device else None
     end = 0

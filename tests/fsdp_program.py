@@ -24,6 +24,7 @@ def around(params: object, lr: float, **pull: object) -> rft.Anchored:
 
 KINDS = {
     "spd": (rft.AdamSPD, {}),
+    "clipped": (rft.AdamSPD, dict(max_grad_norm=0.05)),  # fully_shard makes an equal mesh for each layer
     "ftp": (rft.AdamFTP, {}),
     "ftp, zero": (rft.AdamFTP, dict(anchor="zero")),
     "bf16 state": (rft.AdamSPD, dict(state_dtype=torch.bfloat16)),
@@ -91,9 +92,19 @@ def check_training(world: int) -> None:
         slack = 5e-4 if kind == "bf16 state" else 2e-5
         assert_close(full(spread), full(alone), f"fsdp, {kind}", slack)
         assert_close(full(replicated), full(alone), f"ddp, {kind}")
+        if kind == "spd":
+            check_loaded_anchors(optimizers["fsdp"], world)
         told = torch.tensor([of.deviation for of in optimizers["fsdp"].telemetry().values()], dtype=torch.float64)
         want = torch.tensor([of.deviation for of in optimizers["alone"].telemetry().values()], dtype=torch.float64)
         torch.testing.assert_close(told, want, rtol=1e-2 if kind == "bf16 state" else 1e-3, atol=1e-5)
+
+
+def check_loaded_anchors(optimizer: rft.AdamSPD, world: int) -> None:
+    """The anchors of a checkpoint take the place of others, which are sharded alike."""
+    fresh = make("spd", sharded(net(9), world))
+    fresh.load_state_dict(optimizer.state_dict())
+    for one, other in zip(optimizer.state.values(), fresh.state.values(), strict=True):
+        assert torch.equal(one["anchor"].full_tensor(), other["anchor"].full_tensor())
 
 
 def check_given_anchors(world: int, folder: Path) -> None:

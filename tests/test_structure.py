@@ -13,18 +13,31 @@ import pytest
 
 import robustft_kernels as rft
 
+from . import prose
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
 # Folders, and the modules in each: from what users import down to what imports nothing of ours.
 STACK = {
     "": ("__init__",),
-    "optim": ("named", "optimizers", "wrapper", "around", "in_backward", "anchored", "keeping", "shown_state"),
+    "optim": (
+        "named",
+        "optimizers",
+        "wrapper",
+        "wrapping",
+        "around",
+        "in_backward",
+        "anchored",
+        "keeping",
+        "late",
+        "shown_state",
+    ),
     " ": ("telemetry",),
-    "finetune": ("tpgm", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
+    "finetune": ("tpgm", "radii", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
     "testing": ("tolerances", "stepper", "cases"),
     "step": ("plan", "sharded", "launch", "no_step", "hyper", "results", "decide", "fingerprint", "ops"),
     "backends": ("registry", "triton", "native", "reference", "backend"),
-    "core": ("checkpoint", "anchors", "names", "state", "contract", "bases", "sharding", "ranges", "methods"),
+    "core": ("checkpoint", "anchors", "names", "state", "contract", "bases", "memory", "sharding", "ranges", "methods"),
     "  ": ("_import_paths",),
 }
 ORDER = [f"{folder.strip()}.{name}".strip(".") for folder, names in STACK.items() for name in names]
@@ -42,7 +55,14 @@ TRITON_STACK = (
     "base",
     "chunk",
 )
-TORCH_OPTIM = ("optim.anchored", "optim.keeping", "optim.wrapper", "optim.in_backward", "optim.shown_state")
+TORCH_OPTIM = (
+    "optim.anchored",
+    "optim.keeping",
+    "optim.wrapper",
+    "optim.wrapping",
+    "optim.in_backward",
+    "optim.shown_state",
+)
 needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
@@ -99,7 +119,7 @@ def test_every_door_has_one_file():
     assert "robustft_kernels" not in (ROOT / "csrc" / "bindings.cpp").read_text()
 
 
-def test_files_stay_readable():
+def test_files_and_classes_stay_readable():
     for pattern in (
         "robustft_kernels/**/*.py",
         "triton_kernels/*.py",
@@ -109,7 +129,22 @@ def test_files_stay_readable():
         "benchmarks/*.py",
     ):
         for path in ROOT.glob(pattern):
-            assert len(path.read_text().splitlines()) <= 400, path
+            text = path.read_text()
+            assert len(text.splitlines()) <= 400, path
+            for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else ():
+                if isinstance(node, ast.ClassDef):
+                    assert node.end_lineno - node.lineno < 200, (path, node.name)
+
+
+def test_sentences_stay_short():
+    """Of README and docs: 12 words on average, none over 35."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    lengths = {page.name: prose.measured(page.read_text()) for page in pages}
+    assert sum(mean for mean, *_ in lengths.values()) / len(lengths) <= 12
+    for page, (mean, long, most) in lengths.items():
+        assert mean <= 14, page
+        assert long <= 0.05, page
+        assert most <= 35, page
 
 
 @pytest.mark.full

@@ -180,6 +180,9 @@ def test_settings_may_change_between_steps(served_by):
         dict(method="l2sp", norm=None),
         dict(strength=4.0, lr=torch.tensor(1e-2, dtype=torch.float64)),
         dict(method="spd"),
+        dict(strength=1.5, lr=1e-2),
+        dict(method="l2sp"),  # the method alone, beside plain numbers
+        dict(method="spd"),
     ]
     fused = rft.AdamSPD(mine := make(torch.float64), lr=1e-2, backend=served_by)
     wrapped = Anchored(AdamW(other := make(torch.float64), lr=1e-2, weight_decay=0.0), backend=served_by)
@@ -291,7 +294,8 @@ def test_what_the_wrapped_one_may_do_to_its_parameters(monkeypatch):
 
 
 def test_model_changed_between_steps():
-    """Anchors follow another dtype and layout. Another shape, or a new parameter, is an error, and no step is made."""
+    """Anchors follow another dtype and layout, and a parameter that takes the place of another. Another shape is an
+    error, and so is a group that was not added here. Then no step is made."""
     model = nn.Conv2d(4, 6, 3)
     params = list(model.parameters())
     wrapped = Anchored(SGD(model.named_parameters(), lr=1e-2, momentum=0.9))
@@ -303,13 +307,14 @@ def test_model_changed_between_steps():
     with pytest.raises(RuntimeError, match=r"parameter 'weight' has shape \(6, 4\), its anchor \(6, 4, 3, 3\)"):
         run(wrapped, params, 1)
     params[0].data = kept
+    anchor = wrapped.state[params[0]]["anchor"].clone()
     wrapped.param_groups[0]["params"][0] = new = nn.Parameter(kept.clone())
-    with pytest.raises(RuntimeError, match="parameter 'weight' has no anchor for method 'spd': it is new"):
-        run(wrapped, [new, params[1]], 1)
-    wrapped.param_groups[0]["params"][0] = params[0]
-    wrapped.optimizer.add_param_group({"params": [("head", new)]})
+    run(wrapped, [new, params[1]], 1)  # in the place of another of its shape
+    assert torch.equal(wrapped.state[new]["anchor"], anchor)
+    before = params[1].detach().clone()
+    wrapped.optimizer.add_param_group({"params": [("head", params[0])]})
     with pytest.raises(RuntimeError, match=r"add groups with Anchored\.add_param_group"):
-        run(wrapped, params, 1)
+        run(wrapped, [new, *params], 1)
     assert torch.equal(params[1], before)
 
 

@@ -117,8 +117,9 @@ void conclude_survey(Job& job, const std::vector<Measures>& found) {
     job.terms.radius = job.learned[0];
   } else {
     int64_t largest = 0;
-    for (int64_t i = 1; i < rows; ++i)
-      if (found[i].before > found[largest].before) largest = i;
+    double most = -1;  // a row of nan is never the largest
+    for (int64_t i = 0; i < rows; ++i)
+      if (found[i].before > most) largest = i, most = found[i].before;
     job.param.penalty.row = largest;
   }
 }

@@ -26,7 +26,8 @@ def table(rows: list[dict], before: dict[str, float]) -> str:
             cells.append(f"{mean(r['deviation'] for r in runs):.2f}")
             lines.append(f"| {lr:g} | {method} | {' | '.join(cells)} |")
     ood = mean(before[d] for d in SHIFTED)
-    lines.append(f"\nBefore fine-tuning, on its ten classes: {before['clean']:.1f} ID, {ood:.1f} OOD mean.")
+    known = f"Before fine-tuning, the net has {before['clean']:.1f} ID on its ten classes."
+    lines.append(f"\n{known} Its OOD mean is {ood:.1f}.")
     return "\n".join(lines)
 
 

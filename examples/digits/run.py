@@ -113,8 +113,9 @@ def main() -> None:
     made = f"torch {torch.__version__} and robustft_kernels {rft.__version__}"
     (args.out / "digits.md").write_text(
         f"# Digits: {args.seeds} seeds, {args.steps} steps\n\n"
-        f"Written by `python -m examples.digits.run --out {args.out}` with {made}. Accuracies in percent, mean ± "
-        f"standard deviation over seeds.\n\n{text}\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
+        f"Written by `python -m examples.digits.run --out {args.out}` with {made}.\n"
+        f"Accuracies are in percent, as mean ± standard deviation over seeds.\n\n{text}\n\n"
+        + "".join(f"![{file.stem}]({file.name})\n" for file in files)
     )
     print("pictures:", *files)
 

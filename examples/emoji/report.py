@@ -43,10 +43,11 @@ def write(rows: list[Row], style: str, folder: Path) -> str:
     seeds = len({row["seed"] for row in rows})
     sections = [
         f"# Emoji: fine-tuned in the style {style}, {seeds} seeds",
-        f"Made with torch {torch.__version__}, robustft_kernels {rft.__version__}. Accuracies in percent, mean ± "
-        f"standard deviation over seeds. ID is the style {style}, OOD the mean of the other five. {noise(rows)}",
+        f"Made with torch {torch.__version__} and robustft_kernels {rft.__version__}.\n"
+        "Accuracies are in percent, as mean ± standard deviation over seeds.\n"
+        f"ID is the style {style}. OOD is the mean of the other five.\n{noise(rows)}",
         "## Each method at the setting that in-distribution validation chose",
-        "The differences are taken seed by seed, with a 95% interval (t); one that holds 0 is noise.",
+        "The differences are taken seed by seed, with a 95% interval (t). If it holds 0, the difference is noise.",
         table([differences(runs, best, method) for method in best]),
         "## The same, style by style",
         table([styles(method, runs[config]) for method, config in best.items()]),
@@ -55,8 +56,8 @@ def write(rows: list[Row], style: str, folder: Path) -> str:
         "## Deviation and OOD accuracy over the strengths",
         sweeps(runs | swept, lrs[-1]) or "No method was run at more strengths than the grid's.",
         "## Where the learned radii hold back",
-        f"‖θ − θ₀‖ of the convolutions' weights at learning rate {lrs[-1]:g}, mean over tensors and seeds; α is the "
-        f"share of {BASELINE}'s deviation that {LEARNED} keeps.",
+        f"Deviations are ‖θ − θ₀‖ of the convolutions' weights at learning rate {lrs[-1]:g}.\n"
+        f"They are means over tensors and seeds. α is the share of {BASELINE}'s deviation that {LEARNED} keeps.",
         table(depths(runs, tenth, lrs[-1])) or f"{LEARNED} was not run.",
         "## The whole grid",
         table([line(config, group) for config, group in runs.items()]),
@@ -100,8 +101,8 @@ def noise(rows: list[Row]) -> str:
     p = average(rows, "id") / 100
     one = 196 * math.sqrt(p * (1 - p) / tests)
     return (
-        f"ID is measured on {tests} images a seed: chance moves it by ±{one:.1f} in one seed and "
-        f"±{one / math.sqrt(seeds):.1f} in the mean of {seeds}; ID differences below that are noise."
+        f"ID is measured on {tests} images a seed. Chance moves it by ±{one:.1f} in one seed, and by "
+        f"±{one / math.sqrt(seeds):.1f} in the mean of {seeds}.\nID differences below that are noise."
     )
 
 
@@ -158,8 +159,8 @@ def sweeps(runs: Runs, lr: float) -> str:
         found = [config for config in runs if config[:2] == (BASELINE, lr)] + found
         deviation, ood = ([average(runs[config], key) for config in found] for key in ("deviation", "ood"))
         parts.append(
-            f"{method} at learning rate {lr:g}; the first row is {BASELINE}. Pearson's r of deviation and OOD accuracy "
-            f"over the strengths: {correlation(deviation, ood):+.2f}"
+            f"This is {method} at learning rate {lr:g}; the first row is {BASELINE}.\n"
+            f"Over the strengths, Pearson's r of deviation and OOD accuracy is {correlation(deviation, ood):+.2f}."
         )
         parts.append(table([line(config, runs[config]) | {"method": method} for config in found]))
     return "\n\n".join(parts)

@@ -169,8 +169,10 @@ def main() -> None:
     picture(rows, args.out / "linear.png")
     (args.out / "linear.md").write_text(
         f"# A linear model: {args.problems} random problems, {args.draws} draws of the noise\n\n"
-        f"Written by `python -m examples.linear.run --out {args.out}`, which states the setting and derives the bound. "
-        f"Losses are means over problems and draws, α's mean ± standard deviation over problems.\n\n{text}\n\n"
+        f"Written by `python -m examples.linear.run --out {args.out}`. Its docstring states the setting and "
+        "derives the bound.\n"
+        "Losses are means over problems and draws. Each α is a mean ± standard deviation over problems.\n\n"
+        f"{text}\n\n"
         "![losses and the best α](linear.png)\n"
     )
     print(f"\n{text}\n\npicture: {args.out / 'linear.png'}")

@@ -44,11 +44,12 @@ def write(rows: list[Row], further: list[Row], domain: str, folder: Path) -> str
     larger = at_larger_rate(grid)
     sections = [
         f"# Sentiment: fine-tuned on {domain}",
-        f"Made with torch {torch.__version__}, robustft_kernels {rft.__version__}. Accuracies in percent, mean ± "
-        f"standard deviation over seeds. ID is {domain}, OOD the mean of the other three. {noise(rows, many)}",
+        f"Made with torch {torch.__version__} and robustft_kernels {rft.__version__}.\n"
+        "Accuracies are in percent, as mean ± standard deviation over seeds.\n"
+        f"ID is {domain}. OOD is the mean of the other three.\n{noise(rows, many)}",
         f"## Each method at the setting that validation on {domain} chose, {many} seeds",
-        "The differences to AdamW on the same parameters (all, or LoRA's) are taken seed by seed, with a 95% interval "
-        "(t); one that holds 0 is noise.",
+        "The differences are to AdamW on the same parameters (all, or LoRA's). They are taken seed by seed, with a\n"
+        "95% interval (t). If it holds 0, the difference is noise.",
         table([differences(every, best, method) for method in best]),
         "## The same, domain by domain",
         table([

@@ -1,1 +1,1 @@
-"""What executes a step: the oracle in plain torch, and the doors to the native and the Triton kernels."""
+"""What executes a step: the reference in plain torch, and the doors to the native and the Triton kernels."""

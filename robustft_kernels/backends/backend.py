@@ -1,4 +1,4 @@
-"""What a backend tells of itself."""
+"""What a backend declares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class Backend:
 
     prepare: from a table of tensors to a function of their gradients.
     missing: why it is not ready on this machine, or "".
-    device_type: the type of device whose tensors it serves; "" for any.
-    dtypes: those that it serves; none for any.
-    keeps_addresses: whether a prepared step refers to memory by address, on the device. It then counts steps there,
-        reads hyper-parameters from tensors there, and is void when a tensor of the state has moved.
+    device_type: the type of device whose tensors it serves. "" is any.
+    dtypes: those that it serves. The empty set is any.
+    keeps_addresses: whether a prepared step refers to memory by address, on the device. It then counts steps there, and
+        reads hyper-parameters from tensors there. It is void when a tensor of the state has moved.
     not_chosen: why "auto" passes it over, or "".
     """
 

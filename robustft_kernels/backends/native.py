@@ -27,7 +27,7 @@ def prepare(table: StepTable) -> Run:
 
 
 def addresses(tensors: list[Tensor], out: Tensor) -> None:
-    """Writes where each tensor's memory begins to `out`, int64 on the CPU."""
+    """Writes the address of each tensor's memory to `out`, int64 on the CPU."""
     if _native is not None:
         _native.addresses(tensors, out)
     else:
@@ -35,7 +35,7 @@ def addresses(tensors: list[Tensor], out: Tensor) -> None:
 
 
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> bytes | None:
-    """As step.fingerprint has it, in C++; None without the extension."""
+    """What step.fingerprint describes, in C++. None without the extension."""
     return None if _native is None else _native.fingerprint(params, kept, addresses)
 
 

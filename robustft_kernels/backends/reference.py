@@ -1,8 +1,8 @@
 """The oracle: every step in plain torch, one tensor after the other, to be read beside the papers.
 
-Shares no code with a kernel. Runs on any device, never waits for it, and takes `arithmetic=torch.float64` to compute
-in double precision whatever the storage: measures are those of the weights as they are stored, so θ̃ is rounded to
-the parameter's dtype before it is measured, and float64 arithmetic does not hide that.
+It shares no code with a kernel. It runs on any device, and never waits for it. `arithmetic=torch.float64` computes in
+double precision, whatever the storage. Measures are those of the weights as they are stored. So θ̃ is rounded to the
+parameter's dtype before it is measured, and float64 arithmetic does not hide that.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ Measured = Mapping[str, Tensor]  # the measures by name, each with one number a 
 
 
 def adamw_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
-    """θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε); m, v and its maximum move in place.
+    """θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε). m, v and its maximum move in place.
 
-    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2; amsgrad: Reddi et al.,
-    ICLR 2018.
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2. amsgrad: Reddi et al., ICLR
+    2018.
     """
     assert t is not None
     m, v, v_max = kept["exp_avg"], kept["exp_avg_sq"], kept.get("max_exp_avg_sq")
@@ -36,9 +36,9 @@ def adamw_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | No
 
 
 def sgd_base(theta: Tensor, g: Tensor, kept: dict[str, Tensor], t: Tensor | None, h: Row) -> Tensor:
-    """θ̃ = θ − lr·b, with b ← μ·b + (1 − dampening)(g + wd·θ), at its first step g + wd·θ; b moves in place.
+    """θ̃ = θ − lr·b, with b ← μ·b + (1 − dampening)(g + wd·θ), at its first step g + wd·θ. b moves in place.
 
-    As torch.optim.SGD; Sutskever et al., ICML 2013.
+    As torch.optim.SGD. Sutskever et al., ICML 2013.
     """
     g, b = g + h["weight_decay"] * theta, kept.get("momentum_buffer")
     if b is None or t is None:
@@ -83,7 +83,7 @@ def shrink(ratio: Tensor, m: Measured, h: Row) -> Tensor:
 
 
 def spd(m: Measured, h: Row) -> Tensor:
-    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖, 0 when ‖c‖ = 0.
+    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖, or 0 when ‖c‖ = 0.
 
     Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
     """
@@ -97,7 +97,7 @@ def spd_rows(m: Measured, h: Row) -> Tensor:
 
 
 def within(n: Tensor, radius: float | Tensor) -> Tensor:
-    """α = min(1, radius/n); 1 when n is not finite."""
+    """α = min(1, radius/n), or 1 when n is not finite."""
     return torch.where((n > radius) & n.isfinite(), radius / n, 1.0)
 
 
@@ -112,7 +112,7 @@ def project_rows(m: Measured, h: Row) -> Tensor:
 
 
 def project_mars(m: Measured, h: Row) -> Tensor:
-    """α = min(1, radius/maxᵢ nᵢ), the same for all rows of a tensor; 1 when one is not finite. TPGM, Eq. 4."""
+    """α = min(1, radius/maxᵢ nᵢ), the same for all rows of a tensor, or 1 when one nᵢ is not finite. TPGM, Eq. 4."""
     n = row_norm(m)
     return within(n.max(), h["radius"]).expand_as(n) if len(n) else n
 
@@ -134,10 +134,11 @@ def segments(tensor: Tensor, rule: Rule) -> Tensor:
 
 
 def summands(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
-    """What each element adds to each of `MEASURES`: to ⟨g,d⟩, to the size of d, and to what the step u adds to that,
-    c = d + u.
+    """What each element adds to each of `MEASURES`: ⟨g,d⟩, the size of d, and what the step u adds to that size, c = d
+    + u.
 
-    Sizes are ‖·‖², so that the gain is ⟨u, 2d + u⟩; of rows Σ|·|, so that it is Σ(|c| − |d|), ±u when no sign changes.
+    If sizes are ‖·‖², the gain is ⟨u, 2d + u⟩. If they are Σ|·| of rows, it is Σ(|c| − |d|), which is ±u when no sign
+    changes.
     """
     if rule.measures == "magnitudes":
         before, gain = d.abs(), torch.where(u.abs() <= d.abs(), d.sign() * u, (d + u).abs() - d.abs())
@@ -155,8 +156,8 @@ def measure(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
 def penalty(d: Tensor, rule: Rule, h: Row) -> Tensor | float:
     """What the rule adds to the gradient at θ₀ + d.
 
-    Of ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3): strength·d. Of strength·maxᵢ nᵢ (Gouk et al., ICLR 2021,
-    Section 3): strength·sign(d) on the first row of largest nᵢ.
+    The penalty ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3) adds strength·d. The penalty strength·maxᵢ nᵢ
+    (Gouk et al., ICLR 2021, Section 3) adds strength·sign(d) on the first row of largest nᵢ.
     """
     if rule.penalty == "linear":
         return h["strength"] * d
@@ -177,8 +178,10 @@ def slope_of(g: Tensor, delta: Tensor) -> Tensor:
 def learn_radius(kept: Tensor, slope: Tensor, t: Tensor | None, h: Row) -> Tensor:
     """γ and its moments M, V after one step of Adam on the slope h.
 
-    h ← k·h when h > 0; M ← β₁M + (1−β₁)h; V ← β₂V + (1−β₂)h²; γ ← max(1e-8, γ − lr·M̂/(√V̂ + 1e-8)). The first step
-    sets γ to 1e-8; an h that is not finite leaves all as it is. FTP, NeurIPS 2023, Section 3.2 and Algorithm 1.
+    h ← k·h when h > 0; M ← β₁M + (1−β₁)h; V ← β₂V + (1−β₂)h²; γ ← max(1e-8, γ − lr·M̂/(√V̂ + 1e-8)).
+
+    The first step sets γ to 1e-8. An h that is not finite leaves all as it is. FTP, NeurIPS 2023, Section 3.2 and
+    Algorithm 1.
     """
     assert t is not None
     slope = torch.where(slope > 0, h["k"] * slope, slope)
@@ -199,19 +202,20 @@ LEARN = {"ftp": learn_radius}
 
 
 def mix(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer on the uint32 that an int64 holds."""
+    """MurmurHash3's finalizer, on the uint32 that an int64 holds."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | None, phase: int) -> Tensor:
-    """A bfloat16 neighbour of each value, the upper with the probability of the distance from the lower.
+    """A bfloat16 neighbour of each value. The upper one comes with the probability of the value's distance from the
+    lower.
 
-    Adds 16 random bits below the last bit that stays; they are a hash of seed, step, phase (0: θ̃, 1: the pull; 2 and 3:
-    the first moment and the second, of one hash the upper half and the lower) and the element's place in `param`'s
-    memory, so that a repeated run repeats them. Inf and nan stay. Gupta et al., "Deep Learning with Limited Numerical
-    Precision", ICML 2015, Section 3.
+    Adds 16 random bits below the last bit that stays. They are a hash of seed, step, phase and the element's place in
+    `param`'s memory, so a repeated run repeats them. Phase 0 is θ̃, and 1 is the pull. 2 and 3 are the first and the
+    second moment, which take the upper and the lower half of one hash. Inf and nan stay. Gupta et al., "Deep Learning
+    with Limited Numerical Precision", ICML 2015, Section 3.
     """
     count = torch.zeros((), dtype=torch.int64, device=param.device) if t is None else t.to(torch.int64)
     key = mix(mix(seed >> 32 ^ mix(count * 4 + min(phase, 2))) ^ (seed & 0xFFFFFFFF)).to(param.device)
@@ -226,7 +230,8 @@ def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | N
 
 
 def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor]:
-    """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows (indices of dimension 0; one row below two dimensions), in float64.
+    """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows, in float64. Rows are indices of dimension 0. Below two dimensions there
+    is one row.
 
     Gouk et al., "Distance-Based Regularisation of Deep Networks for Fine-Tuning", ICLR 2021, Section 3 (MARS).
     """
@@ -238,7 +243,7 @@ def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor
 
 
 class _Rounding:
-    """How a step's values become what `stored` can hold: rounded to nearest, or with a seed, stochastically."""
+    """Makes a step's values into what `stored` can hold. Rounds to nearest, or with a seed, stochastically."""
 
     def __init__(self, stored: Tensor, seed: int | None, t: Tensor | None) -> None:
         self.stored, self.t = stored, t
@@ -251,7 +256,7 @@ class _Rounding:
 
 
 class _Writer:
-    """Writes what a step found, or nothing where found_inf is set; never waits for the device to know."""
+    """Writes what a step found, or nothing if found_inf is set. Never waits for the device to know."""
 
     def __init__(self, found_inf: Tensor | None) -> None:
         self.found_inf = found_inf
@@ -270,7 +275,8 @@ def step_(
     found_inf: Tensor | None = None,
     arithmetic: torch.dtype | None = None,
 ) -> None:
-    """One step with its pull for every tensor of the table; in `arithmetic`, or what the tensor is computed in.
+    """One step with its pull for every tensor of the table. It computes in `arithmetic`, or in the tensor's own
+    arithmetic dtype.
 
     Without gradients, if the base needs none, ⟨g,d⟩ is nan.
     """
@@ -298,7 +304,7 @@ def _step_one(
     work = {key: kept.to(torch.float64 if key == rule.learns else dtype, copy=True) for key, kept in of.state.items()}
     theta = of.param.to(dtype)
     stored = of.param
-    if (master := of.state.get("master")) is not None:  # it counts as long as it is what the parameter shows
+    if (master := of.state.get("master")) is not None:  # it counts as far as the parameter shows it
         stored = master
         theta = torch.where(master.to(of.param.dtype) == of.param, master.to(dtype), theta)
     theta_0 = torch.zeros_like(theta) if of.anchor is None else of.anchor.to(dtype)

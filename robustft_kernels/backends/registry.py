@@ -1,6 +1,6 @@
 """The backends in a table, and the choice among them.
 
-To add one, write a module with a `Backend`, and name that in `BACKENDS`.
+To add one, write a module with a `Backend`, and add that to `BACKENDS`.
 """
 
 import warnings
@@ -17,7 +17,7 @@ BACKENDS: dict[str, Backend] = {  # the fastest first
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name, the fastest first, with "" if it is ready here, else why it is not.
+    """Each backend's name, the fastest first. The value is "" if it is ready here, else why it is not.
 
     "triton_tickets" is the form of "triton" that makes both sweeps in one launch.
     """
@@ -38,7 +38,8 @@ def objection_to(name: str, device: torch.device, dtypes: set[torch.dtype]) -> s
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError for an unknown backend, RuntimeError for one that is asked for by name and not ready here."""
+    """Raises ValueError for an unknown backend, and RuntimeError for one that is asked for by name and not ready
+    here."""
     if name != "auto" and name not in BACKENDS:
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"unknown backend {name!r}: choose one of {names}")
@@ -52,8 +53,8 @@ _warned: set[str] = set()
 def choose_backend(name: str, device: torch.device, dtypes: set[torch.dtype]) -> Backend:
     """The backend that serves tensors of these dtypes on this device.
 
-    "auto" takes the fastest. When that is the reference, a RuntimeWarning says why, once for each type of device.
-    Raises RuntimeError when a backend was asked for by name and cannot serve.
+    "auto" takes the fastest. If that is the reference, a RuntimeWarning says why, once for each type of device. Raises
+    RuntimeError if a backend was asked for by name and cannot serve.
     """
     if name != "auto":
         if objection := objection_to(name, device, dtypes):

@@ -1,4 +1,4 @@
-"""The door to the Triton kernels, on CUDA and ROCm tensors; in Triton's interpreter, on CPU tensors."""
+"""The door to the Triton kernels, which serve CUDA and ROCm tensors. In Triton's interpreter they serve CPU tensors."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from .native import addresses
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors, which is slow and for tests."""
+    """Whether Triton kernels run in its interpreter, on CPU tensors. That is slow, and meant for tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -26,7 +26,8 @@ def missing() -> str:
 
 
 def prepare(table: StepTable, *, tickets: bool) -> Run:
-    """The step of a table. tickets: in one launch. Raises ValueError naming the first tensor that does not fit."""
+    """The step of a table. tickets: whether in one launch. Raises ValueError naming the first tensor that does not
+    fit."""
     from ..triton_kernels.launch import PreparedStep
 
     run: Run = PreparedStep(table, addresses=addresses, tickets=tickets)

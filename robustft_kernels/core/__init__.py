@@ -1,1 +1,2 @@
-"""What a step is about: methods, bases, state, anchors, and which part of a tensor is here. Nothing here steps."""
+"""What a step works on: methods, bases, state, anchors, and which part of a tensor is here. Nothing here makes a
+step."""

@@ -1,5 +1,5 @@
-"""Where θ₀ lives: a copy of the weights at construction, nowhere (zero), a file, or tensors of the user's; on the
-parameters' device or in host memory."""
+"""Where θ₀ comes from: a copy of the weights at construction, zero (no memory), a file, or tensors of the user's. It is
+kept on the parameters' device or in host memory."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .memory import without_memory
 from .names import bare_name
 from .sharding import agree, local, version_of, whole
 from .state import is_dense, is_reachable, keep_anchor
@@ -38,17 +39,17 @@ def resolve(
 ) -> tuple[str, list[Tensor] | None]:
     """What a group's `anchor` means: its kind (of `KINDS`), and one tensor for each parameter.
 
-    spec: "initial" copies the weights as they are now; "zero", or None, keeps nothing; a path names a safetensors file,
-        its index, or the directory of either, and is mapped into memory, by `names`; a sequence is parallel to
-        `params`; a mapping goes by `names`. What is given is used as it is, and copied only if its memory layout,
-        `dtype` or `device` asks for it. It is never written.
-    anchored: whether the group's method needs them; if not, nothing is copied or read.
-    dtype: of the anchors; "exact" copies the weights in the smallest dtype that holds all of the group exactly, and
-        leaves what is given as it is; None is the parameter's.
-    device: None is the parameter's; "cpu" keeps them in host memory, pinned where a GPU is to read them.
+    spec: "initial" copies the weights as they are now. "zero", or None, keeps nothing. A path names a safetensors file,
+        its index, or the directory of either. It is mapped into memory, and goes by `names`. A sequence is parallel to
+        `params`. A mapping goes by `names`. What is given is used as it is, and never written. It is copied only if its
+        memory layout, `dtype` or `device` requires that.
+    anchored: whether the group's method needs them. If not, no weights are copied and no file is read.
+    dtype: of the anchors. "exact" copies the weights in the smallest dtype that holds all of the group exactly, and
+        leaves given anchors as they are. None is the parameter's.
+    device: None is the parameter's. "cpu" keeps them in host memory, pinned if a GPU is to read them.
 
-    Raises ValueError for an unknown word, a missing entry, or a tensor that cannot anchor its parameter; ImportError
-    for a file without safetensors.
+    Raises ValueError for an unknown word, a missing entry, or a tensor that cannot anchor its parameter. Raises
+    ImportError for a file without safetensors.
     """
     kind = "zero" if spec is None else spec if isinstance(spec, str) and spec in KINDS[:2] else "given"
     if kind == "zero" or (not anchored and (kind == "initial" or isinstance(spec, str | PathLike))):
@@ -59,7 +60,7 @@ def resolve(
         return kind, [keep_anchor(param, param, own, device, copy=True) for param, own in copies]
     if isinstance(spec, str | PathLike):
         kind, spec = "file", read(spec)
-    given = _by_name(spec, names) if isinstance(spec, Mapping) else _in_order(spec or (), params)
+    given = _by_name(spec, names) if isinstance(spec, Mapping) else in_order(spec or (), params)
     for anchor, param, label in zip(given, params, labels, strict=True):
         check_fits(anchor, param, label, anywhere=kind == "file" or device is not None)
         _check_apart(anchor, param, label)
@@ -70,7 +71,8 @@ def resolve(
 
 
 def exact_dtypes(params: Sequence[Tensor]) -> list[torch.dtype]:
-    """For each of these weights the smallest dtype that holds all of them exactly, if it is smaller than its own."""
+    """For each of these weights, the smallest dtype that holds all of them exactly. A weight whose own dtype is no
+    larger keeps it."""
     for dtype in NARROWER:
         wider = [param.detach() for param in params if param.dtype.itemsize > dtype.itemsize]
         if wider and agree(all(_holds(dtype, local(param)) for param in wider), wider):
@@ -79,7 +81,7 @@ def exact_dtypes(params: Sequence[Tensor]) -> list[torch.dtype]:
 
 
 def _holds(dtype: torch.dtype, param: Tensor) -> bool:
-    """Whether `dtype` holds these weights exactly; looked at piece by piece, until one does not fit."""
+    """Whether `dtype` holds these weights exactly. Looks at them piece by piece, until one does not fit."""
     flat = param.as_strided((param.numel(),), (1,)) if is_dense(param) else param.flatten()
     return all(torch.equal(piece.to(dtype).to(piece.dtype), piece) for piece in flat.split(PIECE))
 
@@ -98,14 +100,14 @@ def _asked(dtype: torch.dtype | str | None, param: Tensor) -> torch.dtype:
 
 
 def read(path: Path_) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, mapped into memory: their pages are the file's, read when they are
-    touched, and shared by all processes that map it.
+    """The tensors of a safetensors file by name, mapped into memory. Their pages are those of the file. They are read
+    when they are touched, and shared by all processes that map it.
 
     Args:
-        path: a `.safetensors` file; the `.index.json` of several; or a directory with a `model.safetensors` or its
-            index, as Hugging Face's `save_pretrained` makes it.
+        path: a `.safetensors` file, the `.index.json` of several, or a directory. The directory has a
+            `model.safetensors` or its index, as Hugging Face's `save_pretrained` makes it.
 
-    Raises FileNotFoundError, ValueError for what is no such file, ImportError without safetensors.
+    Raises FileNotFoundError, ValueError for what is no such file, and ImportError without safetensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -134,7 +136,7 @@ def read(path: Path_) -> dict[str, Tensor]:
     return tensors
 
 
-_digests = WeakTensorKeyDictionary()  # of anchors, with the version for which they hold
+_digests = WeakTensorKeyDictionary()  # of anchors, with the version that they are valid for
 
 
 def digest(anchor: Tensor) -> Tensor:
@@ -146,12 +148,12 @@ def digest(anchor: Tensor) -> Tensor:
         sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
         sha.update(content.data)
         known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
-    return known[1].clone()  # who loads a checkpoint in place writes what was handed out
+    return known[1].clone()  # a checkpoint that is loaded in place overwrites what was handed out
 
 
 def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor]:
-    """The entries of a mapping for these names, whatever wrappers have put into either. Other entries are passed over,
-    since a state dict has buffers and second names of tied weights."""
+    """The entries of a mapping for these names. What wrappers put into names does not count. Other entries are passed
+    over, since a state dict has buffers and second names of tied weights."""
     if names is None:
         raise ValueError("an anchor mapping needs named parameters: pass model.named_parameters() as params")
     bare = {bare_name(name): tensor for name, tensor in spec.items()}
@@ -161,8 +163,8 @@ def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor
 
 
 def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Anchor]:
-    """What each group has of an anchor that is given for all: the anchor itself, or its part of a list. A list is
-    parallel to the parameters of the groups without an anchor of their own.
+    """What each group gets of an anchor that is given for all groups: the anchor itself, or its part of a list. A list
+    is parallel to the parameters of the groups without an anchor of their own.
 
     Raises ValueError for a list of another length.
     """
@@ -179,7 +181,8 @@ def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Ancho
     return [list(islice(parts, n)) for n in counts]
 
 
-def _in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
+def in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """The anchors of a list. Raises ValueError when it is not parallel to the parameters."""
     given = list(spec)
     if len(given) != len(params):
         raise ValueError(f"{len(given)} anchors for {len(params)} parameters: a list of anchors is parallel to params")
@@ -187,7 +190,7 @@ def _in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
 
 
 def check_digest(anchor: Tensor | None, saved: Tensor, label: str) -> None:
-    """Raises ValueError where `anchor` is not what a checkpoint was made with."""
+    """Raises ValueError if `anchor` is not the one that a checkpoint was made with."""
     if anchor is None:
         raise ValueError(f"the checkpoint leaves the anchor of {label} to a file; make the optimizer with that anchor")
     if not torch.equal(digest(anchor), saved.cpu()):
@@ -195,7 +198,7 @@ def check_digest(anchor: Tensor | None, saved: Tensor, label: str) -> None:
 
 
 def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = False) -> None:
-    """Raises ValueError, or TypeError for no tensor, where `anchor` cannot be that of `param`, called `label`.
+    """Raises ValueError if `anchor` cannot be that of `param`, called `label`, and TypeError if it is no tensor.
     anywhere: whether it may still be on another device."""
     if not isinstance(anchor, Tensor):
         raise TypeError(f"the anchor of {label} is a {type(anchor).__name__}, not a tensor")
@@ -206,6 +209,8 @@ def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = Fa
             f"the anchor of {label} is on {anchor.device}, the parameter on {param.device}; move it there, or give "
             "anchor_device='cpu' to keep it in host memory"
         )
+    if what := without_memory(anchor):
+        raise ValueError(f"the anchor of {label} is {what}")
     if not anchor.is_floating_point():
         raise ValueError(f"the anchor of {label} is {anchor.dtype}; a floating-point tensor is needed")
 

@@ -1,4 +1,4 @@
-"""The base optimizers as the backends see them: hyper-parameters, state, and what a group asks of them."""
+"""The base optimizers as the backends see them: their hyper-parameters, their state, and what a group asks of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,14 +13,15 @@ from .ranges import BELOW_1, FINITE, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, check_
 Group = dict[str, Any]  # a parameter group, as torch.optim has it
 
 FLAGS = ("maximize", "anchored", "stochastic_rounding", "master_weights")
-STATE_DTYPES = (torch.float32, torch.bfloat16)  # that moments may have when the arithmetic is float32
+STATE_DTYPES = (torch.float32, torch.bfloat16)  # of the moments, if the arithmetic is float32
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group asks for, but for its numbers, which a schedule may change: a plan is made for it.
+    """What a group asks for, without the numbers that a schedule may change. A plan is made for it.
 
-    anchored: whether its parameters have an anchor, not zero. amsgrad, momentum: whether the base keeps that state.
+    anchored: whether its parameters have an anchor other than zero.
+    amsgrad, momentum: whether the base keeps that state.
     """
 
     rule: Rule
@@ -40,7 +41,7 @@ class GroupSpec:
 
 
 def spec_of(group: Mapping[str, Any]) -> GroupSpec:
-    """A group, resolved. Raises ValueError for an unknown method, or a norm that its method does not have."""
+    """The spec of a group. Raises ValueError for an unknown method, or a norm that its method does not have."""
     return GroupSpec(
         rule_of(group["method"], group["norm"]),
         is_anchored(group),
@@ -56,11 +57,11 @@ def spec_of(group: Mapping[str, Any]) -> GroupSpec:
 
 
 def is_anchored(group: Mapping[str, Any]) -> bool:
-    """Whether the parameters of a group have anchors, and those are not zero."""
+    """Whether the parameters of a group have anchors other than zero."""
     return method_of(group["method"]).anchored and group["anchor"] != "zero"
 
 
-Needed = Callable[[GroupSpec, torch.dtype], bool]  # whether a parameter of a group and of this dtype has something
+Needed = Callable[[GroupSpec, torch.dtype], bool]  # whether a parameter of this dtype, in this group, keeps something
 
 
 def _has_master(spec: GroupSpec, dtype: torch.dtype) -> bool:
@@ -71,7 +72,8 @@ def _has_master(spec: GroupSpec, dtype: torch.dtype) -> bool:
 class Base:
     """A base optimizer, as the backends see it.
 
-    own: its own hyper-parameters. moments: the moments it keeps for a parameter, and by which each is needed.
+    own: its own hyper-parameters.
+    moments: the moments that it keeps for a parameter, and when each is needed.
     counted: which parameters keep a step count.
     moves: whether it makes a step at all.
     """
@@ -89,7 +91,7 @@ class Base:
 
     @property
     def state(self) -> dict[str, Needed]:
-        """The tensors that it and the methods keep for a parameter, and by which each is needed."""
+        """The tensors that it and the methods keep for a parameter, and when each is needed."""
         return {**self.moments, **(_KEPT if self.moves else {"master": _has_master})}
 
 
@@ -114,14 +116,16 @@ SGD = Base(
     moments={"momentum_buffer": lambda spec, _: spec.momentum},
     counted=lambda spec, _: spec.momentum or spec.rule.tracks or spec.stochastic_rounding,
 )
-# θ̃ = θ: measures or pulls alone. Gradients may be left out, and ⟨g,d⟩ is then nan. It counts no steps, but its random
+# θ̃ = θ: it only measures or pulls. Gradients may be left out, and ⟨g,d⟩ is then nan. It counts no steps. Its random
 # bits are those of the step before it.
 NO_STEP = Base("no_step", own=("lr",), moments={}, counted=lambda spec, _: spec.stochastic_rounding, moves=False)
 BASES = (ADAMW, SGD, NO_STEP)
+KEPT = {key for base in BASES for key in base.state} | {"step", "anchor"}  # a user may keep more of a parameter
 
 
 def hyper_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> dict[str, Any]:
-    """The hyper-parameters of a group by their columns, as numbers, flags or tensors: the one road that they take.
+    """The hyper-parameters of a group by their columns, as numbers, flags or tensors. All of them reach the backends
+    this way.
 
     What neither the base nor the rule reads is 0. Raises ValueError when the rule reads a radius that is not above 0.
     """
@@ -163,7 +167,8 @@ def check_hyper(group: Group) -> None:
 
 
 def spec_of_hyper(base: Base, values: Mapping[str, float], rule: str) -> GroupSpec:
-    """What a row of hyper-parameters and the name of a rule say. Raises ValueError for an unknown rule."""
+    """The spec that a row of hyper-parameters and the name of a rule stand for. Raises ValueError for an unknown
+    rule."""
     if rule not in RULES:
         raise ValueError(f"robustft: there is no rule {rule!r}; the rules are {', '.join(RULES)}")
     anchored, amsgrad, momentum, stochastic_rounding, master_weights = (
@@ -177,7 +182,8 @@ DTYPE_OPTIONS = ("state_dtype", "anchor_dtype")  # of a group
 
 
 def as_dtype(key: str, value: Any) -> Any:
-    """The dtype of an option that may be given by name, "bfloat16"; "exact", None and dtypes as they are.
+    """The dtype of an option that may be given by name, such as "bfloat16". Leaves "exact", None and dtypes as they
+    are.
 
     Raises ValueError for a text that names no dtype.
     """
@@ -200,13 +206,16 @@ def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def delta_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of FTP's c. It serves as a direction, for which bfloat16 is enough, with the range of float32."""
+    """The dtype of FTP's c. It serves as a direction, and bfloat16 is enough for that. It has the range of float32."""
     return torch.float64 if dtype == torch.float64 else torch.bfloat16
 
 
 def state_dtype_of(key: str, dtype: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the state `key` of a parameter of `dtype`: learned numbers in float64, master weights in float32,
-    the delta in bfloat16, moments in `state_dtype`; delta and moments of float64 parameters in float64."""
+    """The dtype of the state `key` of a parameter of `dtype`.
+
+    Learned numbers are in float64, master weights in float32, the delta in bfloat16, moments in `state_dtype`. For
+    float64 parameters, delta and moments are in float64.
+    """
     if key in LEARNED:
         return torch.float64
     if key == "delta":

@@ -1,4 +1,4 @@
-"""What the state dicts of this package share: names, groups, anchors; how they are saved, checked and loaded."""
+"""What the state dicts of this package share: names, groups and anchors, and how they are saved, checked and loaded."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,10 +22,10 @@ def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> Non
 
 
 def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anchors: bool) -> Group:
-    """A saved group with those of our `keys` that it lacks. Raises ValueError when its parameter names differ.
+    """A saved group, with those of our `keys` that it lacks added. Raises ValueError when its parameter names differ.
 
     has_anchors: whether the checkpoint has anchors of its parameters. If not, those that are here stay, and so does
-    their kind.
+        their kind.
     """
     check_names(group.get("param_names"), saved.get("param_names"))
     merged = {**{key: group[key] for key in keys}, **saved}
@@ -38,7 +38,8 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
 
 
 def plain_group(group: Group) -> Group:
-    """A group to be saved, with its dtypes by name: torch.distributed.checkpoint takes numbers, text and tensors."""
+    """A group to be saved, with its dtypes by name. torch.distributed.checkpoint takes only numbers, text and
+    tensors."""
     texts = {
         key: str(group[key]).removeprefix("torch.") for key in DTYPE_OPTIONS if isinstance(group.get(key), torch.dtype)
     }
@@ -50,8 +51,9 @@ def with_anchor(
 ) -> dict[str, Any]:
     """One parameter's saved state with its anchor.
 
-    how: True for the tensor, "digest" for its SHA-256, or False. own: whether the tensor is the optimizer's. If it is
-    the user's, the state has a copy, since torch.distributed.checkpoint loads into the tensors that it finds.
+    how: True for the tensor, "digest" for its SHA-256, or False.
+    own: whether the tensor is the optimizer's. If it is the user's, the state gets a copy. torch.distributed.checkpoint
+        loads into the tensors that it finds.
     """
     bare = without_anchor(saved)
     if anchor is None or how is False:
@@ -67,19 +69,20 @@ def without_anchor(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's saved state without what torch.distributed.checkpoint did not find, for which it has {}."""
+    """One parameter's saved state without what torch.distributed.checkpoint did not find. It puts {} in those
+    places."""
     missing = [key for key, value in saved.items() if value is None or (isinstance(value, dict) and not value)]
     return {key: value for key, value in saved.items() if key not in missing}
 
 
 def check_saved(param: Tensor, label: str, saved: Mapping[str, Any], present: Tensor | None) -> None:
-    """Raises ValueError when one parameter's saved state cannot be loaded: tensors of another shape, or the digest of
-    another anchor than the one that is `present`."""
+    """Raises ValueError if one parameter's saved state cannot be loaded. Either a tensor has another shape, or the
+    digest is of another anchor than the one that is `present`."""
     check_loadable(param, label, saved)
     if "anchor_digest" in saved:
         check_digest(present, saved["anchor_digest"], label)
 
 
 def loaded_anchor(param: Tensor, anchor: Tensor) -> Tensor:
-    """A copy of a saved anchor beside its parameter, in the dtype that it has."""
+    """A copy of a saved anchor in its parameter's memory layout, in the dtype that it has."""
     return copy_beside(param, anchor)

@@ -16,8 +16,11 @@ from .methods import RESULTS, Rule
 class StepTensors:
     """One parameter of a step, with all that belongs to it. What it does not have is None, or not in `state`.
 
-    row: its group's row of hyper-parameters. state: moments, "delta", learned numbers and "master", by their keys.
-    step: the count of its steps, a float32. seed: of its random bits. label: its name in messages.
+    row: its group's row of hyper-parameters.
+    state: moments, "delta", learned numbers and "master", by their keys.
+    step: the count of its steps, a float32.
+    seed: of its random bits.
+    label: its name in messages.
     """
 
     spec: GroupSpec
@@ -55,12 +58,12 @@ class StepTensors:
 class StepTable:
     """All tensors of a step on one device. The tensors of a group are neighbours.
 
-    hyper: float64 on the CPU, a row a group, with the columns `Base.hyper`.
-    results: float64, a row a segment in the order of the tensors, with the columns `methods.RESULTS`. The step writes
-        it: nan when the rule measures nothing, and one more in the last when α ≠ 1.
-    alphas: float64, one a segment. The step writes them, or reads them when the rule is given its α.
+    hyper: float64 on the CPU, one row a group, with the columns `Base.hyper`.
+    results: float64, one row a segment in the order of the tensors, with the columns `methods.RESULTS`. The step writes
+        the measures, or nan if the rule measures nothing. It adds one to the last column when α ≠ 1.
+    alphas: float64, one a segment. The step writes them, or reads them if the rule is given its α.
     live: tensors on the device that hold hyper-parameters, by their place in the flat `hyper`. Backends that keep
-        addresses read them at each step; the others take none.
+        addresses read them at each step. The others take none.
     """
 
     base: Base
@@ -106,9 +109,9 @@ class Run(Protocol):
     def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """One step, with gradients divided by `grad_scale`. Writes nothing when `found_inf` is not 0.
 
-        A base that makes no step takes an empty list too; ⟨g,d⟩ is then nan.
+        A base that makes no step takes an empty list too, and ⟨g,d⟩ is then nan.
         """
 
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
-        """Σ g² over all gradients: a float64 on their device, for which the host does not wait."""
+        """Σ g² over all gradients: a float64 on their device. The host does not wait for it."""
         ...

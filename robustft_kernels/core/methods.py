@@ -1,7 +1,7 @@
-"""The table of methods, and of the rules by which they choose α: all that any backend must know of them.
+"""The table of methods, and of the rules by which they choose α. A backend need not know more of them.
 
 Every method is base step → measure → decide α → pull, θ ← θ₀ + α(θ̃ − θ₀). A method names a rule for each norm. A rule
-declares facts; its formula is a function of the same name in every backend.
+declares facts. Its formula is a function of the same name in every backend.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +10,11 @@ from textwrap import fill
 from typing import TypeVar
 
 NORMS = ("l2", "mars", "mars_rows")
-# The sums over a segment that a step can measure. Of the step from d to c: ⟨g,d⟩; the size of d; the size of c less
-# that of d, without cancellation.
+# The sums over a segment that a step from d to c can measure: ⟨g,d⟩, the size of d, and the size of c less that of d,
+# without cancellation.
 MEASURES = ("grad_dot_delta", "before", "gain")
-RESULTS = (*MEASURES, "selected")  # what a step leaves of a segment; the last counts the steps with α ≠ 1
-# States of a few float64 numbers that a rule learns, by their keys in the state. The first number is the radius.
+RESULTS = (*MEASURES, "selected")  # what a step leaves of a segment. The last counts the steps with α ≠ 1
+# What a rule learns, by the key in the state: a few float64 numbers, of which the first is the radius.
 LEARNED = {"radius_state": ("radius", "exp_avg", "exp_avg_sq")}
 METHOD_HYPER = ("strength", "radius", "k", "radius_lr", "radius_beta1", "radius_beta2")  # what rules may read
 
@@ -24,12 +24,12 @@ class Rule:
     """The facts of a rule.
 
     pulls: whether α can be other than 1.
-    measures: "squares" (the size of a segment is ‖·‖²), "magnitudes" (it is Σ|·|), or "": α is known before the step.
-    by_rows: whether segments are rows, the indices of dimension 0; if not, they are whole tensors.
+    measures: what the size of a segment is: "squares" (‖·‖²) or "magnitudes" (Σ|·|). "" if α is known before the step.
+    by_rows: whether segments are rows, the indices of dimension 0. If not, they are whole tensors.
     compares: whether α depends on what was before the step, and not on c alone. Around the step of another optimizer,
         such a rule measures twice. Needed by each rule that measures, pulls and surveys nothing.
-    half: the rule that measures and keeps as much, and decides nothing. Over processes it makes the step, and α is
-        decided when the sums of all shards are there. Needed by each rule that measures and pulls, or surveys.
+    half: the rule that measures and keeps as much, and decides nothing. Over processes it makes the step. α is decided
+        once the sums of all shards are there. Needed by each rule that measures and pulls, or surveys.
     tied: whether all rows of a tensor share one α, that of the largest row.
     given: whether the caller gives α.
     surveys: what must be known of all rows before the step: "slope" (of the last delta), "largest_row", or "".
@@ -61,12 +61,12 @@ class Rule:
 
     @property
     def crosses_rows(self) -> bool:
-        """Whether a step must take the tensor row by row."""
+        """Whether a step must process the tensor row by row."""
         return self.by_rows or bool(self.surveys)
 
     @property
     def pull_half(self) -> str:
-        """The rule of the other half: it pulls such segments by an α that is given."""
+        """The rule of the other half, which pulls such segments by a given α."""
         return "given_rows" if self.by_rows else "given"
 
     @property
@@ -83,8 +83,8 @@ class Rule:
 class Method:
     """How one method chooses α.
 
-    rules: the rule for each norm that the method can measure with; the first is its own.
-    formula, source: as docstrings have them; d = θ − θ₀, c = θ̃ − θ₀, nᵢ = Σ|cᵢ| of row i.
+    rules: the rule for each norm that the method can measure with. The first norm is its default.
+    formula, source: as docstrings have them, with d = θ − θ₀, c = θ̃ − θ₀, nᵢ = Σ|cᵢ| of row i.
     anchored: whether the method needs θ₀ at all.
     """
 

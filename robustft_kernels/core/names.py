@@ -11,7 +11,7 @@ def unwrapped(name: str, wrappers: Collection[str] = WRAPPERS) -> str:
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it, `module.` in front included, which DDP adds."""
+    """A parameter's name without what wrappers put into it. `module.` in front, which DDP adds, goes too."""
     parts = unwrapped(name).split(".")
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]

@@ -1,4 +1,4 @@
-"""The ranges of numbers that a user gives: one check, one way to say what is allowed."""
+"""The ranges of numbers that a user gives. There is one check, and one way to say what is allowed."""
 
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -9,9 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`. above, below: whether that end itself is left out. finite: whether infinity is.
+    """The numbers from `low` to `high`. nan is in no range.
 
-    nan is in no range.
+    above, below: whether that end itself is left out.
+    finite: whether infinity is left out.
     """
 
     low: float = 0
@@ -39,9 +40,10 @@ FINITE = Range(low=-inf)
 
 
 def check_number(name: str, value: Any, within: Range, needed_by: str = "", *, read: bool = True) -> None:
-    """Raises ValueError naming the argument when `value` is not one number of the range.
+    """Raises ValueError naming the argument if `value` is not one number of the range.
 
-    needed_by: who needs it, if None is no choice. read: whether to read a tensor, for which the host waits.
+    needed_by: what needs the number. The message says so if `value` is None.
+    read: whether to read a tensor, which makes the host wait.
     """
     if value is None and needed_by:
         raise ValueError(f"{needed_by} needs {name}, {within}")

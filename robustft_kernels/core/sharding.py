@@ -1,5 +1,5 @@
-"""Parameters that are spread over processes: DTensor, as FSDP2 and tensor parallelism make them. Which part of each
-is here, and what its segments come to over all parts."""
+"""Parameters that are spread over processes: DTensor, as FSDP2 and tensor parallelism make them. This module tells
+which part of each is here, and sums over all parts."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Changes when the elements that are here are written in place."""
+    """A number that changes when the elements that are here are written in place."""
     here = local(tensor)
     return 0 if here.is_inference() else here._version
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same elements in memory: for DTensors, in the memory of what is here."""
+    """Whether two tensors are the same elements in memory. For DTensors, it compares the parts that are here."""
     if a is b:
         return True
     alike = a.shape == b.shape and a.dtype == b.dtype and is_dtensor(a) == is_dtensor(b)
@@ -30,19 +30,24 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor; imports nothing to know."""
+    """Whether it is a DTensor. Imports nothing to know that."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flat_part(param: Tensor) -> bool:
+    """Whether it is a part of FSDP1's flat parameters, in which a process has a stretch of some of them."""
+    return bool(getattr(param, "_fsdp_flattened", False)) or type(param).__name__ == "FlatParameter"
+
+
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether of any of them there may be another part elsewhere."""
+    """Whether another process may have another part of any of them."""
     return any(is_dtensor(t) and any(not p.is_replicate() for p in t.placements) for t in tensors)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that is here, in its own memory; any other tensor itself."""
+    """The part of a DTensor that is here, in its own memory. Any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
     here: Any = tensor.to_local()  # type: ignore[attr-defined]
@@ -51,7 +56,8 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
-    """`tensor`, a whole one on every process or a DTensor, spread as `param` is; the parts of a whole one are views."""
+    """`tensor` spread as `param` is. It comes whole on every process, or as a DTensor. The parts of a whole one are
+    views."""
     if not is_dtensor(param):
         return whole(tensor)
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -65,12 +71,12 @@ def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts, in every process that has one."""
+    """A tensor with all its parts, in every process that has a part."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def agree(flag: bool, params: Iterable[Tensor]) -> bool:
-    """Whether a flag is set in all processes that have a part of any of these."""
+    """Whether a flag is set in all processes that have a part of any of these tensors."""
     for mesh in _meshes(params):
         value = torch.tensor(float(flag), device=mesh.device_type)
         _reduce(value, mesh, "MIN")
@@ -79,7 +85,7 @@ def agree(flag: bool, params: Iterable[Tensor]) -> bool:
 
 
 def any_infinite(found_inf: Tensor, params: Iterable[Tensor]) -> Tensor:
-    """`found_inf` as the processes that have parts or replicas of these have it together."""
+    """`found_inf`, combined over the processes that have parts or replicas of these parameters."""
     found_inf = local(found_inf).clone()
     for mesh in dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)):  # type: ignore[attr-defined]
         _reduce(found_inf, mesh, "MAX")
@@ -87,13 +93,14 @@ def any_infinite(found_inf: Tensor, params: Iterable[Tensor]) -> Tensor:
 
 
 def total(squares: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-    """The sum over all parts of all tensors, from what each part here comes to; one all-reduce a mesh."""
+    """The sum over all parts of all tensors, from the sums over the parts that are here. There is one all-reduce a
+    mesh."""
     weights = [_weight(param) for param in params]
     stacked = torch.stack(list(squares)).double() * torch.tensor(weights, dtype=torch.float64).to(squares[0].device)
     sums = torch.zeros((), dtype=torch.float64, device=stacked.device)
     meshes = _meshes(params)
     for mesh in meshes:
-        on_mesh = [k for k, param in enumerate(params) if _mesh_of(param) is mesh]
+        on_mesh = [k for k, param in enumerate(params) if _mesh_of(param) == mesh]  # equal ones may be apart
         part = stacked[on_mesh].sum()
         _reduce(part, mesh, "SUM")
         sums = sums + part
@@ -102,11 +109,12 @@ def total(squares: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 class Segments:
-    """The segments of tensors some of which are spread, under a rule each.
+    """The segments of tensors some of which are spread, each tensor under its own rule.
 
-    counts: how many each tensor has, over all its parts. here: how many of them this process has a part of.
+    counts: how many segments each tensor has, over all its parts.
+    here: how many of them this process has a part of.
 
-    A row may lie here whole or in part; a tensor that is no DTensor is here whole, and the same in every process.
+    A row may be here whole or in part. A tensor that is no DTensor is here whole, and the same in every process.
     """
 
     def __init__(self, params: Sequence[Tensor], rules: Sequence[Rule]) -> None:
@@ -127,8 +135,8 @@ class Segments:
         self._all_of_one = len(by_mesh) == 1
 
     def whole(self, parts: Tensor) -> Tensor:
-        """From the sums over what is here, [segments here, k] in float64, those over all parts, [segments, k]: one
-        all-reduce a mesh, packed. The same bits in every process."""
+        """The sums over all parts, [segments, k], from the sums over what is here, [segments here, k] in float64. There
+        is one packed all-reduce a mesh. Every process gets the same bits."""
         sums = parts.new_zeros(sum(self.counts), parts.shape[1])
         sums[self._places] = parts * self._weights
         for mesh, of_mesh in self._spread:
@@ -141,17 +149,17 @@ class Segments:
         return sums
 
     def parts(self, whole: Tensor) -> Tensor:
-        """Of what is known of all segments that of those here."""
+        """What is known of the segments here, from what is known of all segments."""
         return whole[self._places]
 
 
 def placement_of(tensor: Tensor) -> object:
-    """What tells how a DTensor is spread; None of another tensor."""
+    """How a DTensor is spread, in a form to compare. None for any other tensor."""
     return (id(tensor.device_mesh), tensor.placements) if is_dtensor(tensor) else None  # type: ignore[attr-defined]
 
 
 def _mesh_of(param: Tensor) -> "DeviceMesh | None":
-    """The mesh that a parameter is spread over; None where all of it is here."""
+    """The mesh that a parameter is spread over. None if all of it is here."""
     return param.device_mesh if any_sharded([param]) else None  # type: ignore[attr-defined]
 
 
@@ -160,7 +168,7 @@ def _meshes(params: Iterable[Tensor]) -> "list[DeviceMesh]":
 
 
 def _weight(param: Tensor) -> float:
-    """1 if what is here counts, 0 if it is a replica of what counts elsewhere."""
+    """1 if what is here counts. 0 if it is a replica of what counts in another process."""
     if _mesh_of(param) is None:
         return 1.0
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
@@ -174,7 +182,7 @@ def _weight(param: Tensor) -> float:
 
 
 def _first_row(param: Tensor) -> int:
-    """The place of the first row here among all."""
+    """The index of the first row here among all rows."""
     if _mesh_of(param) is None:
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -184,7 +192,7 @@ def _first_row(param: Tensor) -> int:
 
 
 def _reduce(values: Tensor, mesh: "DeviceMesh", how: str) -> None:
-    """An all-reduce over a mesh, in place: one, where it is the whole world or has one dimension."""
+    """An all-reduce over a mesh, in place. A single one does it if the mesh is the whole world or has one dimension."""
     import torch.distributed as dist
 
     if mesh.size() == 1:

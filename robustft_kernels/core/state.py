@@ -1,12 +1,14 @@
 """What outlives a step: the tensors that a parameter keeps, their dtypes and layouts, and how they are loaded."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bases import Base, GroupSpec, state_dtype_of, state_shape_of
+from .bases import KEPT, Base, GroupSpec, state_dtype_of, state_shape_of
+from .memory import is_lazily_read
 from .methods import LEARNED
 from .sharding import local, placed_as, placement_of, same_memory
 
@@ -25,14 +27,19 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether equal offsets in memory hold equal indices; strides of dimensions of size 1 do not matter."""
+    """Whether equal offsets in memory hold equal indices. Strides of dimensions of size 1 do not matter."""
     strides = zip(a.stride(), b.stride(), a.shape, strict=True)
     return a.numel() == 0 or all(p == q for p, q, size in strides if size != 1)
 
 
 def beside(param: Tensor, value: Tensor) -> Tensor:
-    """`value` on `param`'s device in its memory layout: itself where it is so already, else a copy."""
-    if value.device == param.device and same_layout(value, param) and placement_of(value) == placement_of(param):
+    """`value` on `param`'s device in its memory layout: itself if it is so already, else a copy."""
+    if (
+        not is_lazily_read(value)
+        and value.device == param.device
+        and same_layout(value, param)
+        and placement_of(value) == placement_of(param)
+    ):
         return value
     return copy_beside(param, value)
 
@@ -44,20 +51,25 @@ def copy_beside(param: Tensor, value: Tensor, dtype: torch.dtype | None = None) 
 
 
 def is_reachable(anchor: Tensor, param: Tensor) -> bool:
-    """Whether a step on `param` can read `anchor` where it is: on its device, or in host memory pinned for it."""
+    """Whether a step on `param` can read `anchor` where it lies: on its device, or in host memory pinned for it."""
     return anchor.device == param.device or (anchor.device.type == "cpu" and anchor.is_pinned())
 
 
 def keep_anchor(
     param: Tensor, anchor: Tensor, dtype: torch.dtype | None, device: str | None, *, copy: bool = False
 ) -> Tensor:
-    """`anchor` in `param`'s memory layout, on its device (None) or in host memory ("cpu"), pinned where a GPU is to
-    read it, and of `dtype` (None: its own); itself where it is so already, else, or with `copy`, a copy."""
+    """`anchor` in `param`'s memory layout and of `dtype` (None: its own). It is itself if it is so already, else, or
+    with `copy`, a copy.
+
+    device: None is the parameter's. "cpu" is host memory, pinned if a GPU is to read it.
+    """
     dtype = dtype or anchor.dtype
     there = param.device if device is None else torch.device(device)
     pin = there.type == "cpu" and param.device.type == "cuda"
     anchor = placed_as(anchor, param)
-    fits = anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
+    fits = (
+        not is_lazily_read(anchor) and anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
+    )
     if fits and not copy and (not pin or anchor.is_pinned()):
         return anchor
     kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
@@ -65,7 +77,8 @@ def keep_anchor(
 
 
 def weights_of(param: Tensor, kept: ParamState) -> Tensor:
-    """What the next step begins from: the master, where the parameter still shows it."""
+    """What the next step begins from: the master, as far as the parameter still shows it. Elsewhere the parameter
+    counts."""
     master = kept.get("master")
     return param if master is None else torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
@@ -92,7 +105,7 @@ def fill_state(param: Tensor, kept: ParamState, base: Base, spec: GroupSpec, ste
         else:
             kept[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             if key == "momentum_buffer":
-                kept.pop("step", None)  # it counts the updates of the buffer
+                kept.pop("step", None)  # it counts the updates of the buffer, which is new
     if base.counted(spec, param.dtype):
         count = kept.get("step", torch.zeros((), dtype=torch.float32, device=steps_on))
         kept["step"] = count.to(steps_on)
@@ -101,10 +114,12 @@ def fill_state(param: Tensor, kept: ParamState, base: Base, spec: GroupSpec, ste
 
 
 def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
-    """Raises ValueError when a saved tensor does not have the shape that this parameter's has."""
+    """Raises ValueError if a saved tensor does not have the shape that this parameter's state has."""
     for key, value in saved.items():
+        if key not in KEPT - {"step"} and key != "anchor_digest":
+            continue
         expected = (DIGEST_BYTES,) if key == "anchor_digest" else state_shape_of(key, param)
-        if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != expected:
+        if isinstance(value, Tensor) and tuple(value.shape) != expected:
             raise ValueError(
                 f"loaded state {key!r} of {label} has shape {tuple(value.shape)}, the parameter's is {expected}: "
                 "the checkpoint belongs to another model, or its parameters come in another order"
@@ -119,7 +134,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tensor | None) -> ParamState:
     """A copy of one parameter's saved state, in the dtypes that are kept here. The anchor keeps the dtype in which it
-    was saved. If it equals `present`, the anchor that is here, that one stays, so that a move does not double it.
+    was saved. If it equals `present`, the anchor that is here, that one stays. So a move does not double it.
 
     Takes what torch.optim saves: bfloat16 moments, absent buffers, buffers without a step count.
     """
@@ -135,10 +150,10 @@ def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tens
             loaded[key] = present
         elif key == "anchor":
             loaded[key] = keep_anchor(param, value, None, spec.anchor_device, copy=True)
-        elif isinstance(value, Tensor) and value.is_floating_point():
+        elif key in KEPT:
             loaded[key] = copy_beside(param, value, state_dtype_of(key, param.dtype, spec.state_dtype))
-        else:
-            loaded[key] = value
+        else:  # a user's own
+            loaded[key] = value.to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
     if "momentum_buffer" in loaded:
         loaded.setdefault("step", torch.ones((), dtype=torch.float32, device="cpu"))
     return loaded

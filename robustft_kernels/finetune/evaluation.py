@@ -1,4 +1,4 @@
-"""Evaluating a model in the middle of its training: batches one after the other, and everything left as it was."""
+"""Evaluating a model in the middle of its training: batches one after the other, and everything restored afterwards."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Feed:
-    """The next of some batches, over and over. It goes on where it was as long as it is asked for the same object.
+    """Hands out batches one by one, and begins again at their end. Given the same object, it goes on where it was.
 
-    taken: how many have come since they were begun; where a list or tuple is gone on with at first.
+    taken: how many batches it has handed out since it began. If the first object is a list or tuple, it starts there.
     """
 
     def __init__(self, taken: int = 0) -> None:
@@ -20,7 +20,7 @@ class Feed:
         self._left: Iterator[Any] = iter(())
 
     def next(self, batches: Iterable[Any]) -> Any:
-        """Raises ValueError where there is no batch, or none any more."""
+        """The next batch. Raises ValueError if there is none, or none any more."""
         indexed = isinstance(batches, list | tuple)
         if batches is not self._source:
             self.taken = self.taken if indexed and self._source is None else 0
@@ -44,8 +44,8 @@ class Feed:
 
 @contextmanager
 def as_found(model: nn.Module | None, params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields copies of `params`; at the end these, training flags, buffers and torch's random states become what they
-    were."""
+    """Yields copies of `params`. At the end it restores the params, training flags, buffers and torch's random
+    states."""
     modules = [] if model is None else [(m, m.training, dict(m._buffers)) for m in model.modules()]
     buffers = [b for _, _, own in modules for b in own.values() if b is not None and not _is_expanded(b)]
     values = [buffer.detach().clone() for buffer in buffers]
@@ -72,7 +72,7 @@ def as_found(model: nn.Module | None, params: list[Tensor]) -> Iterator[list[Ten
 
 
 def evaluation_mode(model: nn.Module | None) -> None:
-    """Sets the flags one by one: `train()` and `eval()` of some modules move weights."""
+    """Sets the flags one by one, because `train()` and `eval()` of some modules move weights."""
     for module in () if model is None else model.modules():
         module.training = False
 

@@ -1,4 +1,4 @@
-"""The choices of parameters that robust fine-tuning is compared with, as groups for any optimizer, names included."""
+"""The choices of parameters that robust fine-tuning is compared with, as groups for any optimizer, with names."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..core.names import WRAPPERS, unwrapped
 from ..core.ranges import NOT_NEGATIVE, Range, check_number
 
-# A module of the model, the name of one (or of a parameter), or several of either.
+# A module of the model, the name of a module or parameter, or several of either.
 Part = str | nn.Module | Iterable[str | nn.Module]
 Group = dict[str, Any]
 Options = Mapping[str, Any]
@@ -25,26 +25,26 @@ _WRAPPERS = {"module", *WRAPPERS}  # DDP's too
 def linear_probe(
     model: nn.Module, head: Part, *, freeze: bool = True, head_options: Options | None = None
 ) -> list[Group]:
-    """[head]: one group, of the parameters of `head`. The first half of LP-FT.
+    """[head]: one group, with the parameters of `head`. The first half of LP-FT.
 
-    A group is a new dict of `params`, a list of (name, parameter) as `model.named_parameters()` has them, and the
-    options given for it. Any torch.optim optimizer takes the list and keeps the names; torch's own then hold these very
-    dicts, so make new ones for a second optimizer.
+    A group is a new dict. It holds `params`, a list of (name, parameter) as `model.named_parameters()` has them, and
+    the options given for it. Any torch.optim optimizer takes the list and keeps the names. torch's own optimizers then
+    hold these very dicts, so make new ones for a second optimizer.
 
     Args:
-        head: a module of the model, the name of a module or parameter, or several of either. Names end at dots, and
-            wrappers' parts of them (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`) may be left out.
-        freeze: whether to set requires_grad: True in the groups, False everywhere else, so that no gradient is
-            computed there. `keep_requires_grad` brings the flags back. If not, no flag is touched, and the groups
-            have the same parameters whatever their flags. Batch-norm statistics are no parameters: in training mode
-            they move on in either case.
+        head: a module of the model, the name of a module or parameter, or several of either. A name matches whole
+            components. Wrappers' parts of names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`) may be left out.
+        freeze: whether to set requires_grad: True in the groups, False everywhere else, so that no gradient is computed
+            there. `keep_requires_grad` brings the flags back. If not, no flag is touched, and the groups have the same
+            parameters whatever their flags. Batch-norm statistics are no parameters: in training mode they move in
+            either case.
         head_options: further keys of the group, such as lr.
 
-    A parameter that the head shares with the rest of the model is the head's.
+    If the head shares a parameter with the rest of the model, it belongs to the head.
 
     Raises:
-        ValueError: a name that matches nothing, a module that is not of the model or has no parameters, nothing but
-            the head in the model, or an option that the group has already. No flag is changed where one is raised.
+        ValueError: a name that matches nothing, a module that is not of the model or has no parameters, or nothing but
+            the head in the model. Also an option that the group has already. No flag is changed then.
         TypeError: a head that is neither module nor name.
 
     Source: Kumar et al., ICLR 2022 (linear probing, LP-FT).
@@ -64,9 +64,9 @@ def bitfit(
     """[biases, head]: the biases outside of the head, and all of the head.
 
     A bias is a parameter whose last name is `bias`, begins with `bias_` (nn.LSTM) or ends in `_bias`
-    (nn.MultiheadAttention, query and value biases); those of norm layers are among them. `options` and
-    `head_options` are further keys of the two groups. Arguments, form of the groups and errors as in `linear_probe`;
-    ValueError too if there is no bias outside of the head.
+    (nn.MultiheadAttention, query and value biases). The biases of norm layers are among them. `options` and
+    `head_options` are further keys of the two groups. The other arguments, the form of the groups and the errors are
+    those of `linear_probe`. ValueError too if there is no bias outside of the head.
 
     Source: Ben Zaken et al., ACL 2022.
     """
@@ -89,10 +89,11 @@ def partial_fusion(
 ) -> list[Group]:
     """[norms, head]: the parameters of the norm layers outside of the head, and all of the head.
 
-    Norm layers are the modules of a type in `NORMS` (batch, synchronised batch, instance, layer, group and RMS norm
-    of torch.nn), or of one in `norms`: types of your own, which torch.nn's are no bases of. `options` and
-    `head_options` are further keys of the two groups. Arguments, form of the groups and errors as in `linear_probe`;
-    ValueError too if no norm layer outside of the head has parameters, or a type in `norms` occurs nowhere.
+    Norm layers are the modules of a type in `NORMS` (batch, synchronised batch, instance, layer, group and RMS norm of
+    torch.nn). Modules of a type in `norms` are norm layers too: types of your own that do not derive from torch.nn's.
+    `options` and `head_options` are further keys of the two groups. The other arguments, the form of the groups and the
+    errors are those of `linear_probe`. ValueError too if no norm layer outside of the head has parameters, or a type in
+    `norms` occurs nowhere.
 
     Source: Kanavati & Tsuneki, MIDL 2021 (partial fine-tuning of batch norm), as SPD and TPGM compare with it.
     """
@@ -121,22 +122,24 @@ def layerwise_decay(
 ) -> list[Group]:
     """One group for each of `layers`, with lr·decay^k at the k-th from the top: LLRD.
 
-    Form of the groups as in `linear_probe`. No flag is touched. Parameters that do not require a gradient are left out.
+    The form of the groups is that of `linear_probe`. No flag is touched. Parameters that do not require a gradient are
+    left out.
 
     Args:
         lr: ≥ 0, of the last layer, the head.
         decay: in (0, 1].
-        layers: from input to output, the head last; each a module, a name, or several that share one rate, given
-            as for `linear_probe`. Together they hold every parameter that requires a gradient, each one once.
-        options: further keys of every group. A scheduler scales all rates alike; an lr here is refused.
+        layers: from input to output, the head last. Each is a module, a name, or several that share one rate, given as
+            for `linear_probe`. Together they hold every parameter that requires a gradient, each one once.
+        options: further keys of every group. An lr here is refused. A scheduler scales all rates alike.
         head_options: further keys of the last group, which override the others, lr included.
 
     Raises:
-        ValueError: lr or decay out of range; parameters in no layer or in several (all are listed); a name that
-            matches nothing; a layer without a parameter that requires a gradient; an option that a group has already.
+        ValueError: lr or decay out of range, parameters in no layer or in several (all are listed), or a name that
+            matches nothing. Also a layer without a parameter that requires a gradient, or an option that a group has
+            already.
         TypeError: a layer that is neither module nor name.
 
-    Sources: Howard & Ruder, ACL 2018 (discriminative fine-tuning); Clark et al., ICLR 2020 (one decay by depth).
+    Sources: Howard & Ruder, ACL 2018 (discriminative fine-tuning), and Clark et al., ICLR 2020 (one decay by depth).
     """
     check_number("lr", lr, NOT_NEGATIVE)
     check_number("decay", decay, Range(high=1, above=True))
@@ -161,7 +164,8 @@ def layerwise_decay(
 
 @contextmanager
 def keep_requires_grad(model: nn.Module) -> Iterator[None]:
-    """On leaving the `with` block, each parameter has the requires_grad it had on entering, whatever happened there."""
+    """At the end of the `with` block, each parameter has the requires_grad that it had at its beginning, whatever
+    happened in between."""
     flags = [(param, param.requires_grad) for param in model.parameters()]
     try:
         yield
@@ -171,7 +175,7 @@ def keep_requires_grad(model: nn.Module) -> Iterator[None]:
 
 
 def _split(model: nn.Module, head: Part) -> tuple[list[tuple[str, Tensor]], set[int]]:
-    """All named parameters, and which of them are the head's."""
+    """All named parameters, and the identities of those in the head."""
     named: list[tuple[str, Tensor]] = list(model.named_parameters())
     ours = _find(model, head, "head")
     if all(id(param) in ours for _, param in named):
@@ -207,7 +211,7 @@ def _of_module(model: nn.Module, module: nn.Module, argument: str) -> set[int]:
 
 
 def _of_name(model: nn.Module, prefix: str, argument: str) -> set[int]:
-    """Names as they are come first; those without the wrappers' parts, if none of them matches."""
+    """Compares the names as they are first. If none matches, compares them without the wrappers' parts."""
     named = list(model.named_parameters(remove_duplicate=False))
     found = {id(param) for name, param in named if f"{name}.".startswith(f"{prefix}.")}
     if not found and (bare := unwrapped(prefix, _WRAPPERS)):

@@ -1,4 +1,4 @@
-"""The parameters that names and prefixes mean; a prefix matches whole components."""
+"""The parameters that names and prefixes mean. A prefix matches whole components."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -24,7 +24,7 @@ def names_of(given: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, li
 
 
 def matching(patterns: str | Sequence[str], names: Mapping[Tensor, list[str]], argument: str) -> Iterator[Tensor]:
-    """The parameters that bear a name or prefix, in the order of the patterns, then of the model."""
+    """The parameters that a name or prefix matches, in the order of the patterns, then of the model."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         bare = bare_name(pattern)
         found = [p for p, own in names.items() if any(n == bare or n.startswith(f"{bare}.") for n in own)]

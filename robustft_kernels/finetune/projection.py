@@ -1,6 +1,6 @@
 """Projections toward θ₀ over lists of tensors: measure the deviation, bring it within a radius, interpolate.
 
-θ ← θ₀ + α·c with c = θ − θ₀. A *segment* is a tensor or a row of it: what is measured, and what gets one α.
+θ ← θ₀ + α·c with c = θ − θ₀. A *segment* is a tensor or a row of it. It is what is measured, and it has one α.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,19 +33,19 @@ def deviation(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, norm: 
         "mars":      n = maxᵢ Σ|cᵢ|    (the largest row sum)
         "mars_rows": nᵢ = Σ|cᵢ|        (each row by itself)
 
-    A row is an index of dimension 0 with all other dimensions flattened; a tensor below two dimensions is one row.
+    A row is an index of dimension 0 with all other dimensions flattened. A tensor below two dimensions is one row.
 
     Args:
         params: tensors on one device, of any floating dtype and dense layout.
-        anchors: tensors of their shapes, floating; None is zero.
+        anchors: floating tensors of the same shapes. None is zero.
 
     Returns:
         float64 on the params' device: a tensor [n], or for "mars_rows" a list of one tensor [rows] for each param.
 
-    Arithmetic is float32 (float64 for float64 params), sums are float64. Never waits for the device.
+    Arithmetic is float32 (float64 for float64 params), and sums are float64. Never waits for the device.
 
     Raises ValueError for an unknown norm, or for lists that do not match or are unfit, naming the index.
-    Source: TPGM (Tian et al., CVPR 2023), Eq. 3 and 4; by rows: Gouk et al., ICLR 2021.
+    Source: TPGM (Tian et al., CVPR 2023), Eq. 3 and 4. By rows: Gouk et al., ICLR 2021.
     """
     params, anchors = as_lists(params, anchors)
     ball = Ball(params, norm)
@@ -55,18 +55,19 @@ def deviation(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, norm: 
 
 @torch.no_grad()
 def project_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, radius: Radius, norm: str = "l2") -> None:
-    """θ ← θ₀ + min(1, γ/n)·c in place: afterwards n ≤ γ, to the rounding of the params' dtype.
+    """θ ← θ₀ + min(1, γ/n)·c in place. Afterwards n ≤ γ, to the rounding of the params' dtype.
 
     Args:
-        params, anchors, norm: as in `deviation`, which defines n. For "mars" a tensor is scaled by its largest row,
-            for "mars_rows" each row by its own. Anchors are never written.
-        radius: γ > 0, as a number, a tensor of one element, or a tensor or sequence with one radius a tensor. Numbers
-            are checked; a tensor is never read by the host: what is below 0 in it counts as 0, NaN as no constraint.
+        params, anchors, norm: as in `deviation`, which defines n. "mars" scales a tensor by its largest row,
+            "mars_rows" scales each row by its own norm. Anchors are never written.
+        radius: γ > 0. It is a number, a tensor of one element, or a tensor or sequence with one radius a tensor.
+            Numbers are checked. The host never reads a tensor: in it, a value below 0 counts as 0, and NaN as no
+            constraint.
 
     What is within its radius keeps its bits, and so does what has no finite norm. Never waits for the device.
 
     Raises ValueError, before anything is written, for a radius that is NaN or not above 0, and as `deviation` does.
-    Source: TPGM (Tian et al., CVPR 2023), Eq. 3 and 4; by rows, the radial scaling of Gouk et al., ICLR 2021.
+    Source: TPGM (Tian et al., CVPR 2023), Eq. 3 and 4. By rows: the radial scaling of Gouk et al., ICLR 2021.
     """
     params, anchors = as_lists(params, anchors)
     check_norm(norm)
@@ -85,8 +86,8 @@ def project(
 
         dL/dγ = 1[γ < n]·⟨dL/dθ̃, c⟩/n    for a tensor; for "mars_rows" the sum of that over its rows
 
-    Arguments and errors are those of `project_`. A tensor `radius`, or tensors in a sequence, get the gradient; until
-    it is taken, `params` and `anchors` must not be written.
+    Arguments and errors are those of `project_`. The gradient goes to a tensor `radius`, or to the tensors in a
+    sequence. `params` and `anchors` must not be written until it is taken.
     """
     params, anchors = as_lists(params, anchors)
     return list(_Project.apply(_radii(radius, params), params, anchors, Ball(params, norm)))  # type: ignore[no-untyped-call]
@@ -98,8 +99,8 @@ def interpolate_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, alp
 
     Args:
         params, anchors: as in `deviation`.
-        alpha: a number in [0, 1], or a tensor of one element or of one for each param, which the host never reads.
-            0 gives θ₀ exactly, 1 leaves the bits as they are.
+        alpha: a number in [0, 1], a tensor of one element, or a tensor with one element for each param. The host never
+            reads a tensor. 0 gives θ₀ exactly, 1 leaves the bits as they are.
 
     Raises ValueError, before anything is written, for a number outside [0, 1], and as `deviation` does.
     Source: WiSE-FT (Wortsman et al., CVPR 2022), Eq. 1.
@@ -115,7 +116,7 @@ class Ball:
 
     rows: whether the segments that are measured are rows.
     counts: how many of them each tensor has.
-    alpha_by_row: whether each row has its own norm and α; else a tensor has one.
+    alpha_by_row: whether each row has its own norm and α. If not, a tensor has one.
 
     Raises ValueError for an unknown norm.
     """
@@ -141,7 +142,7 @@ class Ball:
         return sizes if self.rows else sizes.sqrt()
 
     def dots(self, params: Sequence[Tensor], anchors: Sequence[Tensor] | None, grads: Sequence[Tensor]) -> Tensor:
-        """⟨G, c⟩ of each segment, flat in float64; also for a part of the tensors."""
+        """⟨G, c⟩ of each segment, flat in float64. Takes a part of the tensors too."""
         _, dots = _measure(params, anchors, grads, self.rows)
         assert dots is not None
         return dots
@@ -151,7 +152,7 @@ class Ball:
         _pull(params, anchors, alphas, self.alpha_by_row)
 
     def alphas(self, radii: Tensor, norms: Tensor) -> Tensor:
-        """α = min(1, γ/n); 1 where n is not finite."""
+        """α = min(1, γ/n), or 1 if n is not finite."""
         radii = self._spread(radii)
         return torch.where(_outside(radii, norms), radii.clamp(min=0) / norms, 1.0)
 
@@ -160,7 +161,7 @@ class Ball:
         return torch.where(_outside(self._spread(radii), norms), norms.reciprocal(), 0.0)
 
     def slopes(self, radii: Tensor, norms: Tensor, dots: Tensor) -> Tensor:
-        """dL/dγ = ⟨G, c⟩·dα/dγ, summed over the rows that have an α, from the `dots` of all tensors."""
+        """dL/dγ = ⟨G, c⟩·dα/dγ from the `dots` of all tensors. If rows have their own α, it is summed over them."""
         if self.norm == "mars":
             dots = self._fold(dots, "sum", 0)
         rates = self.rates(radii, norms)
@@ -168,15 +169,15 @@ class Ball:
         return self._fold(slopes, "sum", 0) if self.alpha_by_row else slopes
 
     def largest(self, norms: Tensor) -> Tensor:
-        """The largest norm of each tensor; 0 for one without rows."""
+        """The largest norm of each tensor, or 0 for one without rows."""
         return self._fold(norms, "max", 0) if self.alpha_by_row else norms
 
     def smallest(self, norms: Tensor) -> Tensor:
-        """The smallest norm of each tensor; infinite for one without rows."""
+        """The smallest norm of each tensor, or infinity for one without rows."""
         return self._fold(norms, "min", torch.inf) if self.alpha_by_row else norms
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of each tensor's values, of which there is one for each norm; 0 for a tensor without rows."""
+        """The mean of each tensor's values, with one value for each norm. 0 for a tensor without rows."""
         if self.lengths is None or not self.alpha_by_row:
             return values
         return self._fold(values, "sum", 0) / self.lengths.clamp(min=1)
@@ -227,13 +228,13 @@ def _observing(rows: bool) -> Rule:
 def _measure(
     params: Sequence[Tensor], anchors: Sequence[Tensor] | None, grads: Sequence[Tensor] | None, rows: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """‖c‖², or Σ|c| when segments are rows, and ⟨grad, c⟩ if there are grads: flat, float64, over all segments."""
+    """‖c‖² of each segment, or Σ|c| if segments are rows. With grads, ⟨grad, c⟩ too. Both are flat, in float64."""
     found = _sweep(_observing(rows), params, anchors, grads or [])
     return found["before"], None if grads is None else found["grad_dot_delta"]
 
 
 def _pull(params: Sequence[Tensor], anchors: Sequence[Tensor] | None, alphas: Tensor, rows: bool) -> None:
-    """θ ← θ₀ + α·c with one α a segment, flat in float64; 1 leaves the bits, 0 gives θ₀ whatever c is."""
+    """θ ← θ₀ + α·c with one α a segment, flat in float64. 1 leaves the bits, and 0 gives θ₀ whatever c is."""
     _sweep(RULES[_observing(rows).pull_half], params, anchors, alphas=alphas.detach().clone())
 
 
@@ -246,10 +247,11 @@ def _sweep(
     alphas: Tensor | None = None,
     radii: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A sweep without a step, by the fastest backend; what it measured, by name.
+    """A sweep without a step, by the fastest backend. Returns what it measured, by name.
 
-    alphas: one a segment, for a rule that is given them. radii: one a tensor, for a rule that reads them. Each tensor
-    then is a group of its own, and on a GPU its radius stays where it is.
+    alphas: one a segment, for a rule that is given them.
+    radii: one a tensor, for a rule that reads them. Each tensor is then a group of its own. On a GPU its radius stays
+        on the device.
     """
     if any(map(is_dtensor, params)):
         return _sweep_shards(rule, params, anchors, grads, alphas)
@@ -282,7 +284,7 @@ def _sweep_shards(
     grads: Sequence[Tensor],
     alphas: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The same over the shards that are here. What it measured is summed over all shards, in one all-reduce."""
+    """The same over the shards that are here. One all-reduce sums what it measured over all shards."""
     segments = Segments(params, [rule] * len(params))
     found = _sweep(
         rule,
@@ -306,7 +308,7 @@ def _device_of(params: Sequence[Tensor]) -> torch.device:
 
 
 def as_lists(params: Iterable[Tensor], anchors: Iterable[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Both as lists. Raises ValueError naming the first index that is unfit, or whose anchor is."""
+    """Both as lists. Raises ValueError naming the first index whose param or anchor is unfit."""
     params = list(params)
     for k, param in enumerate(params):
         if not param.is_floating_point():
@@ -337,7 +339,7 @@ def _radii(radius: Radius, params: Sequence[Tensor]) -> Tensor:
 
 
 def _one_each(values: Radius, name: str, params: Sequence[Tensor]) -> Tensor:
-    """One value a param, flat in float64 on their device; differentiable in the tensors given."""
+    """One value a param, flat in float64 on their device. Differentiable in the tensors given."""
     device = _device_of(params)
     if isinstance(values, Sequence) and any(isinstance(value, Tensor) for value in values):
         each = [torch.as_tensor(value, dtype=torch.float64).to(device, non_blocking=True) for value in values]

@@ -1,4 +1,4 @@
-"""What a loss says of the deviations: ⟨dL/dθ̃, c⟩ of every segment, by autograd, without keeping the gradients."""
+"""How a loss depends on the deviations: ⟨dL/dθ̃, c⟩ of every segment, by autograd, without keeping the gradients."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ NO_GRADIENT = (
 def dots_of(
     loss: Tensor, params: list[Tensor], theta: list[Tensor], anchors: list[Tensor] | None, ball: Ball
 ) -> Tensor:
-    """⟨dL/dθ̃, θ − θ₀⟩ of every segment; each gradient lives until it is reduced, and no `.grad` is touched."""
+    """⟨dL/dθ̃, θ − θ₀⟩ of every segment. Each gradient lives until it is reduced. No `.grad` is touched."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn returned a {type(loss).__name__}; the loss must be a tensor, without .item()")
     if loss.numel() != 1:
@@ -31,7 +31,7 @@ def dots_of(
             anchor = None if anchors is None else [anchors[k]]
             dense = grad.to_dense() if grad.is_sparse else grad
             found[k] = ball.dots([theta[k]], anchor, [dense])
-            return None if grad.is_sparse else grad.new_zeros(()).expand_as(grad)  # what autograd is to hold
+            return None if grad.is_sparse else grad.new_zeros(()).expand_as(grad)  # this is what autograd holds on to
 
         return reduce
 
@@ -57,8 +57,8 @@ def dots_of(
 def _by_backward(
     loss: Tensor, params: list[Tensor], theta: list[Tensor], anchors: list[Tensor] | None, ball: Ball
 ) -> Tensor:
-    """The same where the model is spread over processes, whose gradients come from its own backward pass; with one
-    all-reduce for all of them."""
+    """The same for a model that is spread over processes. The gradients come from its own backward pass, and one
+    all-reduce sums for all of them."""
     users = [param.grad for param in params]
     try:
         for param in params:

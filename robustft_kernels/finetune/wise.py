@@ -32,29 +32,31 @@ def wise_ft(
 ) -> OrderedDict[str, Any]:
     """θ = (1 − alpha)·θ₀ + alpha·θ₁ over two state dicts, as a new one that `finetuned` loads.
 
-    Computed in float32 (float64 where either side is float64) and rounded once, to the dtype of θ₁. Bit for bit,
-    alpha=0 gives θ₀ (in that dtype), alpha=1 gives θ₁, and an element that is equal on both sides stays as it is.
-    Names, order, devices and dtypes are those of `finetuned`; no memory is shared with either side; tensors tied in
+    It is computed in float32 (float64 if either side is float64), and rounded once, to the dtype of θ₁. Bit for bit,
+    alpha=0 gives θ₀ (in that dtype) and alpha=1 gives θ₁. An element that is equal on both sides stays as it is.
+
+    Names, order, devices and dtypes are those of `finetuned`. No memory is shared with either side. Tensors tied in
     `finetuned` are tied in the result. Integer and bool entries, and what is not a tensor, keep their fine-tuned value.
 
     Args:
-        pretrained, finetuned: θ₀ and θ₁, each a module or its state dict. `module.` (DDP, DataParallel) in front of
-            all names, and `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`
-            anywhere, are overlooked on either side. A tied tensor that a side lists under one of its names only is
-            found by it.
+        pretrained, finetuned: θ₀ and θ₁, each a module or its state dict. Wrappers' parts of names are overlooked on
+            either side: `module.` (DDP, DataParallel) in front of all names, and anywhere `_orig_mod.` (torch.compile),
+            `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`. If a side lists a tied tensor under only one of
+            its names, it is found by that.
         alpha: from 0 (pre-trained) to 1 (fine-tuned).
-        buffers: what floating-point buffers, such as batch-norm statistics, become: "finetuned", "interpolate" (as
-            the parameters), or "pretrained". Statistics of neither end fit the weights between; estimating them anew
-            on training data does.
-        exclude: names, or prefixes of names, of what stays fine-tuned, such as a fresh head: it need not be in
-            `pretrained`, nor have the same shape there. A prefix may also name what only `pretrained` has, such as
-            the old head.
-        parameters: the names of the parameters; the other entries are buffers. Needed where both sides are plain state
-            dicts and `buffers` is not "interpolate": a state dict does not tell the two apart.
+        buffers: what floating-point buffers, such as batch-norm statistics, become: "finetuned", "interpolate" (as the
+            parameters), or "pretrained". The statistics of neither end fit the weights between: estimate them anew on
+            training data.
+        exclude: names, or prefixes of names, of what stays fine-tuned, such as a fresh head. It need not be in
+            `pretrained`, nor have the same shape there. A prefix may also name what only `pretrained` has, such as the
+            old head.
+        parameters: the names of the parameters. The other entries are buffers. Needed if both sides are plain state
+            dicts and `buffers` is not "interpolate", as a state dict does not tell the two apart.
 
     Raises:
-        ValueError: an alpha outside [0, 1]; entries that one side lacks, or of different shapes or kinds; a name that
-            matches nothing; buffers that cannot be told from parameters; `pretrained` being the memory of `finetuned`.
+        ValueError: an alpha outside [0, 1], entries that one side lacks, or of different shapes or kinds, a name that
+            matches nothing, or buffers that cannot be told from parameters. Also `pretrained` being the memory of
+            `finetuned`.
         TypeError: a side that is neither a module nor a mapping.
 
     Source: Wortsman et al., CVPR 2022, Section 3 (weight-space ensembling).
@@ -82,11 +84,11 @@ def wise_ft_(
     buffers: Buffers = "finetuned",
     exclude: str | Iterable[str] = (),
 ) -> None:
-    """θ ← (1 − alpha)·θ₀ + alpha·θ in place: `model` is fine-tuned, and holds the interpolated weights afterwards.
+    """θ ← (1 − alpha)·θ₀ + alpha·θ in place. `model` is fine-tuned, and holds the interpolated weights afterwards.
 
-    Bit for bit what loading `wise_ft(pretrained, model, alpha, ...)` gives, tensor by tensor, without a second copy of
-    the model. Arguments, errors and source as there; nothing is written where one is raised. Buffers that are not in
-    the state dict stay as they are.
+    The result is bit for bit what loading `wise_ft(pretrained, model, alpha, ...)` gives. It goes tensor by tensor,
+    without a second copy of the model. Arguments, errors and source are those of `wise_ft`. If an error is raised,
+    nothing is written. Buffers that are not in the state dict stay as they are.
     """
     alpha = _checked(alpha)
     for pair in _match_own(pretrained, model, buffers, exclude):
@@ -103,18 +105,18 @@ def wise_sweep(
     exclude: str | Iterable[str] = (),
     progress: bool = True,
 ) -> dict[float, Result]:
-    """{alpha: evaluate(model with (1 − alpha)·θ₀ + alpha·θ₁)} for each of `alphas`, where θ₁ is what `model` holds.
+    """{alpha: evaluate(model with (1 − alpha)·θ₀ + alpha·θ₁)} for each of `alphas`, with θ₁ being what `model` holds.
 
-    Afterwards, and at each evaluation before the interpolation, `model` has its parameters, buffers (those outside
-    the state dict as well) and training modes back bit for bit, whatever `evaluate` did to their values, and also if
-    it was interrupted. Costs one copy of the model. `evaluate` is called as it is: `model.eval()`, `torch.no_grad()`
-    are its own affair.
+    `model` gets its parameters, buffers (those outside the state dict as well) and training modes back bit for bit.
+    That happens before each interpolation, and at the end even if it was interrupted. Whatever `evaluate` did to their
+    values is undone. It costs one copy of the model. `evaluate` is called as it is: it must see to `model.eval()` and
+    `torch.no_grad()` itself.
 
     Args:
         alphas: different numbers in [0, 1], in any order.
         progress: show a bar, if tqdm is installed.
 
-    The other arguments, errors and source: `wise_ft`. Nothing is evaluated where one is raised.
+    The other arguments, errors and source are those of `wise_ft`. If an error is raised, nothing is evaluated.
     """
     steps = [_checked(alpha) for alpha in alphas]
     if not steps or len(set(steps)) < len(steps):
@@ -136,19 +138,20 @@ def wise_sweep(
 
 @dataclass(frozen=True)
 class _Pair:
-    """A fine-tuned tensor with its names (several, if it is tied), and its θ₀: None where it stays fine-tuned."""
+    """A fine-tuned tensor with its names (several, if it is tied), and its θ₀. θ₀ is None if the tensor stays
+    fine-tuned."""
 
     names: tuple[str, ...]
     theta_1: Tensor
     theta_0: Tensor | None
-    interpolated: bool = True  # if not, θ₀ it becomes
+    interpolated: bool = True  # if not, it becomes θ₀
 
     def at(self, alpha: float, theta_1: Tensor) -> Tensor:
         return theta_1 if self.theta_0 is None else _blend(self.theta_0, theta_1, alpha if self.interpolated else 0.0)
 
 
 class _Backup:
-    """What a model holds, to be put back: its tensors, where they are registered, their values, and training modes."""
+    """What a model holds, to be restored: its tensors with their places and values, and its training modes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -163,7 +166,7 @@ class _Backup:
 
     @torch.no_grad()
     def restore(self) -> None:
-        self.model.state_dict(keep_vars=True)  # has FSDP register its shards again, after a forward
+        self.model.state_dict(keep_vars=True)  # makes FSDP register its shards again, after a forward
         for module, training in self.modes:
             module.training = training
         for module, name, tensor in self.places:
@@ -172,20 +175,21 @@ class _Backup:
             kept = self.copies[id(tensor)]
             if (tensor.shape, tensor.dtype, tensor.device) == (kept.shape, kept.dtype, kept.device):
                 tensor.copy_(kept)
-            else:  # after model.half(), for one, the values need a memory of their own again
+            else:  # after model.half(), for one, the values need their own memory again
                 tensor.data = kept.clone()
 
 
 @dataclass(frozen=True)
 class _Side:
-    """The tensors of one side by their names without wrappers, those names as given, and which are known buffers."""
+    """The tensors of one side by their names without wrappers, those names as given, and which are known to be
+    buffers."""
 
     tensors: dict[str, Tensor]
     given: dict[str, str]
     buffers: set[str]
 
     def below(self, prefix: str) -> set[str]:
-        """The names that `prefix`, written with or without wrappers, leads to."""
+        """The names that start with `prefix`, which may be written with or without wrappers."""
         bare = unwrapped(prefix)
         return {
             name
@@ -213,7 +217,7 @@ def _side(weights: Weights, label: str) -> _Side:
 
 
 def _match_own(pretrained: Weights, model: nn.Module, buffers: Buffers, exclude: str | Iterable[str]) -> list[_Pair]:
-    """The pairs of what is to be written in `model`."""
+    """The pairs that are to be written in `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a module; for a state dict there is wise_ft")
     pairs = [pair for pair in _match(pretrained, model, "model", buffers, exclude, None) if pair.theta_0 is not None]
@@ -231,7 +235,7 @@ def _match(
     exclude: str | Iterable[str],
     parameters: Collection[str] | None,
 ) -> list[_Pair]:
-    """All tensors of `finetuned`, which messages call `label`, each with its θ₀; every check there is."""
+    """All tensors of `finetuned`, which messages call `label`, each with its θ₀. Makes every check there is."""
     if buffers not in ("finetuned", "interpolate", "pretrained"):
         raise ValueError(f"buffers must be 'finetuned', 'interpolate' or 'pretrained', got {buffers!r}")
     ours, theirs = _side(finetuned, label), _side(pretrained, "pretrained")
@@ -279,7 +283,7 @@ def _roles(ours: _Side, theirs: _Side, parameters: Collection[str] | None) -> tu
 
 
 def _starts(ours: _Side, theirs: _Side, label: str, excluded: set[str]) -> list[tuple[list[str], Tensor | None]]:
-    """For each tensor of ours, all names it goes by, and its θ₀: None if it is excluded or of integers."""
+    """For each tensor of ours, all its names and its θ₀. θ₀ is None if the tensor is excluded or of integers."""
     tied: dict[Any, list[str]] = {}
     for name, tensor in ours.tensors.items():
         tied.setdefault(_place(tensor), []).append(name)
@@ -324,7 +328,8 @@ def _state(weights: Weights, label: str) -> Mapping[str, Any]:
 
 
 def _blend(theta_0: Tensor, theta_1: Tensor, alpha: float) -> Tensor:
-    """(1 − alpha)·theta_0 + alpha·theta_1; at the ends, and where they are equal (infinities too), they themselves."""
+    """(1 − alpha)·theta_0 + alpha·theta_1. Alpha 0 and 1 give the tensors themselves. Elements that are equal on both
+    sides, infinities too, stay as they are."""
     if alpha in (0, 1):
         return theta_1 if alpha else theta_0
     if theta_1.is_complex():
@@ -341,7 +346,7 @@ def _checked(alpha: float) -> float:
 
 
 def _place(tensor: Tensor | None) -> Any:
-    """Equal for tensors that are the same memory. Tensor subclasses may hide theirs, and empty ones have none."""
+    """Equal for tensors that are the same memory. Tensor subclasses may hide theirs, and empty tensors have none."""
     if tensor is None or not tensor.data_ptr():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

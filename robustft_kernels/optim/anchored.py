@@ -1,6 +1,8 @@
 """What the optimizers of this package share: the protocol of torch.optim, groups, anchors, plans, checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
+from os import PathLike
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch.optim import Optimizer
 from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
+from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper, is_anchored
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..step.launch import label_of
@@ -18,16 +20,17 @@ from ..step.plan import Plan
 from ..step.results import Results
 from ..telemetry import Telemetry, collect
 from .keeping import KeepingOptimizer
+from .late import AnchorsOfState, LateAnchors, copies, takes_anchor
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-NO_BOUND = Range(above=True, finite=False)  # infinity clips nothing, and tells the norm
-# What is the optimizer's own rather than a group's, and goes with copies but not with checkpoints.
+NO_BOUND = Range(above=True, finite=False)  # infinity clips nothing, but the norm is still told
+# What belongs to the optimizer and not to a group. Copies have it, checkpoints do not.
 _OWN = ("backend", "save_anchors", "max_grad_norm")
 
 
 class AnchoredOptimizer(KeepingOptimizer):
-    """What the optimizers of this package share; not to be constructed itself."""
+    """What the optimizers of this package share. Not to be constructed itself."""
 
     base: Base
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf around a step
@@ -51,25 +54,25 @@ class AnchoredOptimizer(KeepingOptimizer):
         self.grad_norm: Tensor | None = None
         self.save_anchors = save_anchors
         self._plan: Plan | None = None
-        self._results: Results = {}  # of the plan; outlives it
+        self._results: Results = {}  # of the plan, which they outlive
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
-        self._given: list[Anchor] = []  # for the groups that are still to be added, while the optimizer is made
+        self._late = LateAnchors()
+        self._given: list[Anchor] = []  # for the groups that the constructor has still to add
         listed, groups = _listed(params)
         self._given = [] if words else anchors.over_groups(anchor, groups)
         super().__init__(listed, {**defaults, "anchor": anchor if words else "initial"})
         self._given = []
 
     def _patch_step_function(self) -> None:
-        """torch's, by which the step runs its hooks."""
+        """torch's own, which makes the step run its hooks."""
         super()._patch_step_function()
         keep_from_compiler(type(self))
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group; its keys are the constructor's, and `params`. `pre` is another name for `anchor`.
+        """Adds a group. Its keys are the constructor's, and `params`. `pre` is another name for `anchor`.
 
-        Raises ValueError, RuntimeError or TypeError naming the key or parameter, and adds nothing, where one is
-        unfit.
+        Raises ValueError, RuntimeError or TypeError naming the key or parameter that is unfit. Nothing is added then.
         """
         group = dict(param_group)
         if "backend" in group:
@@ -93,7 +96,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         if len({id(param) for param in params}) != len(params):
             raise ValueError("a group has the same parameter twice")
         for param, label in zip(params, labels, strict=True):
-            if not param.is_floating_point():
+            if not param.is_floating_point() and param.requires_grad:
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
             if group["stochastic_rounding"] and param.dtype == torch.float16:
                 raise ValueError(f"{label} is float16; stochastic_rounding is for bfloat16 (float32 needs none)")
@@ -106,20 +109,28 @@ class AnchoredOptimizer(KeepingOptimizer):
         anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
+        takes = list(map(takes_anchor, params))
+        if not isinstance(spec, str | PathLike | Mapping | None):
+            spec = [tensor for tensor, does in zip(anchors.in_order(spec, params), takes, strict=True) if does]
+        params, labels = list(compress(params, takes)), list(compress(labels, takes))
+        names = None if names is None else list(compress(names, takes))
         group["anchor"], tensors = anchors.resolve(
             spec, params, names, labels, anchored=anchored, dtype=group["anchor_dtype"], device=group["anchor_device"]
         )
-        for param, tensor in zip(params, tensors or (), strict=tensors is not None):
-            self.state[param]["anchor"] = tensor
+        for k, param in enumerate(params):
+            if tensors is not None:
+                self.state[param]["anchor"] = tensors[k]
+            self._late.note(group, param, tensors is not None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over all groups. `closure` re-evaluates the model and returns the loss, which is returned."""
+        """One step over all groups. `closure` re-evaluates the model and returns the loss, which `step` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
+            self._late.settle(self.param_groups, AnchorsOfState(self.state))
             self._plan = Plan(self.base, self.param_groups, self.state, self.backend, self._results)
             self._results = self._plan.results
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -128,13 +139,24 @@ class AnchoredOptimizer(KeepingOptimizer):
             self._graphed.append(self._plan)
         return loss
 
-    def telemetry(self) -> dict[str, Telemetry]:
-        """What the last step did to each parameter, {name: (deviation, relative_deviation, alpha, selected, selections,
-        radius)}, each a float; see `telemetry.Telemetry`. Parameters without names go by their place over all groups:
-        "0", "1", ...
+    def reanchor(self) -> None:
+        """Takes the weights as they are now for θ₀, in every group that has anchors. Moments and step counts stay."""
+        for group in self.param_groups:
+            if not is_anchored(group):
+                continue
+            params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
+            for param, tensor in zip(params, copies(params, group), strict=True):
+                self.state[param]["anchor"] = tensor
+                self._late.note(group, param, has_anchor=True)
+        self._plan = None
 
-        The steps leave these numbers on the device at no cost; this call reads them, in one transfer a device, and
-        waits for it. Before the first step, and after loading, deviations are those of the weights as they are, and the
+    def telemetry(self) -> dict[str, Telemetry]:
+        """What the last step did to each parameter, by name. Each entry is a tuple of floats, `telemetry.Telemetry`:
+        (deviation, relative_deviation, alpha, selected, selections, radius). Parameters without names are called by
+        their place over all groups: "0", "1", ...
+
+        The steps leave these numbers on the device at no cost. This call reads them, in one transfer a device, and
+        waits for it. Before the first step, and after loading, deviations are those of the weights as they are. The
         counts begin at 0.
         """
         return collect(self.param_groups, self.state, self._results)
@@ -148,10 +170,11 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plan, self._results, self.grad_norm = None, {}, None
         self._graphed = []
         self._given = []
+        self._late = self.__dict__.get("_late") or LateAnchors()  # torch comes here to load, too
 
 
 def _listed(params: Params) -> tuple[Any, list[Group]]:
-    """`params` as torch takes them, with lists in place of generators; and the groups that they are."""
+    """`params` as torch takes them, with lists in place of generators. Second, the groups that they make."""
     if isinstance(params, Tensor | set):  # which torch refuses
         return params, []
     listed: list[Any] = list(params)
@@ -164,7 +187,7 @@ def _listed(params: Params) -> tuple[Any, list[Group]]:
 
 
 def keep_from_compiler(cls: type[Optimizer]) -> None:
-    """Makes torch.compile call an optimizer's step, hooks included, as it is: one graph break, and nothing traced that
-    a schedule could invalidate."""
+    """Makes torch.compile call an optimizer's step, hooks included, as it is. That is one graph break, and there is no
+    trace that a schedule could invalidate."""
     if not getattr(cls.step, "_torchdynamo_disable", False):
         cls.step = torch.compiler.disable(cls.step, reason="it is a fused kernel already")  # type: ignore[method-assign]

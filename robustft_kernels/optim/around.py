@@ -1,4 +1,4 @@
-"""What `Anchored` does around a step that is not ours: measure before it, measure after it, decide α, pull."""
+"""What `Anchored` does around the step of another optimizer: measure before it, measure after it, decide α, pull."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from ..backends import registry
 from ..core import state
 from ..core.bases import NO_STEP, RANGES, Group, GroupSpec, is_anchored
 from ..core.contract import StepTensors, empty_results
+from ..core.memory import in_memory, without_memory
 from ..core.methods import MEASURES, METHODS, RULES, Rule, rule_of
 from ..core.ranges import check_number
 from ..core.sharding import Segments, any_infinite, any_sharded, local, placed_as
@@ -18,6 +19,7 @@ from ..step.fingerprint import fingerprint
 from ..step.hyper import HyperTable, tensors_of, terms_of
 from ..step.launch import Share, label_of, shard_of
 from ..step.no_step import NoStep, half_of, observed, pulled
+from ..step.plan import check_whole
 from ..step.results import Results, carried_over, write
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
@@ -26,9 +28,10 @@ BEFORE, GAIN = (MEASURES.index(name) for name in ("before", "gain"))
 
 
 class Around:
-    """Both halves for all groups, prepared: a launch for each device.
+    """Both halves for all groups, prepared, with one launch for each device.
 
-    anchors: of each parameter that has one; brought to the layout of the parameter. results: of earlier steps.
+    anchors: of each parameter that has one. They are brought to the parameter's memory layout.
+    results: of earlier steps.
 
     Raises ValueError or RuntimeError naming a setting or a parameter with which no step can be made.
     """
@@ -46,7 +49,8 @@ class Around:
                     of_group.setdefault(param.device, []).append(k)
             for device, places in of_group.items():
                 by_device.setdefault(device, []).append(Share(group, _spec(group), places))
-        self.results = dict(results)
+        of_groups = {param for group in groups for param in group["params"]}
+        self.results = {param: of for param, of in results.items() if param in of_groups}  # others may be freed
         self.launches = [_Launch(of, anchors, backend, device, self.results) for device, of in by_device.items()]
         self._structure, self._fingerprint = _structure(groups), _fingerprint(groups)
 
@@ -55,12 +59,12 @@ class Around:
         return bool(self._fingerprint == _fingerprint(groups) and self._structure == _structure(groups))
 
     def measure(self, grad_scale: Tensor | None) -> None:
-        """What must be known before the step. Gradients are divided by `grad_scale`."""
+        """Measures what must be known before the step. Gradients are divided by `grad_scale`."""
         for launch in self.launches:
             launch.measure(grad_scale)
 
     def pull(self, groups: list[Group], found_inf: Tensor | None) -> None:
-        """The rest, after the step; nothing when `found_inf` is not 0.
+        """Measures the rest after the step, and pulls. Does nothing when `found_inf` is not 0.
 
         Raises RuntimeError naming a parameter that the step has replaced, or given another form.
         """
@@ -72,10 +76,12 @@ class Around:
 
 
 class _Launch:
-    """The parameters of one device. First come those that are measured before the step too, then the others whose α is
-    decided here, because other processes may have shards of them. The rest is measured and pulled in one sweep.
+    """The parameters of one device, in three parts.
 
-    results, alphas: what the last step found, a row a segment, over all shards.
+    First come those that are measured before the step too. Then come the others whose α is decided here, because other
+    processes may have shards of them. The rest is measured and pulled in one sweep.
+
+    results, alphas: what the last step found, one row a segment, over all shards.
     """
 
     def __init__(
@@ -110,7 +116,7 @@ class _Launch:
         rules = [of.spec.rule for of in self._decided]
         self._segments = Segments([of.param for of in self._decided], rules) if apart else None
         self.results, self.alphas = carried_over(params, self._counts, device, known)
-        # What the sweeps find of the shards here, which is all there is if there are no others.
+        # What the sweeps find in the shards that are here. Without other processes that is all there is.
         self._sums, self._known = self.results, self.alphas
         if apart:
             self._sums, self._known = empty_results(sum(shard_of(of).segments for of in self._tensors), device)
@@ -128,7 +134,7 @@ class _Launch:
         self._n = len(self._pull_as_given.alphas)
 
     def _sweep(self, tensors: Sequence[StepTensors]) -> NoStep:
-        """Over the first of the tensors, as many as are given."""
+        """A sweep over these, which are the first of the tensors."""
         here = list(map(shard_of, tensors))
         n = sum(of.segments for of in here)
         hyper = self._hyper
@@ -139,7 +145,7 @@ class _Launch:
             check_settings(share.group)
         self._hyper.refresh()
         if self._twice:
-            grads = [local(placed_as(of.param.grad, of.param)) for of in self._twice]  # type: ignore[arg-type]
+            grads = [in_memory(local(placed_as(of.param.grad, of.param))) for of in self._twice]  # type: ignore[arg-type]
             self._observe_before(grads, self._to_device(grad_scale))
             self._before = self._observe_before.results[:, : len(MEASURES)].clone()
 
@@ -167,7 +173,7 @@ class _Launch:
             write(self.results, self.alphas, sums, alphas, found_inf)
 
     def _decide(self, sums: Tensor) -> Tensor:
-        """α of the decided segments, from what is known of all their shards."""
+        """α of the decided segments, from the sums over all their shards."""
         alphas, first, k = [], 0, 0
         for row in dict.fromkeys(of.row for of in self._decided):
             share = self._shares[row]
@@ -178,7 +184,7 @@ class _Launch:
         return torch.cat(alphas)
 
     def catch_up(self) -> None:
-        """Takes in the parameters whose memory has moved in the step."""
+        """Prepares anew if the step has moved the memory of a parameter."""
         forms = [_form(of.param) for of in self._tensors]
         for (group, k), of, now, then in zip(self._places, self._tensors, forms, self._forms, strict=True):
             if group["params"][k] is not of.param or now[1:] != then[1:]:
@@ -197,7 +203,7 @@ class _Launch:
 
 
 def rule_around(method: str, norm: str | None) -> Rule:
-    """The rule of a method that can go around a step. Raises ValueError for another."""
+    """The rule of a method that can go around a step. Raises ValueError for a method that cannot."""
     rule = rule_of(method, norm)
     if not rule.goes_around:
         raise ValueError(
@@ -216,6 +222,9 @@ def check_settings(group: Group) -> None:
 def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
     """Raises RuntimeError when a parameter with a gradient cannot be treated as its group says."""
     param, label, method = group["params"][k], label_of(group, k), group["method"]
+    if what := without_memory(param):
+        raise RuntimeError(f"{label} is {what}")
+    check_whole(param, label, rule_of(method, group["norm"]))
     if group["anchor"] != "zero":
         if param not in anchors:
             raise RuntimeError(
@@ -227,13 +236,15 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
     if not state.is_dense(local(param)):
         raise RuntimeError(f"{label} has overlapping or gapped memory and cannot be pulled; make it contiguous")
     measured = rule_of(method, group["norm"]).compares
+    if measured and (what := without_memory(param.grad)):
+        raise RuntimeError(f"{label} has a gradient that is {what}")
     if measured and (param.grad.layout != torch.strided or not param.grad.is_floating_point()):
         kind = f"{param.grad.layout} {param.grad.dtype}"
         raise RuntimeError(f"{label} has a {kind} gradient; method {method!r} needs a dense real one")
 
 
 def _spec(group: Group) -> GroupSpec:
-    """A group by our settings alone: what else it has is the wrapped optimizer's."""
+    """The spec of a group, from our settings alone. Its other keys are the wrapped optimizer's."""
     return GroupSpec(rule_around(group["method"], group["norm"]), is_anchored(group))
 
 

@@ -1,4 +1,4 @@
-"""Steps inside the backward pass: each gradient is used as soon as it is there, and freed."""
+"""Steps inside the backward pass. Each gradient is used as soon as it is there, and freed."""
 
 from collections import ChainMap
 from typing import cast
@@ -10,25 +10,29 @@ from torch.optim import Optimizer
 from ..core.bases import Group
 from ..step.plan import Plan
 from .anchored import AnchoredOptimizer
+from .late import AnchorsOfState
 
 
 class StepInBackward:
-    """Steps each parameter of `optimizer` within `loss.backward()`, once its gradient is accumulated, and sets its
-    `.grad` to None: of all gradients one or a few exist at a time, and their memory is saved.
+    """Steps each parameter of `optimizer` within `loss.backward()`, once its gradient is accumulated.
 
-    Every method decides for a tensor by itself, so that the result is that of `backward()` and then `step()`, bit for
-    bit. The training loop stays as it is: `optimizer.step()` finds nothing left to do, except for gradients that came
-    in another way, and runs closures, hooks and what a scheduler counts on. Until `remove()`, or as a context manager:
+    It then sets the parameter's `.grad` to None. So only one or a few gradients exist at a time, and the memory of the
+    others is saved. Every method decides for a tensor by itself. So the result equals that of `backward()` and then
+    `step()`, bit for bit.
+
+    The training loop stays as it is. `optimizer.step()` still runs closures, hooks and what a scheduler counts on. It
+    finds nothing left to do, except for gradients that came in another way. This holds until `remove()`, or in a `with`
+    block:
 
         with StepInBackward(optimizer):
             loss.backward()
 
-    Every `backward()` is a step, so gradients cannot be accumulated over several. Not with torch.amp.GradScaler, whose
-    scale is not to be had then, nor under DistributedDataParallel, which reduces gradients later. Parameters added, or
-    thawed, afterwards are stepped in `step()`.
+    Every `backward()` is a step, so gradients cannot be accumulated over several. It does not go with
+    torch.amp.GradScaler, whose scale is not known then. It does not go with DistributedDataParallel, which reduces
+    gradients later. Parameters that are added or thawed afterwards are stepped in `step()`.
 
-    Raises ValueError where the optimizer has a `max_grad_norm`, which asks for all gradients at once. `step()` raises
-    RuntimeError where a GradScaler calls it.
+    Raises ValueError if the optimizer has a `max_grad_norm`, which needs all gradients at once. `step()` raises
+    RuntimeError if a GradScaler calls it.
     """
 
     def __init__(self, optimizer: AnchoredOptimizer) -> None:
@@ -36,17 +40,15 @@ class StepInBackward:
             raise ValueError("max_grad_norm needs all gradients at once, which a step in backward does not have")
         self._optimizer = optimizer
         self._plans: dict[Tensor, Plan] = {}
-        self._places: dict[Tensor, tuple[Group, int, int]] = {}  # its group, its place there and among all
-        for group in optimizer.param_groups:
-            for k, param in enumerate(group["params"]):
-                self._places[param] = group, k, len(self._places)
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
+        self._note_places()
         self._handles = [
             param.register_post_accumulate_grad_hook(self._step) for param in self._places if param.requires_grad
         ]
         self._handles.append(optimizer.register_step_pre_hook(_refuse_scaler))
 
     def remove(self) -> None:
-        """Ends it; gradients are kept again, for `step()`."""
+        """Ends it. Gradients are kept again, for `step()`."""
         for handle in self._handles:
             handle.remove()
 
@@ -56,15 +58,38 @@ class StepInBackward:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def _note_places(self) -> None:
+        """Notes for each parameter the index of its group, its index in the group, and its index among all
+        parameters."""
+        self._places.clear()
+        for row, group in enumerate(self._optimizer.param_groups):
+            for k, param in enumerate(group["params"]):
+                self._places[param] = row, k, len(self._places)
+
+    def _place_of(self, param: Tensor) -> tuple[Group, int, int] | None:
+        """The parameter's group, its index in the group, and its index among all, as they are now. `load_state_dict`
+        replaces the groups, and groups may change. None for a parameter that has left."""
+        groups = self._optimizer.param_groups
+        for _ in range(2):
+            row, k, place = self._places.get(param, (len(groups), 0, 0))
+            if row < len(groups) and k < len(params := groups[row]["params"]) and params[k] is param:
+                return groups[row], k, place
+            self._note_places()
+        return None
+
     @torch.no_grad()
     def _step(self, param: Tensor) -> None:
         optimizer = self._optimizer
-        group, k, place = self._places[param]
+        if (found := self._place_of(param)) is None:
+            self._plans.pop(param, None)
+            return
+        group, k, place = found
         own = {"params": [param], **({"param_names": [group["param_names"][k]]} if "param_names" in group else {})}
         groups = [cast(Group, ChainMap(own, group))]  # with the hyper-parameters as they will be
         kept = {param: optimizer.state[param]}
         plan = self._plans.get(param)
         if plan is None or not plan.holds_for(groups, kept):
+            optimizer._late.settle(groups, AnchorsOfState(optimizer.state), optimizer.param_groups)
             results = {p: of for p, of in optimizer._results.items() if p is param}
             plan = Plan(optimizer.base, groups, kept, optimizer.backend, results, [place])
             self._plans[param] = plan

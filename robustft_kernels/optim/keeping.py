@@ -1,4 +1,4 @@
-"""What an optimizer keeps of its parameters: how it is shown, saved and loaded."""
+"""What an optimizer keeps for its parameters: how it is shown, saved and loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,7 @@ from ..core import anchors, checkpoint, state
 from ..core.bases import ADAMW, Base, Group, spec_of
 from ..step.launch import label_of
 from ..step.plan import Plan
+from .late import LateAnchors
 from .shown_state import CompletingState
 
 # Keys of torch.optim's own groups that choose an implementation, not a formula.
@@ -20,16 +21,17 @@ _TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable", "decouple
 
 
 class KeepingOptimizer(Optimizer):
-    """The state of `AnchoredOptimizer` and its checkpoints; not to be constructed itself."""
+    """The state of `AnchoredOptimizer` and its checkpoints. Not to be constructed itself."""
 
     base: Base
     backend: str
     save_anchors: bool | str
     _plan: Plan | None
+    _late: LateAnchors
 
     @property
     def state(self) -> CompletingState:
-        """What is kept of each parameter, by name; complete when it is asked whether there is any."""
+        """What is kept for each parameter, by name. It completes itself when it is asked whether it holds anything."""
         held: CompletingState = self.__dict__["state"]
         return held
 
@@ -38,8 +40,8 @@ class KeepingOptimizer(Optimizer):
         self.__dict__["state"] = CompletingState(WeakMethod(self._complete_state), state)
 
     def _complete_state(self) -> None:
-        """Begins what a parameter does not keep yet, and puts the digest of an anchor beside it if that is saved in its
-        place."""
+        """Makes what a parameter does not keep yet. If a digest is saved in place of an anchor, puts it beside the
+        anchor."""
         for group in self.param_groups:
             spec = spec_of(group)
             for param in group["params"]:
@@ -53,13 +55,16 @@ class KeepingOptimizer(Optimizer):
                     kept["anchor_digest"] = anchors.digest(kept["anchor"])
 
     def _saves(self, group: Group) -> bool | str:
-        """How a state_dict has the anchors of a group: True, "digest", or False."""
+        """How a state_dict carries the anchors of a group: True, "digest", or False."""
         return "digest" if self.save_anchors and group["anchor"] == "file" else self.save_anchors
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the anchors among the state; with their SHA-256 where they are in a file or
-        `save_anchors="digest"`, without either where `save_anchors=False`. Complete at any time: what a parameter has
-        not yet begins here, since torch.distributed.checkpoint loads only what is there."""
+        """As torch's, with the anchors in the state. Anchors in a file, or all with `save_anchors="digest"`, give their
+        SHA-256. With `save_anchors=False` there is neither.
+
+        It is complete at any time. What a parameter does not keep yet is made here, as torch.distributed.checkpoint
+        loads only what is there.
+        """
         self._complete_state()
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -72,10 +77,11 @@ class KeepingOptimizer(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a copy of what `state_dict` returned, or of a torch.optim optimizer's of the same base.
+        """Loads a copy of what `state_dict` returned, or of a state dict of the torch.optim optimizer with the same
+        base.
 
-        Float32 state and anchors keep their dtypes. What the checkpoint lacks (anchors, method, strength ...) stays
-        as it is here. Raises ValueError, before anything is changed, where shapes or parameter names differ.
+        Float32 state and anchors keep their dtypes. What the checkpoint lacks (anchors, method, strength ...) stays as
+        it is here. Raises ValueError, before anything is changed, if shapes or parameter names differ.
         """
         incoming: dict[str, Any] = {}
 
@@ -104,20 +110,22 @@ class KeepingOptimizer(Optimizer):
                     else:
                         self.state.pop(param, None)
 
-        # The user's hooks run before the one and after the other.
+        # The user's hooks run before `check`, and after `restore`.
         hooks = (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
+            if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
+                self._late.forget()
         finally:
             for hook in hooks:
                 hook.remove()
             self._plan = None
 
     def _complete(self, saved: list[Group], saved_state: Mapping[Any, Any]) -> list[Group]:
-        """The saved groups with what they lack taken from ours."""
+        """The saved groups. What they lack is taken from ours."""
         complete = []
         for group, theirs in zip(self.param_groups, saved, strict=False):
             if theirs.get("decoupled_weight_decay") is False and theirs.get("weight_decay") and self.base is ADAMW:

@@ -21,8 +21,8 @@ class SGDSPD(AnchoredSGD):
 
 
 class AdamL2SP(AnchoredAdamW):
-    """`AnchoredAdamW` with method="l2sp", the decoupled form (the original is method="l2sp_coupled"). See there for the
-    formula and arguments."""
+    """`AnchoredAdamW` with method="l2sp", the decoupled form. The original form is method="l2sp_coupled". See there for
+    the formula and arguments."""
 
     def __init__(self, params: Params, *args: Any, method: str = "l2sp", **kwargs: Any) -> None:
         super().__init__(params, *args, method=method, **kwargs)
@@ -38,7 +38,7 @@ class SGDL2SP(AnchoredSGD):
 class AdamFTP(AnchoredAdamW):
     """`AnchoredAdamW` with method="ftp": fast trainable projection. See there for the formula and arguments.
 
-    The first step's update is discarded, as in the paper: radii begin at 1e-8, while the moments keep it.
+    The first step's update is discarded, as in the paper. Radii begin at 1e-8, while the moments keep the update.
     """
 
     def __init__(self, params: Params, *args: Any, method: str = "ftp", **kwargs: Any) -> None:
@@ -46,8 +46,8 @@ class AdamFTP(AnchoredAdamW):
 
 
 class SGDFTP(AnchoredSGD):
-    """`AnchoredSGD` with method="ftp": fast trainable projection. See `AnchoredAdamW` for the formula, `AdamFTP` for
-    the first step."""
+    """`AnchoredSGD` with method="ftp": fast trainable projection. See `AnchoredAdamW` for the formula, and `AdamFTP`
+    for the first step."""
 
     def __init__(self, params: Params, *args: Any, method: str = "ftp", **kwargs: Any) -> None:
         super().__init__(params, *args, method=method, **kwargs)

@@ -13,67 +13,78 @@ Betas = tuple[float | Tensor, float | Tensor]
 
 @documents(METHODS)
 class AnchoredAdamW(AnchoredOptimizer):
-    r"""AdamW with a pull toward the anchor.
+    r"""AdamW with a pull toward the anchor θ₀.
 
         m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²
         θ̃ = θ(1 − lr·wd) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
         θ ← θ₀ + α(θ̃ − θ₀)
 
-    with α chosen by `method` (d = θ − θ₀ before the decay and the step, c = θ̃ − θ₀ after them; nᵢ = Σ|cᵢ| of row i, an
-    index of dimension 0; ‖·‖ of the whole tensor):
+    `method` chooses α. It looks at d = θ − θ₀ before the decay and the step, and at c = θ̃ − θ₀ after them. ‖·‖ is the
+    norm of the whole tensor. nᵢ = Σ|cᵢ| is the norm of row i, an index of dimension 0. The methods are:
 
     {methods}
 
-    With "none" it is equal to torch.optim.AdamW (and Adam, at weight_decay=0).
+    With "none" it equals torch.optim.AdamW (and Adam, at weight_decay=0).
 
     Every argument up to `capturable` can be set per group, `method` included.
 
     Args:
         params: parameters of any floating dtype and dense layout, `model.named_parameters()`, or groups of either.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; a tensor lr is read at each step.
+            Those that are frozen in integers are passed over.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW. A tensor lr is read at each step.
         method: a name in `robustft_kernels.METHODS`.
-        norm: what "spd" and "project" measure with; None for "l2".
-        strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp", the
-            penalty's factor in the loss for "l2sp_coupled" and "mars_sp".
-        radius: γ > 0 of "project", in units of the weights; a tensor is read at each step.
-        k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius; 1 holds most, 0 lets radii only grow.
+        norm: what "spd" and "project" measure with. None is "l2".
+        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
+            lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the loss.
+        radius: γ > 0 of "project", in units of the weights. A tensor is read at each step.
+        k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius. 1 holds most, 0 lets radii only grow.
         radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
-        anchor: "initial" (a copy of the weights now), "zero" (for adapters: no memory, no reads), a list of tensors
-            parallel to `params`, a mapping from parameter name to tensor, or the path of a safetensors file (or of its
-            index, or a directory with either), whose memory map all processes of a machine share.
-        anchor_dtype: "exact" copies the weights in the smallest dtype that holds those of the group exactly (a model
-            that was stored in bfloat16 costs 2 bytes a parameter), and leaves given anchors as they are; a torch.dtype
-            rounds to it; None is the parameter's.
-        anchor_device: "cpu" keeps the anchors in (pinned) host memory, from which a GPU reads them at each step, at the
-            speed of its bus; None keeps them on the parameters' device.
-        state_dtype: torch.float32, or torch.bfloat16, of the moments. Those are rounded stochastically (as below),
-            since to nearest a decay of 0.001 of the second moment would always be lost.
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters, which the steps go on from; the
-            parameters show it, rounded. Where somebody else has written a parameter, that counts.
-        stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value, so that
-            updates below half a unit in the last place are not lost. Other dtypes are rounded to nearest.
-        seed: 0 ≤ seed < 2³¹, of that rounding, which is a function of seed, parameter, step and place: a run repeats
-            itself, and replicas agree. Saved with the group.
-        capturable: permit the capture of `step` in a CUDA graph (Triton backend, after a step outside it). What is to
-            change between replays (lr, strength ...) must then be a tensor on the device; numbers are frozen.
-        max_grad_norm: scale all gradients together down to this 2-norm, as torch.nn.utils.clip_grad_norm_, but inside
-            the step: one more reading of the gradients, which stay as they are, and no wait for the device. The norm
-            they had is then `optimizer.grad_norm`, a tensor.
+        anchor: θ₀. It is one of
+            - "initial": a copy of the weights now; see `reanchor` for later. A parameter without memory (meta, lazy)
+              is copied at its first step.
+            - "zero": for adapters. It needs no memory and no reads.
+            - A list of tensors parallel to `params`.
+            - A mapping from parameter name to tensor.
+            - The path of a safetensors file, of its index, or of a directory with either. It is mapped into memory, and
+              all processes of a machine share that map.
+        anchor_dtype: "exact" copies the weights in the smallest dtype that holds those of the group exactly. A model
+            that was stored in bfloat16 then costs 2 bytes a parameter. Given anchors stay as they are. A torch.dtype
+            rounds to that dtype. None is the parameter's dtype.
+        anchor_device: "cpu" keeps the anchors in (pinned) host memory. A GPU reads them there at each step, at the
+            speed of its bus. None keeps them on the parameters' device.
+        state_dtype: torch.float32 or torch.bfloat16, the dtype of the moments. bfloat16 moments are rounded
+            stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of the second moment.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters. The steps continue from the copy, and
+            the parameters show it, rounded. If somebody else writes a parameter, what they wrote counts.
+        stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value. So updates
+            below half a unit in the last place are not lost. Other dtypes are rounded to nearest.
+        seed: 0 ≤ seed < 2³¹, of that rounding, which is a function of seed, parameter, step and place. So a run repeats
+            itself, and replicas agree. The seed is saved with the group.
+        capturable: permit the capture of `step` in a CUDA graph. That takes the Triton backend, and one step before the
+            capture. What changes between replays (lr, strength ...) must be a tensor on the device. Numbers are frozen.
+        max_grad_norm: scale all gradients together down to this 2-norm, as torch.nn.utils.clip_grad_norm_ does, but
+            inside the step. The gradients are read once more and stay as they are. Nothing waits for the device.
+            `optimizer.grad_norm` is then the norm that they had, a tensor.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
-        save_anchors: whether `state_dict` carries the anchors (True), their SHA-256 that loading compares ("digest";
-            so it always is for a file), or neither (False).
+        save_anchors: what `state_dict` carries: the anchors (True), their SHA-256 ("digest"), or neither (False).
+            Loading compares the SHA-256. For anchors in a file, True means "digest" too.
 
-    State: exp_avg and exp_avg_sq, max_exp_avg_sq with amsgrad, all in `state_dtype` (float64 for float64 parameters); a
-    float32 step (on the device with the Triton backend); the anchor; with master_weights the float32 master; with "ftp"
-    the delta c, in bfloat16 (float64), and radius_state, γ and the moments of its gradient in float64. Arithmetic is
-    float32 for every parameter dtype but float64. With torch.amp.GradScaler, gradients are unscaled in the kernel,
-    which writes nothing if one is infinite.
+    State, for each parameter:
+        exp_avg, exp_avg_sq: in `state_dtype` (float64 for float64 parameters). With amsgrad, max_exp_avg_sq too.
+        step: a float32, on the device with the Triton backend.
+        anchor: θ₀, if the parameter has one.
+        master: the float32 copy, with master_weights.
+        delta: c of the last step, with "ftp", in bfloat16 (float64 for float64 parameters).
+        radius_state: γ and the moments of its gradient, with "ftp", in float64.
+
+    Arithmetic is float32 for every parameter dtype but float64. With torch.amp.GradScaler the kernel unscales the
+    gradients. It writes nothing if one of them is infinite.
 
     Raises:
-        ValueError, TypeError: an argument out of its range, or an anchor that does not fit; the message names it.
+        ValueError, TypeError: an argument out of its range, or an anchor that does not fit. The message names it.
         RuntimeError: a backend that is not there, or a sparse gradient.
 
-    Source of AdamW: Loshchilov & Hutter, ICLR 2019; of each method, as given there.
+    Source of AdamW: Loshchilov & Hutter, ICLR 2019. The source of each method is given there.
     """
 
     base = ADAMW
@@ -121,18 +132,21 @@ class AnchoredAdamW(AnchoredOptimizer):
 
 
 class AnchoredSGD(AnchoredOptimizer):
-    r"""SGD with a pull toward the anchor.
+    r"""SGD with a pull toward the anchor θ₀.
 
         g' = g + wd·θ;  b ← μb + (1−dampening)g' (g' at its first step);  θ̃ = θ − lr·b, or θ − lr(g' + μb) if nesterov
         θ ← θ₀ + α(θ̃ − θ₀)
 
-    `method` chooses α as in `AnchoredAdamW`; SPD's condition uses the raw g, without wd·θ. Arguments, per-group
-    settings and errors are as there and in torch.optim.SGD, to which method="none" is equal.
+    `method` chooses α as in `AnchoredAdamW`. SPD's condition uses the raw g, without wd·θ. Arguments, per-group
+    settings and errors are those of `AnchoredAdamW` and torch.optim.SGD. method="none" equals torch.optim.SGD.
 
-    State: with momentum, a float32 (float64) momentum_buffer and a float32 step that counts its updates (without
-    momentum, with stochastic_rounding, the steps); the anchor.
+    State, for each parameter:
+        momentum_buffer: with momentum, in `state_dtype` (float64 for float64 parameters).
+        step: a float32. With momentum it counts the updates of the buffer. Without, it counts the steps, and is kept
+            only with stochastic_rounding or "ftp".
+        anchor, master, delta, radius_state: as in `AnchoredAdamW`.
 
-    Sources: as `AnchoredAdamW`; momentum: Sutskever et al., ICML 2013, in torch.optim.SGD's form.
+    Sources: as in `AnchoredAdamW`. Momentum: Sutskever et al., ICML 2013, in torch.optim.SGD's form.
     """
 
     base = SGD

@@ -1,8 +1,8 @@
 """What `optimizer.state` shows to others.
 
-torch.distributed.checkpoint asks `if optimizer.state:`. When there is none it makes a step, with zero gradients. It
-loads a flattened checkpoint by the keys that it finds there. So a state completes itself when it is asked whether it
-holds anything: no step is made, and no key is missing.
+torch.distributed.checkpoint asks `if optimizer.state:`. If there is none, it makes a step with zero gradients. It loads
+a flattened checkpoint by the keys that it finds in the state. So a state completes itself when it is asked whether it
+holds anything. No step is made, and no key is missing.
 """
 
 from collections import ChainMap, defaultdict
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Complete = WeakMethod[Any]  # or the optimizer and its state would refer to each other
+Complete = WeakMethod[Any]  # weak, or the optimizer and its state would refer to each other
 
 
 class CompletingState(defaultdict[Tensor, dict[str, Any]]):
@@ -73,7 +73,7 @@ class StateWithAnchors(MutableMapping[Tensor, MutableMapping[str, Any]]):
 @torch.no_grad()
 def begin(optimizer: Optimizer) -> None:
     """Makes the state of an optimizer that has none, as torch.distributed.checkpoint does: by a step with lr = 0 and
-    gradients of zero. Does nothing when a parameter has a gradient."""
+    gradients of zero. Does nothing if a parameter has a gradient."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if any(param.grad is not None for param in params):
         return

@@ -1,6 +1,7 @@
 """A pull toward the anchor around the step of any torch.optim.Optimizer: Muon, Lion, 8-bit optimizers, one's own."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from itertools import compress
 from os import PathLike
 from typing import Any
 
@@ -9,73 +10,71 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import registry
-from ..core import anchors, checkpoint
+from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.bases import Group
+from ..core.bases import Group, is_anchored
 from ..core.methods import documents, method_of
 from ..step.launch import label_of
-from ..telemetry import Telemetry, collect
 from .anchored import AnchoredOptimizer, keep_from_compiler
 from .around import METHODS_AROUND, SETTINGS, Around, check_settings, rule_around
-from .shown_state import StateWithAnchors
+from .late import LateAnchors, copies, takes_anchor
+from .wrapping import WrappingOptimizer
 
-SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets where _step_supports_amp_scaling
+SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets if _step_supports_amp_scaling
 
 
 @documents(METHODS_AROUND)
-class Anchored(Optimizer):
-    r"""The step of the wrapped optimizer, θ → θ̃, and then the pull
+class Anchored(WrappingOptimizer):
+    r"""Makes the step of the wrapped optimizer, θ → θ̃, and then pulls toward the anchor θ₀:
 
         θ ← θ₀ + α(θ̃ − θ₀)
 
-    with α chosen by `method` (d = θ − θ₀ before the step, c = θ̃ − θ₀ after it, g the gradient, nᵢ = Σ|cᵢ| of row i):
+    `method` chooses α. It looks at the gradient g, at d = θ − θ₀ before the step, and at c = θ̃ − θ₀ after it. The norm
+    of row i is nᵢ = Σ|cᵢ|. The methods are:
 
     {methods}
 
-    It takes the wrapped optimizer's place: `param_groups`, `state` and `defaults` are those of the wrapped one, so that
-    a scheduler works on either; closures, hooks and copies work as usual; what else the wrapped one has is found here.
-    A parameter without a gradient is left alone.
+    It takes the wrapped optimizer's place. `param_groups`, `state` and `defaults` are those of the wrapped optimizer,
+    so a scheduler works on either. Closures, hooks and copies work as usual. Whatever else the wrapped optimizer has is
+    found here too. A parameter without a gradient is left alone.
 
-    torch.amp.GradScaler is to be given this optimizer. Where it skips a step, nothing is pulled. An optimizer that
-    takes the scale itself (torch's with fused=True) goes on doing so, and nothing is pulled where it skips the step.
+    Give this optimizer to torch.amp.GradScaler. When the scaler skips a step, nothing is pulled. An optimizer that
+    takes the scale itself (torch's with fused=True) still does so. When it skips the step, nothing is pulled either.
 
     Args:
-        optimizer: what makes the steps. Its groups may have keys `method`, `norm`, `strength`, `radius` and `anchor`,
-            which then go before the arguments here; a fresh head takes {"params": ..., "method": "none"}. All but
+        optimizer: what makes the steps. Its groups may have the keys `method`, `norm`, `strength`, `radius` and
+            `anchor`. They go before the arguments here. A fresh head takes {"params": ..., "method": "none"}. All but
             `anchor` can be changed there at any time.
         method: one of these names.
-        norm: what "spd" and "project" measure with; None for "l2".
-        strength: λ ≥ 0, without a unit for "spd" (1 projects onto the previous radius), per unit of lr for "l2sp",
-            with the lr of each group of the wrapped optimizer.
+        norm: what "spd" and "project" measure with. None is "l2".
+        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
+            lr, with the lr of each group of the wrapped optimizer.
         radius: γ > 0 of "project", in units of the weights. Like `strength` and lr, it may be a tensor.
-        anchor: θ₀: "initial" (a copy of the weights now), "zero" (no memory, no reads), a list of tensors parallel to
-            the parameters of all groups (but for those with an anchor of their own), or, if the wrapped optimizer was
-            made with names, a mapping from parameter name to tensor or the path of a safetensors file.
+        anchor: θ₀. It is one of
+            - "initial": a copy of the weights now.
+            - "zero": it needs no memory and no reads.
+            - A list of tensors parallel to the parameters of all groups that have no anchor of their own.
+            - A mapping from parameter name to tensor, or the path of a safetensors file. Either needs a wrapped
+              optimizer that was made with names.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
         save_anchors: whether `state_dict` carries the anchors.
 
-    Precision: ‖c‖ − ‖d‖ is here the difference of two sums, in `AnchoredAdamW` a sum over the step itself. In float32
-    r has an error of 6e-8 at most (measured; the less, the larger the tensor): 5 digits where a step changes the norm
-    by 1%, 4 at 0.1%, 3 at 0.01%, against 7 there. As 1 − α is strength·r, no weight feels more than its last bit.
+    Precision: ‖c‖ − ‖d‖ is the difference of two sums here, and a sum over the step itself in `AnchoredAdamW`. In
+    float32 r has an error of at most 6e-8 (measured), and less for larger tensors. When a step changes the norm by 1%,
+    that leaves 5 digits. At 0.1% it leaves 4, at 0.01% 3. `AnchoredAdamW` has 7. As 1 − α is strength·r, no weight
+    feels more than its last bit.
 
-    Cost, over the wrapped step: "spd" reads weights, anchor and gradient before it, weights and anchor after it (12 + 8
-    bytes a float32 parameter), "project" only the latter; the pull, where α ≠ 1, takes 12 more. Memory: the anchor.
+    Cost, over the wrapped step: "spd" reads weights, anchor and gradient before it, 12 bytes a float32 parameter. After
+    it, "spd" and "project" read weights and anchor, 8 bytes. The pull takes 12 more if α ≠ 1. Memory: the anchor.
     Nothing waits for the device. The pull rounds to nearest, whatever the wrapped step does with bfloat16.
 
     Raises:
         TypeError: something else than a torch.optim.Optimizer.
-        ValueError: another method, an argument or a group's key out of its range, an anchor that does not fit, one of
-            our keys among the wrapped optimizer's own hyper-parameters; the message names it.
-        RuntimeError: from `step`, a sparse gradient for "spd", or a parameter that the wrapped optimizer replaced or
-            gave another form (it must write in place).
+        ValueError: another method, an argument or a group's key out of its range, or an anchor that does not fit. Also
+            one of our keys among the wrapped optimizer's own hyper-parameters. The message names it.
+        RuntimeError: from `step`, a sparse gradient for "spd". Also a parameter that the wrapped optimizer replaced or
+            gave another form: it must write in place.
     """
-
-    optimizer: Optimizer
-    backend: str
-    save_anchors: bool
-    _settings: Group
-    _anchors: dict[Tensor, Tensor]
-    _around: Around | None
 
     def __init__(
         self,
@@ -103,6 +102,7 @@ class Anchored(Optimizer):
         super().__setstate__({
             "defaults": {}, "optimizer": optimizer, "backend": backend, "save_anchors": save_anchors,
             "_settings": {**settings, "anchor": anchor if word else "initial"}, "_anchors": {}, "_around": None,
+            "_late": LateAnchors(),
         })  # fmt: skip
         self.defaults = optimizer.defaults
         groups = optimizer.param_groups
@@ -113,37 +113,14 @@ class Anchored(Optimizer):
             self._anchors.update(tensors)
 
     def _patch_step_function(self) -> None:
-        """torch's, by which the step runs its hooks."""
+        """torch's own, which makes the step run its hooks."""
         super()._patch_step_function()
         keep_from_compiler(type(self))
 
-    @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> StateWithAnchors:  # type: ignore[override]
-        """The wrapped optimizer's, with the anchors; what is written there goes to the wrapped optimizer."""
-        return StateWithAnchors(self.optimizer, self._anchors)
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the wrapped optimizer has, such as a `train()` of its own."""
-        if name.startswith("__") or "optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.optimizer, name)
-
-    def __repr__(self) -> str:
-        return f"Anchored({self.optimizer!r})"
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the wrapped optimizer, and the pull; returns what that step returns.
+        """One step of the wrapped optimizer, and then the pull. Returns what the wrapped step returns.
 
-        `closure` goes to the wrapped optimizer; the gradients of its first evaluation are those that SPD measures.
+        `closure` goes to the wrapped optimizer. SPD measures the gradients of its first evaluation.
         """
         scaler = [name for name in SCALER if name in self.__dict__]
         for name in scaler:
@@ -183,6 +160,10 @@ class Anchored(Optimizer):
     def _before(self) -> None:
         groups = self.param_groups
         if self._around is None or not self._around.holds_for(groups):
+            self._late.settle([group for group in groups if "method" in group], self._anchors, groups)
+            here = {param for group in groups for param in group["params"]}
+            for param in [param for param in self._anchors if param not in here]:
+                del self._anchors[param]
             self._around = Around(groups, self._anchors, self.backend, self._around.results if self._around else {})
         self._around.measure(self.__dict__.get("grad_scale"))
 
@@ -191,16 +172,22 @@ class Anchored(Optimizer):
         assert self._around is not None
         self._around.pull(self.param_groups, self.__dict__.get("found_inf"))
 
-    def telemetry(self) -> dict[str, Telemetry]:
-        """As of `AnchoredAdamW`: what the last step did to each parameter."""
-        kept = {param: {"anchor": anchor} for param, anchor in self._anchors.items()}
-        return collect(self.param_groups, kept, self._around.results if self._around else {})
+    @torch.no_grad()
+    def reanchor(self) -> None:
+        """As of `AnchoredAdamW`: takes the weights as they are now for θ₀, in every group that has anchors."""
+        for group in self.param_groups:
+            if is_anchored(group):
+                params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
+                self._anchors.update(zip(params, copies(params, group), strict=True))
+                for param in params:
+                    self._late.note(group, param, has_anchor=True)
+        self._around = None
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group to the wrapped optimizer, with our keys: `method`, `norm`, `strength`, `radius` and `anchor`.
 
-        Raises what the wrapped optimizer raises, and ValueError or TypeError as the constructor does; nothing is then
-        added.
+        Raises what the wrapped optimizer raises, and ValueError or TypeError as the constructor does. Nothing is added
+        then.
         """
         group = dict(param_group)
         spec: Anchor = group.pop("anchor", self._settings["anchor"])
@@ -215,7 +202,7 @@ class Anchored(Optimizer):
         self._anchors.update(tensors)
 
     def _adopt(self, group: Group, spec: Anchor) -> tuple[Group, dict[Tensor, Tensor]]:
-        """A group's settings, and its anchors by `spec`, its own or the one for all; changes nothing."""
+        """A group's settings, and its anchors. `spec` is its own anchor, or the one for all groups. Changes nothing."""
         own = {**self._settings, **{key: group[key] for key in SETTINGS if key in group}}
         if "norm" not in group and own["norm"] not in method_of(own["method"]).rules:
             own["norm"] = None  # it was meant for the other groups
@@ -223,96 +210,17 @@ class Anchored(Optimizer):
         params, labels = group["params"], [label_of(group, k) for k in range(len(group["params"]))]
         anchored = method_of(own["method"]).anchored
         for param, label in zip(params, labels, strict=True):
-            if anchored and not param.is_floating_point():
+            if anchored and param.requires_grad and not param.is_floating_point():
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
         shared = "anchor" not in group
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
-        own["anchor"], tensors = anchors.resolve(spec, params, group.get("param_names"), labels, anchored=anchored)
+        takes, names = list(map(takes_anchor, params)), group.get("param_names")
+        if not isinstance(spec, str | PathLike | Mapping | None):
+            spec = list(compress(anchors.in_order(spec, params), takes))
+        params, labels = list(compress(params, takes)), list(compress(labels, takes))
+        names = None if names is None else list(compress(names, takes))
+        own["anchor"], tensors = anchors.resolve(spec, params, names, labels, anchored=anchored)
+        for param in params:
+            self._late.note(own, param, tensors is not None)
         return own, dict(zip(params, tensors or (), strict=tensors is not None))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, with "anchor" among the state of each parameter (not where `save_anchors=False`)
-        and our settings among its group's."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        saved = self.optimizer.state_dict()
-        if self.save_anchors:
-            of = dict(saved["state"])
-            for param, key, group in _keys(self.param_groups, saved["param_groups"]):
-                if param in self._anchors:
-                    own = group["anchor"] != "given"
-                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], True, own=own)
-            saved = {**saved, "state": of}
-        for after in self._optimizer_state_dict_post_hooks.values():
-            result = after(self, saved)
-            saved = saved if result is None else result
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or the wrapped optimizer's; copies anchors, in the dtypes they have.
-
-        What the checkpoint lacks (anchors, settings) stays as it is here. Raises ValueError, before anything is
-        changed, where settings, parameter names or the shapes of anchors do not fit, and what the wrapped one raises.
-        """
-        saved = state_dict.copy()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            result = before(self, saved)
-            saved = saved if result is None else result
-        pairs = list(zip(self.param_groups, saved["param_groups"], strict=False))
-        of_params = {key: checkpoint.present(of) if isinstance(of, dict) else of for key, of in saved["state"].items()}
-        loaded = {
-            param: of_params[key]["anchor"]
-            for param, key, _ in _keys(self.param_groups, saved["param_groups"])
-            if "anchor" in of_params.get(key, {})
-        }
-        groups = [_complete(ours, theirs, loaded) for ours, theirs in pairs] + saved["param_groups"][len(pairs) :]
-        for group, _ in pairs:
-            for k, param in enumerate(group["params"]):
-                if param in loaded:
-                    checkpoint.check_saved(param, label_of(group, k), {"anchor": loaded[param]}, None)
-        self.optimizer.load_state_dict({**saved, "state": _without_anchors(of_params), "param_groups": groups})
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in loaded:
-                    self._anchors[param] = checkpoint.loaded_anchor(param, loaded[param])
-                elif group["anchor"] == "zero":
-                    self._anchors.pop(param, None)
-        self._around = None
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "backend", "save_anchors", "_settings", "_anchors")
-        return {**{name: self.__dict__[name] for name in names}, "_around": None, "defaults": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.defaults = self.optimizer.defaults
-
-
-def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:
-    """Each parameter with its key in a state_dict, and its group."""
-    for group, theirs in zip(groups, saved, strict=False):
-        for param, key in zip(group["params"], theirs["params"], strict=False):
-            yield param, key, group
-
-
-def _without_anchors(saved: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A saved state as the wrapped optimizer had it."""
-    bare = {}
-    for key, of in saved.items():
-        if isinstance(of, dict) and "anchor" in of:
-            of = checkpoint.without_anchor(of)
-            if not of:
-                continue
-        bare[key] = of
-    return bare
-
-
-def _complete(group: Group, saved: Group, loaded: Mapping[Tensor, Tensor]) -> Group:
-    """A saved group with those of our settings that it lacks. Raises ValueError when it does not fit."""
-    has_anchors = any(param in loaded for param in group["params"])
-    merged = checkpoint.complete_group(group, saved, SETTINGS, has_anchors=has_anchors)
-    check_settings(merged)
-    return merged

@@ -1,5 +1,5 @@
-"""Decide, in torch: from measures to α when the backends cannot, because the measures of a segment come from several
-sweeps or processes. As everywhere, α = 1 leaves a segment alone.
+"""Decides in torch: from measures to α. Backends cannot decide when the measures of a segment come from several sweeps
+or processes. As everywhere, α = 1 leaves a segment alone.
 
 A rule is a function of the same name as its row in `methods.RULES`. It takes the measures by name, each with one number
 a segment, and the hyper-parameters by name.
@@ -25,7 +25,7 @@ def shrink(ratio: Tensor, m: Measured, strength: Number) -> Tensor:
 
 
 def within(sizes: Tensor, radius: Number) -> Tensor:
-    """min(1, radius/n); 1 when n is not finite."""
+    """min(1, radius/n), or 1 when n is not finite."""
     return torch.where((sizes > radius) & sizes.isfinite(), radius / sizes, 1.0)
 
 
@@ -35,7 +35,7 @@ def size_of(m: Measured) -> Tensor:
 
 
 def spd(m: Measured, h: Terms) -> Tensor:
-    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1; r = max(0, ‖c‖ − ‖d‖)/‖c‖."""
+    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖."""
     after = size_of(m).sqrt()
     return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h["strength"])
 
@@ -69,8 +69,9 @@ DECIDE: dict[str, Callable[[Measured, Terms], Tensor]] = {
 def decide(rule: Rule, measures: Tensor, counts: Sequence[int], terms: Terms) -> Tensor:
     """α of each segment of tensors under one rule.
 
-    measures: float64 [segments, measures]. counts: how many segments each tensor has. terms: the hyper-parameters; a
-    learned radius comes as `radius`, with one number a segment.
+    measures: float64 [segments, measures].
+    counts: how many segments each tensor has.
+    terms: the hyper-parameters. A learned radius comes as `radius`, with one number a segment.
     """
     m = dict(zip(MEASURES, measures.T, strict=True))
     if not rule.tied:
@@ -100,7 +101,7 @@ LEARN: dict[str, Callable[[Tensor, Tensor, Tensor, Terms], Tensor]] = {"ftp": le
 
 
 def check_functions() -> None:
-    """Raises ValueError naming a rule that waits for its measures, or learns, and has no function here."""
+    """Raises ValueError naming a rule without a function here, if it waits for its measures or learns."""
     for rule in RULES.values():
         if (rule.waits and rule.name not in DECIDE) or (rule.learns and rule.name not in LEARN):
             raise ValueError(f"rule {rule.name!r} has no function in step/decide.py")
@@ -110,17 +111,18 @@ check_functions()
 
 
 def largest(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """The largest value of each tensor's segments, infinite when one is not finite; 0 for a tensor without any."""
+    """The largest value of each tensor's segments. It is infinite if one of them is not finite, and 0 for a tensor
+    without any."""
     return fold(torch.where(values.isfinite(), values, torch.inf), counts, "max")
 
 
 def fold(values: Tensor, counts: Sequence[int], how: str) -> Tensor:
-    """One value a tensor, from its segments' in their order; 0 for a tensor without any."""
+    """One value a tensor, folded from its segments' values in their order. 0 for a tensor without any."""
     return torch.segment_reduce(values, how, lengths=_lengths(values, counts), initial=0, unsafe=True)
 
 
 def expanded(by_tensor: Tensor, counts: Sequence[int]) -> Tensor:
-    """Each tensor's value for each of its segments."""
+    """The value of each tensor, repeated for each of its segments."""
     return by_tensor.repeat_interleave(_lengths(by_tensor, counts), output_size=sum(counts))
 
 

@@ -12,9 +12,9 @@ from ..core.sharding import is_dtensor, local, placement_of
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> object:
     """Equal for two calls exactly when a plan that was made at the first still holds at the second.
 
-    It covers identity, address, shape, strides, dtype and device of each parameter. Of its gradient it covers all but
+    Of each parameter it covers identity, address, shape, strides, dtype and device. Of its gradient it covers all but
     the address, or that there is none. Of the state in `kept` it covers which objects these are, and with `addresses`
-    their memory. The caller keeps those objects alive.
+    where their memory is. The caller keeps those objects alive.
     """
     if not native.MISSING and not any(map(is_dtensor, params)):
         return native.fingerprint(params, kept, addresses)
@@ -31,4 +31,5 @@ def _address(value: object) -> int:
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
     strides = tensor.stride() if tensor.layout == torch.strided else None
-    return tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides, placement_of(tensor)
+    read = tensor.is_neg(), tensor._is_zerotensor()
+    return tensor.dtype, tensor.device, tensor.layout, tensor.shape, strides, placement_of(tensor), read

@@ -1,4 +1,4 @@
-"""Hyper-parameters on their way from the groups to the backends, read anew at each step."""
+"""Hyper-parameters on their way from the groups to the backends. They are read anew at each step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ Groups = Sequence[Mapping[str, Any]]
 class HyperTable:
     """The numbers of some groups for the backends.
 
-    table: float64 on the CPU, a row a group, with the columns `base.hyper`.
-    live: for a backend that keeps addresses, the tensors on the device that hold numbers, by their place in the flat
-        table, which has 0 there. The kernels read them, and the host does not.
+    table: float64 on the CPU, one row a group, with the columns `base.hyper`.
+    live: tensors on the device that hold numbers, by their place in the flat table, which has 0 there. It is for a
+        backend that keeps addresses. The kernels read them, and the host does not.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class HyperTable:
 
 
 def _is_readable(value: object, device: torch.device) -> bool:
-    """Whether kernels on this device can read the number by its address."""
+    """Whether kernels on this device can read the number at its address."""
     return isinstance(value, Tensor) and value.device == device and value.dtype in (torch.float32, torch.float64)
 
 
 def terms_of(group: Mapping[str, Any], base: Base, spec: GroupSpec, device: torch.device) -> dict[str, float | Tensor]:
-    """The hyper-parameters by which torch decides for a group. Those in tensors come as 0-d float64 on the device, and
-    the host does not wait for them."""
+    """The hyper-parameters by which torch decides for a group. Those in tensors come as 0-d float64 on the device. The
+    host does not wait for them."""
     values = hyper_of(group, base, spec)
     return {key: _number(values[key], device) for key in METHOD_HYPER}
 

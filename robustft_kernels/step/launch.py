@@ -1,15 +1,17 @@
-"""The parameters of one device as one step of one backend."""
+"""The parameters of one device, as one step of one backend."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..backends import registry
 from ..core import state
 from ..core.bases import Base, Group, GroupSpec
 from ..core.contract import Run, StepTable, StepTensors
+from ..core.memory import in_memory, is_lazily_read
 from ..core.sharding import local
 from .hyper import HyperTable
 from .results import Results, carried_over
@@ -18,16 +20,20 @@ CPU = torch.device("cpu")
 
 
 def label_of(group: Group, k: int) -> str:
-    """How messages call parameter `k` of a group: by its name if it has one."""
+    """What messages call parameter `k` of a group: its name, if it has one."""
     names = group.get("param_names")
-    return f"parameter {names[k]!r}" if names else f"parameter {k} (shape {tuple(group['params'][k].shape)})"
+    if names:
+        return f"parameter {names[k]!r}"
+    param = group["params"][k]
+    return f"parameter {k}" if is_lazy(param) else f"parameter {k} (shape {tuple(param.shape)})"
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
     """The part of a group that a launch steps.
 
-    places: of its parameters in the group. first: the place of the group's first parameter among all.
+    places: the indices of its parameters in the group.
+    first: the index of the group's first parameter among all.
     """
 
     group: Group
@@ -42,7 +48,7 @@ class Share:
 
 
 def shard_of(tensors: StepTensors) -> StepTensors:
-    """The same parameter with the shards that are here, in place of DTensors."""
+    """The same parameter with the shards that are here in place of DTensors."""
     return replace(
         tensors,
         param=local(tensors.param),
@@ -54,9 +60,11 @@ def shard_of(tensors: StepTensors) -> StepTensors:
 class Launch:
     """All parameters of one device, prepared for one backend.
 
-    known: the results of earlier steps by parameter; they go on here, and `known` then refers to this launch's tables.
+    known: the results of earlier steps, by parameter. They are copied into the tables of this launch, and `known` then
+        refers to those.
 
-    tensors: the parameters as the optimizer has them; results, alphas: what the last step found, a row a segment.
+    tensors: the parameters as the optimizer has them.
+    results, alphas: what the last step found, one row a segment.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Launch:
         self.base, self.device = base, device
         self.shares = shares
         self.params = [param for share in shares for param in share.params]
+        self._lazy = [k for k, p in enumerate(self.params) if p.grad is not None and is_lazily_read(p.grad)]
         dtypes = {t.dtype for p in self.params for t in (p, p.grad) if t is not None}
         self.backend = registry.choose_backend(backend, device, dtypes)
         self.tensors = [self._gather(share, row, k, kept) for row, share in enumerate(shares) for k in share.places]
@@ -84,7 +93,7 @@ class Launch:
         return shares
 
     def _gather(self, share: Share, row: int, k: int, kept: Mapping[Tensor, state.ParamState]) -> StepTensors:
-        """A parameter with its state, which is completed here. Raises ValueError when its anchor is missing."""
+        """A parameter with its state, which this completes. Raises ValueError when its anchor is missing."""
         param, spec, base = share.group["params"][k], share.spec, self.base
         of = kept[param]
         state.fill_state(param, of, base, spec, steps_on=self.device if self.backend.keeps_addresses else CPU)
@@ -112,7 +121,7 @@ class Launch:
         return self._whole_step(self.tensors, self.results, self.alphas)
 
     def _whole_step(self, tensors: Sequence[StepTensors], results: Tensor, alphas: Tensor) -> Run:
-        """The base's step over the shards of these that are here."""
+        """The base's step over the shards of these tensors that are here."""
         here = list(map(shard_of, tensors))
         return self.backend.prepare(StepTable(self.base, here, self.hyper.table, results, alphas, self.hyper.live))
 
@@ -126,7 +135,10 @@ class Launch:
         return self._run.squared_norm(self._grads())
 
     def _grads(self) -> list[Tensor]:
-        return [param.grad for param in self.params]  # type: ignore[misc]
+        grads = [param.grad for param in self.params]
+        for k in self._lazy:
+            grads[k] = in_memory(grads[k])  # type: ignore[arg-type]
+        return grads  # type: ignore[return-value]
 
     def _here(self, *scaler: Tensor | None) -> list[Tensor | None]:
         return [None if t is None else t.to(self.device, non_blocking=True) for t in scaler]

@@ -1,8 +1,8 @@
-"""Sweeps that make no step: they measure tensors as they are, or pull them. Every half of a step, every projection
-and every pull around another optimizer's step is one of these.
+"""Sweeps that make no step: they measure tensors as they are, or pull them. Every half of a step, every projection and
+every pull around another optimizer's step is one of these.
 
-The base is `bases.NO_STEP`, θ̃ = θ; what a sweep does is its rule's affair. "observe" measures; "given" pulls by alphas
-that are given; any other rule does what it does after a step.
+The base is `bases.NO_STEP`, θ̃ = θ. The rule says what a sweep does. "observe" measures, and "given" pulls by given
+alphas. Any other rule does what it does after a step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ..core.methods import RULES
 class NoStep:
     """A prepared sweep.
 
-    results, alphas: as of `contract.StepTable`; tables of its own if none are given.
+    results, alphas: as in `contract.StepTable`. It makes its own tables if none are given.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class NoStep:
 
 
 def half_of(spec: GroupSpec) -> GroupSpec:
-    """A group under the half of its rule, which measures as much and decides nothing; if the rule has no half, as it
-    is."""
+    """A group under the half of its rule, which measures as much and decides nothing. If the rule has no half, the
+    group as it is."""
     return spec.under(RULES[spec.rule.half or spec.rule.name])
 
 

@@ -1,15 +1,16 @@
 """A step as ops of torch.library, for tracing.
 
-One op a base, one overload a backend:
+There is one op a base, and one overload a backend:
 
     robustft::adamw_.native(Tensor(a!)[] params, Tensor[] grads, Tensor[] anchors, Tensor(b!)[] exp_avgs, ...) -> ()
 
 An op takes the tables of `contract.StepTable` as flat lists. `group_sizes` says how many consecutive params share a row
-of `hyper` and a rule. A list that only some params need (anchors, max_exp_avg_sqs, ...) has entries for those params
-alone, in their order. seeds has one entry for each param, or none when nothing is rounded stochastically.
+of `hyper` and a rule. Only some params need an entry in anchors, max_exp_avg_sqs and the like. Such a list has entries
+for those params alone, in their order. seeds has one entry for each param, or none if nothing is rounded
+stochastically.
 
-The optimizers do not go through the dispatcher, which costs a third of a microsecond for each tensor of each list: 4 ms
-a step for 2,000 tensors. They call the same implementation, prepared.
+The optimizers do not go through the dispatcher. It costs a third of a microsecond for each tensor of each list: 4 ms a
+step for 2,000 tensors. They call the same implementation, prepared.
 """
 
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ class _Feed:
 
 def _define(library: torch.library.Library, base: Base, backend: str) -> None:
     def run(params: list[Tensor], grads: list[Tensor], *args: Any) -> None:
-        lists = len(base.state) + 8  # anchors to seeds; the dispatcher leaves out what has its default after them
+        lists = len(base.state) + 8  # anchors to seeds. After them, the dispatcher leaves out what has its default
         registry.prepare(backend, table_of(base, params, *args[:lists]))(grads, *args[lists:])
 
     def fake(*_: Any) -> None:

@@ -1,5 +1,5 @@
-"""The one gate from Python objects to tables. A plan is built once and holds until what it was built from changes. A
-step of a valid plan hands the backends new gradients and hyper-parameters, nothing else."""
+"""The only way from Python objects to tables. A plan is built once, and holds until what it was built from changes. A
+step of a valid plan hands the backends new gradients and hyper-parameters, and nothing else."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..core import state
 from ..core.bases import Base, Group, spec_of
-from ..core.sharding import is_dtensor, local
+from ..core.memory import without_memory
+from ..core.methods import Rule
+from ..core.sharding import is_dtensor, is_flat_part, local
 from .fingerprint import fingerprint
 from .hyper import tensors_of
 from .launch import Launch, Share, label_of
@@ -22,8 +24,8 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 class Plan:
     """One step over all parameter groups: one launch for each device.
 
-    starts: the place of each group's first parameter among all the optimizer's, if these are not all.
-    results: what the last step found of each parameter that was ever stepped.
+    starts: the index of each group's first parameter among all the optimizer's. Needed if these groups are not all.
+    results: what the last step found for each of their parameters that was ever stepped.
     """
 
     def __init__(
@@ -36,22 +38,23 @@ class Plan:
         starts: Sequence[int] | None = None,
     ) -> None:
         self.base = base
-        self.results = dict(results)
+        of_groups = {param for group in groups for param in group["params"]}
+        self.results = {param: of for param, of in results.items() if param in of_groups}  # others may be freed
         self.captured = False
         if _capturing():
             raise RuntimeError(
                 "this step needs a new plan, which cannot be made while a CUDA graph is captured; take a "
                 "step with the same parameters, and gradients for the same of them, before the capture"
             )
+        specs = list(map(spec_of, groups))
         by_device: dict[torch.device, dict[int, list[int]]] = {}
         for row, group in enumerate(groups):
             for k, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
-                _check(param, label_of(group, k))
+                _check(param, label_of(group, k), specs[row].rule)
                 by_device.setdefault(param.device, {}).setdefault(row, []).append(k)
         starts = starts or [0, *accumulate(len(group["params"]) for group in groups)]
-        specs = list(map(spec_of, groups))
         self.launches: list[Launch] = []
         for device, rows in by_device.items():
             shares = [Share(groups[row], specs[row], places, starts[row]) for row, places in rows.items()]
@@ -59,7 +62,7 @@ class Plan:
             self.launches.append(kind(base, shares, kept, backend, device, self.results))
         self._addresses = any(launch.backend.keeps_addresses for launch in self.launches)
         self._key = self._key_of(groups, kept)
-        # Or their ids could be used again.
+        # Kept alive, as their ids could be used again.
         tensors = [tensors_of(group, base, spec) for group, spec in zip(groups, specs, strict=True)]
         self._alive = [*(tuple(of.values()) for of in kept.values()), *tensors]
 
@@ -73,10 +76,13 @@ class Plan:
         found_inf: Tensor | None = None,
         max_grad_norm: float | Tensor | None = None,
     ) -> Tensor | None:
-        """One step, with gradients divided by `grad_scale`; none where `found_inf` is not 0. With `max_grad_norm` the
-        gradients of all parameters, divided, are scaled down to that norm; returns the norm they had.
+        """One step, with gradients divided by `grad_scale`. There is none if `found_inf` is not 0.
 
-        While a CUDA graph is captured it becomes part of it, and whoever replays that needs this plan's memory.
+        With `max_grad_norm`, the gradients of all parameters, once divided, are scaled down to that norm together.
+        Returns the norm that they had.
+
+        If a CUDA graph is being captured, the step becomes part of it. Whoever replays the graph needs this plan's
+        memory.
         """
         capturing = _capturing()
         grad_norm = None
@@ -98,7 +104,7 @@ class Plan:
             grad_scale = grad_scale.to(device, torch.float64, non_blocking=True)
             norm = norm / grad_scale
         excess = ((norm + CLIP_EPS) / max_grad_norm).clamp(min=1)
-        return (excess if grad_scale is None else excess * grad_scale).float(), norm
+        return excess if grad_scale is None else excess * grad_scale, norm  # in float64, as some gradients are
 
     def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
         structure = []
@@ -116,9 +122,23 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _check(param: Tensor, label: str) -> None:
+def check_whole(param: Tensor, label: str, rule: Rule) -> None:
+    """Raises RuntimeError for a part of a parameter whose rule needs to know the whole."""
+    if is_flat_part(param) and (rule.measures or rule.surveys):
+        raise RuntimeError(
+            f"{label} is a part of FullyShardedDataParallel's (FSDP1) flat parameters, and its method needs the norms "
+            "of whole layers; shard the model by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def _check(param: Tensor, label: str, rule: Rule) -> None:
     grad = param.grad
     assert grad is not None
+    if what := without_memory(param) or ("a view that negates when it is read; clone it" if param.is_neg() else ""):
+        raise RuntimeError(f"{label} is {what}")
+    check_whole(param, label, rule)
+    if what := without_memory(grad):
+        raise RuntimeError(f"{label} has a gradient that is {what}")
     if grad.layout != torch.strided:
         raise RuntimeError(f"{label} has a sparse gradient ({grad.layout}), which is not supported; make it dense")
     if not grad.is_floating_point():

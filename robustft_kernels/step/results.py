@@ -1,4 +1,4 @@
-"""What the steps leave of each parameter: the results and alphas of its segments."""
+"""What the steps leave for each parameter: the results and alphas of its segments."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ Results = dict[Tensor, tuple[Tensor, Tensor]]  # of each parameter: rows of resu
 def carried_over(
     params: Sequence[Tensor], counts: Sequence[int], device: torch.device, known: Results
 ) -> tuple[Tensor, Tensor]:
-    """Tables for a launch in which each parameter has as many segments as `counts` says. They begin with the rows that
-    `known` has of these parameters, and `known` refers to them from now on."""
+    """Tables for a launch in which each parameter has as many segments as `counts` says. They start with the rows that
+    `known` has for these parameters. `known` then refers to the new tables."""
     results, alphas = empty_results(sum(counts), device)
     for param, *new in zip(params, results.split(list(counts)), alphas.split(list(counts)), strict=True):
         for of_new, of_old in zip(new, known.get(param, ()), strict=False):
@@ -26,7 +26,7 @@ def carried_over(
 
 
 def write(results: Tensor, alphas: Tensor, sums: Tensor, decided: Tensor, found_inf: Tensor | None) -> None:
-    """Writes the sums of the measures and the decided alphas as a step in one sweep does, and counts the pulls.
+    """Writes the sums of the measures and the decided alphas, as a step in one sweep does, and counts the pulls.
     Nothing changes when `found_inf` is not 0."""
     n = len(MEASURES)
     counted = (results[:, n] + (decided != 1))[:, None]

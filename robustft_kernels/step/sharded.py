@@ -1,5 +1,5 @@
-"""A launch over parameters that are sharded over processes: step and measure what is here, sum over all shards, decide
-the same in every process, pull what is here."""
+"""A launch over parameters that are sharded over processes. Each process steps and measures what is here. After the
+sums over all shards, all decide the same, and each pulls what is here."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core import state
 from ..core.bases import NO_STEP
 from ..core.contract import Run, StepTensors, empty_results
+from ..core.memory import in_memory
 from ..core.methods import MEASURES, METHOD_HYPER, RULES
 from ..core.sharding import Segments, any_infinite, local, placed_as, total
 from .decide import EPS, LEARN, decide, expanded, fold, largest
@@ -21,15 +22,15 @@ DOT, BEFORE, GAIN = (MEASURES.index(name) for name in ("grad_dot_delta", "before
 
 
 class ShardedLaunch(Launch):
-    """The step in two halves. Between them one all-reduce sums the measures of all segments whose rule waits for them,
-    with the two sums that FTP's slopes are made of. MARS-SP must know the largest row before the step, and has an
-    all-reduce of its own.
+    """The step in two halves, with one all-reduce between them. It sums the measures of all segments whose rule waits
+    for them, and the two sums that FTP's slopes are made of. MARS-SP must know the largest row before the step, and has
+    an all-reduce of its own.
 
     What is decided depends on those sums alone, and they are the same bits in every process.
     """
 
     def _in_order(self, shares: Sequence[Share]) -> Sequence[Share]:
-        """Rules that learn come first, then the others that wait for their measures, then the rest."""
+        """Puts rules that learn first, then the others that wait for their measures, then the rest."""
         return sorted(shares, key=lambda share: (not share.spec.rule.learns, not share.spec.rule.waits))
 
     def _prepare(self) -> Run:
@@ -41,7 +42,7 @@ class ShardedLaunch(Launch):
         halves = observed(self.tensors, self.base)
         self._sums, self._known = empty_results(sum(shard_of(of).segments for of in halves), self.device)
         self._segments = Segments([of.param for of in self._decided], [of.spec.rule for of in self._decided])
-        self._n = sum(self._segments.here)  # decided segments that are here; they come first
+        self._n = sum(self._segments.here)  # decided segments that are here, which come first
         if self._decided:
             self._pull = self._no_step(pulled(self._decided))
         if self._learning:
@@ -81,7 +82,7 @@ class ShardedLaunch(Launch):
 
     def _decide(self, here: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
         """The measures of all decided segments over all shards, and their alphas, from the measures of what is here.
-        Learned radii move on."""
+        Learned radii are updated."""
         n = here.shape[1]
         packed = here
         if self._learning:
@@ -104,7 +105,7 @@ class ShardedLaunch(Launch):
         return sums[:, :n], torch.cat(alphas)
 
     def _learn(self, sums: Tensor, of_deltas: Tensor, found_inf: Tensor | None) -> Tensor:
-        """The radii by which this step projects. What is kept of them is at most the largest row."""
+        """The radii by which this step projects. The radius that is kept is at most the norm of the largest row."""
         counts = self._segments.counts[: len(self._learning)]
         n = sum(counts)
         slopes = fold(of_deltas[:n, 0] / (of_deltas[:n, 1] + EPS), counts, "sum")
@@ -128,14 +129,14 @@ class ShardedLaunch(Launch):
         return radii
 
     def _numbers(self, tensors: Sequence[StepTensors], key: str) -> Tensor:
-        """A hyper-parameter of each of these, on the device."""
+        """One hyper-parameter of each of these tensors, on the device."""
         numbers = [self._terms[of.row][key] for of in tensors]
         stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])
         return stacked.to(self.device, non_blocking=True)
 
     def _penalized(self, grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
-        """The gradients. Those under MARS-SP are copies with the subgradient on the row of largest Σ|d|, the first of
-        such rows."""
+        """The gradients. Those under MARS-SP are copies, with the subgradient on the row of largest Σ|d|. If several
+        rows are largest, it is on the first of them."""
         self._observe()
         rows, counts = self._rows_of_signed, self._rows_of_signed.counts
         sizes = rows.whole(self._observe.results[:, [BEFORE]])[:, 0].nan_to_num(nan=-1.0)
@@ -164,7 +165,7 @@ class ShardedLaunch(Launch):
         return total([norm**2 for norm in norms], self.params)
 
     def _grads(self) -> list[Tensor]:
-        return [local(placed_as(param.grad, param)) for param in self.params]  # type: ignore[arg-type]
+        return [in_memory(local(placed_as(param.grad, param))) for param in self.params]  # type: ignore[arg-type]
 
 
 def _count_of(tensors: StepTensors) -> Tensor:

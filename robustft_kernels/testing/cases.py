@@ -17,7 +17,7 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _second_first(t: Tensor) -> Tensor:
-    """Dimension 0 lies inside of dimension 1: a row is in several runs."""
+    """Dimension 0 lies inside of dimension 1, so a row is in several runs."""
     return t.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
@@ -39,7 +39,7 @@ class Case:
     lay: Callable[[Tensor], Tensor] = torch.clone
 
 
-# What a vector path, its tail, a block, a chunk and several chunks each see; every number of dimensions from 0 to 5.
+# Sizes for a vector path, its tail, a block, a chunk and several chunks. Every number of dimensions from 0 to 5.
 CASES = (
     Case("0-d", ()),
     Case("empty", (0,)),
@@ -61,7 +61,7 @@ CASES = (
     Case("5-d", (2, 3, 4, 5, 6)),
 )
 
-# The same in 17 chunks instead of 38, where a backend takes long: in Triton's interpreter.
+# The same in 17 chunks instead of 38, for a backend that takes long: Triton's interpreter.
 LEAN_CASES = (
     Case("0-d", ()),
     Case("empty matrix", (3, 0)),
@@ -75,7 +75,7 @@ LEAN_CASES = (
     Case("5-d", (2, 3, 4, 5, 6)),
 )
 
-# What rows a program takes: short and long, whole and in parts, aligned or not, contiguous or strided, one or none.
+# Kinds of rows: short and long, whole and in parts, aligned or not, contiguous or strided, one or none.
 ROW_CASES = (
     *CASES,
     Case("rows of 1", (300, 1)),
@@ -115,7 +115,7 @@ class Settings:
         return masters and (not self.stochastic or dtype == torch.bfloat16)
 
 
-# Radii in the midst of what the cases' norms are.
+# The radius is in the midst of the cases' norms.
 _METHODS = dict(strength=1.3, radius=1.0, k=0.7, radius_lr=1.0, radius_beta1=0.9, radius_beta2=0.99)
 _FLAGS = dict(maximize=0, stochastic_rounding=0, master_weights=0)
 

@@ -20,8 +20,8 @@ SEED = 123456789
 class Stepper:
     """The tensors of one op call for a table of cases, and the call itself on any backend.
 
-    anchored: True for anchors of the parameters' dtype, False for zero, or a dtype. The numbers are those of `seed`,
-    whatever the device.
+    anchored: True for anchors of the parameters' dtype, False for zero, or a dtype.
+    seed: the numbers depend on it alone, whatever the device.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Stepper:
 
     @property
     def spec(self) -> GroupSpec:
-        """Of the group that all tensors are in."""
+        """The spec of the group that all tensors are in."""
         spec = spec_of_hyper(self.settings.base, {**self.settings.hyper, "anchored": self.anchored}, self.rule.name)
         return replace(spec, state_dtype=self.settings.state_dtype)
 
@@ -80,7 +80,7 @@ class Stepper:
     def _first(self, key: str) -> list[Tensor]:
         if key in LEARNED:
             return [torch.zeros(len(LEARNED[key]), dtype=torch.float64, device=self.device) for _ in self.cases]
-        if key == "master":  # between the weights and their neighbours; some no longer what their parameter shows
+        if key == "master":  # between the weights and their neighbours. Some parameters no longer show theirs
             beyond = (
                 1 + 0.6 * torch.finfo(self.params[0].dtype).eps * self._randn(case).to(self.device)
                 for case in self.cases
@@ -95,8 +95,8 @@ class Stepper:
         return torch.from_numpy(np.asarray(self.random.standard_normal(case.shape, np.float32)))
 
     def grads(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The next gradients of a fixed stream: strongly away from the anchor or gently back, by turns, so that the
-        momentum still leads away when the gradient says back, where SPD fires; no ⟨g,d⟩ is near zero."""
+        """The next gradients of a fixed stream. By turns they lead strongly away from the anchor or gently back. So the
+        momentum still leads away when the gradient says back, and then SPD fires. No ⟨g,d⟩ is near zero."""
         out = []
         for i, (case, p) in enumerate(zip(self.cases, self.params, strict=True)):
             anchor = self.anchors[i].float() if self.anchored else 0
@@ -107,7 +107,7 @@ class Stepper:
         return out
 
     def clone(self) -> "Stepper":
-        """The same state in memory of its own, laid out alike."""
+        """The same state in its own memory, laid out alike."""
         other = object.__new__(Stepper)
         other.__dict__.update(self.__dict__)
         copy = [case.lay for case in self.cases]

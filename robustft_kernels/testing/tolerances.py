@@ -1,12 +1,12 @@
-"""How far a step may be from the oracle's: derived, in one place.
+"""How far a step may be from the oracle's. All tolerances are derived, in this one place.
 
 One step from identical state is compared with the oracle in float64. It may differ by
 
-- rounding to storage: 2 units in the last place of the stored value;
-- arithmetic: a dozen roundings of the operands. The size of an update is lr·(1 + |g|), even if its moment cancels;
-- a measure: 16 roundings of each summand. θ̃ may fall on a neighbouring stored value, which moves a summand by s,
-  independently of the others: 3·√(Σ s²). The rounding of the factor 1 − lr·wd moves all of them together;
-- learned numbers: what the slope's difference makes of them;
+- rounding to storage: 2 units in the last place of the stored value.
+- arithmetic: a dozen roundings of the operands. The size of an update is lr·(1 + |g|), even if its moment cancels.
+- a measure: 16 roundings of each summand. θ̃ may fall on a neighbouring stored value. That moves a summand by s,
+  independently of the others: 3·√(Σ s²). The rounding of the factor 1 − lr·wd moves all of them together.
+- learned numbers: what the slope's difference makes of them.
 - α: what the differences of measures and radius make of it, times |c|.
 
 What a difference makes of a formula is asked of the oracle's own function: it is evaluated beside the point. So a new
@@ -26,14 +26,15 @@ from .stepper import Stepper
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of values, in float64, to their neighbours in `dtype`; at least that of its smallest normal."""
+    """The distance of values, in float64, to their neighbours in `dtype`. It is at least that of the smallest
+    normal."""
     info = torch.finfo(dtype)
     return values.abs().clamp(min=info.smallest_normal) * info.eps
 
 
 def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[Tensor]) -> None:
-    """`got` made the step from `before` that the oracle made in `want`, to the tolerances above. Raises AssertionError
-    naming the case and what differs."""
+    """Checks that `got` made the step from `before` that the oracle made in `want`, to the tolerances above. Raises
+    AssertionError naming the case and what differs."""
     hyper, rule, base = want.settings.hyper, want.rule, want.settings.base
     sign = -1 if hyper["maximize"] else 1
     start, unpulled = before.weights, _unpulled(before, grads)
@@ -73,12 +74,12 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         counted = got.results[of, len(MEASURES)]
         assert ((counted == selected) | ((alpha - 1).abs() <= alpha_slack)).all(), f"{case.name}: selected"
 
-        # A moment may cancel, not its error; a penalty adds to g.
+        # A moment may cancel, but not its error. A penalty adds to g.
         size_of_g = g.abs() + (hyper["strength"] * (d.abs() + 1) if rule.penalty else 0)
         scale = theta.abs() + theta_0.abs() + u.abs() + hyper["lr"] * (1 + size_of_g)
         by_row = alpha_slack.reshape([-1, *[1] * (c.dim() - 1)] if c.dim() else [])
         allowed = 2 * ulp(new, storage) + 16 * eps * scale + by_row * c.abs()
-        if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by its size
+        if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by the size of the sum
             rms = (want.states["exp_avg_sq"][i].double() / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
             allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
         _assert_within(got.weights[i], new, allowed, f"{case.name}: weights")
@@ -101,7 +102,7 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
 
 
 def _unpulled(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
-    """The weights θ̃ that the oracle's step leads to before the pull."""
+    """The weights θ̃ after the oracle's step, before the pull."""
     step = before.clone()
     step.rule = before.rule if before.rule.penalty else RULES["keep"]
     step.states = {key: of if key not in (*LEARNED, "delta") else [] for key, of in step.states.items()}
@@ -152,9 +153,9 @@ def _alpha_slack(
     radius_slack: float,
     case: str,
 ) -> Tensor:
-    """By how much α may differ for what the measures and a learned radius do: twice what the corners make of it.
+    """By how much α may differ because the measures and a learned radius do: twice what the corners make of it.
 
-    Raises AssertionError when the sign of a measure may flip, on which α depends: then the stream is no test.
+    Raises AssertionError if the sign of a measure on which α depends may flip. Then the stream is no test.
     """
 
     def decide(by: Mapping[str, Tensor], radius: float = 0) -> Tensor:

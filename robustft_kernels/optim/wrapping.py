@@ -1,0 +1,145 @@
+"""What an optimizer around another passes on to it, and how both are saved and loaded."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..core import checkpoint
+from ..core.bases import Group
+from ..step.launch import label_of
+from ..telemetry import Telemetry, collect
+from .around import SETTINGS, Around, check_settings
+from .late import LateAnchors
+from .shown_state import StateWithAnchors
+
+
+class WrappingOptimizer(Optimizer):
+    """The protocol of torch.optim for `Anchored`; not to be constructed itself."""
+
+    optimizer: Optimizer
+    backend: str
+    save_anchors: bool
+    _settings: Group
+    _anchors: dict[Tensor, Tensor]
+    _around: Around | None
+    _late: LateAnchors
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> StateWithAnchors:  # type: ignore[override]
+        """The wrapped optimizer's, with the anchors. What is written there goes to the wrapped optimizer."""
+        return StateWithAnchors(self.optimizer, self._anchors)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the wrapped optimizer has, such as a `train()` of its own."""
+        if name.startswith("__") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"Anchored({self.optimizer!r})"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The wrapped optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def telemetry(self) -> dict[str, Telemetry]:
+        """As of `AnchoredAdamW`: what the last step did to each parameter."""
+        kept = {param: {"anchor": anchor} for param, anchor in self._anchors.items()}
+        return collect(self.param_groups, kept, self._around.results if self._around else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's. The state of each parameter also has its "anchor", unless `save_anchors=False`. Each
+        group also has our settings."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self.optimizer.state_dict()
+        if self.save_anchors:
+            of = dict(saved["state"])
+            for param, key, group in _keys(self.param_groups, saved["param_groups"]):
+                if param in self._anchors:
+                    own = group["anchor"] != "given"
+                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], True, own=own)
+            saved = {**saved, "state": of}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            result = after(self, saved)
+            saved = saved if result is None else result
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, or the wrapped optimizer's. Anchors are copied in the dtypes they have.
+
+        What the checkpoint lacks (anchors, settings) stays as it is here. Raises ValueError, before anything is
+        changed, if settings, parameter names or the shapes of anchors do not fit. Also raises what the wrapped
+        optimizer raises.
+        """
+        saved = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            result = before(self, saved)
+            saved = saved if result is None else result
+        pairs = list(zip(self.param_groups, saved["param_groups"], strict=False))
+        of_params = {key: checkpoint.present(of) if isinstance(of, dict) else of for key, of in saved["state"].items()}
+        loaded = {
+            param: of_params[key]["anchor"]
+            for param, key, _ in _keys(self.param_groups, saved["param_groups"])
+            if "anchor" in of_params.get(key, {})
+        }
+        groups = [_complete(ours, theirs, loaded) for ours, theirs in pairs] + saved["param_groups"][len(pairs) :]
+        for group, _ in pairs:
+            for k, param in enumerate(group["params"]):
+                if param in loaded:
+                    checkpoint.check_saved(param, label_of(group, k), {"anchor": loaded[param]}, None)
+        self.optimizer.load_state_dict({**saved, "state": _without_anchors(of_params), "param_groups": groups})
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in loaded:
+                    self._anchors[param] = checkpoint.loaded_anchor(param, loaded[param])
+                elif group["anchor"] == "zero":
+                    self._anchors.pop(param, None)
+        self._around = None
+        if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
+            self._late.forget()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "backend", "save_anchors", "_settings", "_anchors")
+        kept = {name: self.__dict__[name] for name in names}
+        return {**kept, "_around": None, "defaults": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_late": LateAnchors()})
+        self.defaults = self.optimizer.defaults
+
+
+def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:
+    """Each parameter with its key in a state_dict, and its group."""
+    for group, theirs in zip(groups, saved, strict=False):
+        for param, key in zip(group["params"], theirs["params"], strict=False):
+            yield param, key, group
+
+
+def _without_anchors(saved: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A saved state without our anchors, as the wrapped optimizer saved it."""
+    bare = {}
+    for key, of in saved.items():
+        if isinstance(of, dict) and "anchor" in of:
+            of = checkpoint.without_anchor(of)
+            if not of:
+                continue
+        bare[key] = of
+    return bare
+
+
+def _complete(group: Group, saved: Group, loaded: Mapping[Tensor, Tensor]) -> Group:
+    """A saved group, with those of our settings that it lacks added. Raises ValueError when it does not fit."""
+    has_anchors = any(param in loaded for param in group["params"])
+    merged = checkpoint.complete_group(group, saved, SETTINGS, has_anchors=has_anchors)
+    check_settings(merged)
+    return merged
