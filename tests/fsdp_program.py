@@ -4,6 +4,7 @@ import argparse
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -173,6 +174,33 @@ def check_tpgm(world: int) -> None:
         assert all(torch.equal(radii[0], other) for other in radii)
 
 
+def check_replicas(world: int) -> None:
+    """Under DDP, with batches of their own, all replicas learn the radii of one process with all batches. Steps in
+    backward are refused, whichever was made first."""
+    learned = []
+    for model in (net(0), nn.parallel.DistributedDataParallel(net(0))):
+        anchors = {name: p.detach().clone() for name, p in net(1).named_parameters()}
+        tpgm = rft.TPGM(model, anchor=anchors, lr=0.05, init="half_min")
+        rows = slice(None) if not learned else slice(dist.get_rank() * 16 // world, (dist.get_rank() + 1) * 16 // world)
+        batches = [tuple(of[rows] for of in batch(t)) for t in range(3)]
+        tpgm.update(lambda b, model=model: cross_entropy(model(b[0]), b[1]), batches, steps=4)
+        learned.append(torch.stack(list(tpgm.radii.values())))
+    torch.testing.assert_close(learned[1], learned[0], rtol=1e-4, atol=1e-5)
+    radii = [torch.zeros_like(learned[1]) for _ in range(world)]
+    dist.all_gather(radii, learned[1])
+    assert all(torch.equal(radii[0], other) for other in radii)
+
+    refused = r"parameter '0\.weight' is under DistributedDataParallel"
+    alone = net(0)
+    before = [p.detach().clone() for p in alone.parameters()]
+    inside = rft.StepInBackward(rft.AdamSPD(alone.parameters()))
+    replica = nn.parallel.DistributedDataParallel(alone)
+    for what in (lambda: replica(batch(0)[0]).sum().backward(), lambda: rft.StepInBackward(inside._optimizer)):
+        with pytest.raises(RuntimeError, match=refused):
+            what()
+    assert all(map(torch.equal, alone.parameters(), before))
+
+
 def save(world: int, folder: Path) -> None:
     """Three steps, a checkpoint, three more steps. Keeps the last weights for those that go on from the checkpoint."""
     for kind in KINDS:
@@ -211,6 +239,7 @@ def main(args: argparse.Namespace) -> None:
         check_given_anchors(world, folder)
         check_functions(world)
         check_tpgm(world)
+        check_replicas(world)
     elif args.what == "save":
         save(world, folder)
         resume(world, folder, same=True)

@@ -34,6 +34,7 @@ class LearnedRadii:
     calls: int
     save_anchors: bool
     _model: nn.Module | None
+    _replicas: Any  # a process group, or None
     _params: list[Tensor]
     _ball: Ball
     _neighbour_pairs: Tensor
@@ -118,7 +119,7 @@ class LearnedRadii:
                     self._ball.pull_(self._params, self._anchors, alphas)
                 torch.clear_autocast_cache()
                 evaluation_mode(self._model)
-                dots = dots_of(loss_fn(batch), self._params, theta, self._anchors, self._ball)
+                dots = self._averaged(dots_of(loss_fn(batch), self._params, theta, self._anchors, self._ball))
                 radii.grad = self._ball.slopes(radii, norms, dots) + self._penalty_slopes(radii, norms, alphas)
                 adam.step()
                 self._bound(radii, norms)
@@ -132,6 +133,13 @@ class LearnedRadii:
         self._adam, self._feed, self._started = adam, feed, True
         self._alphas = self._ball.alphas(radii, norms)
         return norms
+
+    def _averaged(self, dots: Tensor) -> Tensor:
+        """The mean over the replicas, each of which has its own batches."""
+        if self._replicas is None:
+            return dots
+        torch.distributed.all_reduce(dots, group=self._replicas)
+        return dots / torch.distributed.get_world_size(self._replicas)
 
     @torch.no_grad()
     def _project(self, norms: Tensor | None) -> None:

@@ -55,6 +55,9 @@ class TPGM(LearnedRadii):
             row's.
         f_proj, every_step: see `step`.
         save_anchors: whether `state_dict` carries the anchors.
+        process_group: the processes that have replicas of the model, each with its own batches. The slopes of the radii
+            are averaged over them, so that all learn the same radii. None is DistributedDataParallel's, if the model is
+            that, else no process but this one.
 
     A prefix matches whole components: "blocks.1" is `blocks.1.attn.weight`, not `blocks.10.attn.weight`. What wrappers
     put into names is left out of all names, given or found. That is `module.` in front (DataParallel, DDP), and
@@ -88,10 +91,14 @@ class TPGM(LearnedRadii):
         f_proj: int = 1,
         every_step: bool = False,
         save_anchors: bool = True,
+        process_group: Any = None,
     ) -> None:
         _check_numbers(lr, init, radius_penalty, tv, f_proj)
         given = model_or_named_parameters
         self._model = given if isinstance(given, nn.Module) else None
+        if process_group is None and isinstance(given, nn.parallel.DistributedDataParallel):
+            process_group = given.process_group
+        self._replicas = process_group
         names = names_of(given)
         excluded = set(matching(exclude, names, "exclude"))
         self._params = [p for p in names if p.requires_grad and p.numel() and p not in excluded]
@@ -159,7 +166,7 @@ class TPGM(LearnedRadii):
         parameter without a gradient has slope 0. Waits for the device once, at the end.
 
         If a model is spread over processes (FSDP2, DTensor), all learn the same radii, from all of their batches.
-        Between replicas (DDP) nothing is exchanged. Give all of them the same batches, or their radii part.
+        Replicas (DDP) may each have their own batches: their slopes are averaged, see `process_group`.
 
         Raises:
             ValueError: no batch (left), steps below 1, a loss of several elements or independent of the parameters.

@@ -1,10 +1,11 @@
 """Steps inside the backward pass. Each gradient is used as soon as it is there, and freed."""
 
+import gc
 from collections import ChainMap
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.bases import Group
@@ -31,15 +32,17 @@ class StepInBackward:
     torch.amp.GradScaler, whose scale is not known then. It does not go with DistributedDataParallel, which reduces
     gradients later. Parameters that are added or thawed afterwards are stepped in `step()`.
 
-    Raises ValueError if the optimizer has a `max_grad_norm`, which needs all gradients at once. `step()` raises
-    RuntimeError if a GradScaler calls it.
+    Raises ValueError if the optimizer has a `max_grad_norm`, which needs all gradients at once, and RuntimeError for
+    parameters under DistributedDataParallel. `step()` raises RuntimeError if a GradScaler calls it.
     """
 
     def __init__(self, optimizer: AnchoredOptimizer) -> None:
+        _refuse_replicas(optimizer)
         if optimizer.max_grad_norm is not None:
             raise ValueError("max_grad_norm needs all gradients at once, which a step in backward does not have")
         self._optimizer = optimizer
         self._plans: dict[Tensor, Plan] = {}
+        self._begun = False
         self._places: dict[Tensor, tuple[int, int, int]] = {}
         self._note_places()
         self._handles = [
@@ -80,6 +83,9 @@ class StepInBackward:
     @torch.no_grad()
     def _step(self, param: Tensor) -> None:
         optimizer = self._optimizer
+        if not self._begun:  # the model may have been wrapped meanwhile
+            _refuse_replicas(optimizer)
+            self._begun = True
         if (found := self._place_of(param)) is None:
             self._plans.pop(param, None)
             return
@@ -96,6 +102,21 @@ class StepInBackward:
         optimizer._results[param] = plan.results[param]
         plan.run()
         param.grad = None
+
+
+def _refuse_replicas(optimizer: Optimizer) -> None:
+    """Raises RuntimeError for parameters of a DistributedDataParallel, which reduces gradients after their steps."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    ours = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    kind = nn.parallel.DistributedDataParallel
+    for wrapper in (of for of in gc.get_objects() if type(of) is kind or issubclass(type(of), kind)):
+        if name := next((name for name, param in wrapper.module.named_parameters() if id(param) in ours), ""):
+            raise RuntimeError(
+                f"parameter {name!r} is under DistributedDataParallel, which reduces its gradient only after "
+                "StepInBackward has used it, so that replicas would part; use optimizer.step(), or fully_shard"
+            )
 
 
 def _refuse_scaler(optimizer: Optimizer, *_: object) -> None:
