@@ -205,6 +205,35 @@ def test_a_parameter_that_takes_anothers_place_takes_its_anchor():
     assert set(optimizer.state) == {new}
 
 
+@pytest.mark.parametrize("make", [rft.AdamSPD, OPTIMIZERS["around"]])
+def test_a_place_is_not_only_a_shape(make):
+    """Of two that took the places of others of one shape, only the second has a gradient. A third is new, and one that
+    has left is of its shape."""
+    old = [nn.Parameter(torch.full((4,), float(k))) for k in range(3)]
+    given = [torch.full((4,), 10.0 + k) for k in range(3)]
+    optimizer = make([{"params": old[:2], "anchor": given[:2]}, {"params": old[2:]}], lr=0.1)
+    new = [nn.Parameter(p.detach().clone()) for p in old]
+    optimizer.param_groups[0]["params"][:] = new[:2]
+    optimizer.param_groups[1]["params"][:] = [old[2], new[2]]
+    new[1].grad, new[2].grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert torch.equal(optimizer.state[new[1]]["anchor"], given[1])
+    assert torch.equal(optimizer.state[new[2]]["anchor"], old[2].detach())
+
+
+def test_what_a_wrapped_optimizer_keeps_is_loaded_as_it_is():
+    """Also None, and empty dictionaries, which are not ours to drop."""
+    param = nn.Parameter(torch.ones(4))
+    wrapped = rft.Anchored(torch.optim.SGD([param], lr=0.1))
+    param.grad = torch.ones(4)
+    wrapped.step()
+    wrapped.optimizer.state[param].update(nothing=None, table={})
+    wrapped.load_state_dict(copy.deepcopy(wrapped.state_dict()))
+    kept = wrapped.optimizer.state[param]
+    assert kept["nothing"] is None
+    assert kept["table"] == {}
+
+
 def test_a_cleared_state_is_not_anchored_anew_in_silence():
     param = nn.Parameter(torch.ones(4))
     optimizer = rft.AdamSPD([param], lr=0.1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .anchors import check_digest, digest
 from .bases import DTYPE_OPTIONS, Group, as_dtype
 from .names import bare_name
-from .state import check_loadable, copy_beside
+from .state import check_loadable
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
@@ -46,9 +46,7 @@ def plain_group(group: Group) -> Group:
     return {**group, **texts}
 
 
-def with_anchor(
-    saved: Mapping[str, Any], anchor: Tensor | None, how: bool | str, *, own: bool = True
-) -> dict[str, Any]:
+def with_anchor(saved: Mapping[str, Any], anchor: Tensor, how: bool | str, *, own: bool = True) -> dict[str, Any]:
     """One parameter's saved state with its anchor.
 
     how: True for the tensor, "digest" for its SHA-256, or False.
@@ -56,7 +54,7 @@ def with_anchor(
         loads into the tensors that it finds.
     """
     bare = without_anchor(saved)
-    if anchor is None or how is False:
+    if how is False:
         return bare
     if how == "digest":
         return {**bare, "anchor_digest": digest(anchor)}
@@ -81,8 +79,3 @@ def check_saved(param: Tensor, label: str, saved: Mapping[str, Any], present: Te
     check_loadable(param, label, saved)
     if "anchor_digest" in saved:
         check_digest(present, saved["anchor_digest"], label)
-
-
-def loaded_anchor(param: Tensor, anchor: Tensor) -> Tensor:
-    """A copy of a saved anchor in its parameter's memory layout, in the dtype that it has."""
-    return copy_beside(param, anchor)

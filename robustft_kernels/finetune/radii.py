@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.checkpoint import check_names, check_saved, loaded_anchor
+from ..core.checkpoint import check_names, check_saved
 from ..core.ranges import Range, check_number
+from ..core.state import copy_beside
 from .evaluation import Feed, as_found, evaluation_mode, put
 from .prefixes import matching
 from .projection import Ball, as_lists
@@ -91,7 +92,7 @@ class LearnedRadii:
             for param, name, anchor in zip(self._params, self.names, saved, strict=True):
                 check_saved(param, f"parameter {name!r}", {"anchor": anchor}, None)
             kind = state_dict["anchor"]
-            loaded = [loaded_anchor(p, anchor) for p, anchor in zip(self._params, saved, strict=True)]
+            loaded = [copy_beside(p, anchor) for p, anchor in zip(self._params, saved, strict=True)]
         elif state_dict["anchor"] == "zero":
             kind, loaded = "zero", None
         self._adam, self._anchor, self._anchors, self._alphas = adam, kind, loaded, None

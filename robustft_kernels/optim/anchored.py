@@ -1,8 +1,6 @@
 """What the optimizers of this package share: the protocol of torch.optim, groups, anchors, plans, checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import compress
-from os import PathLike
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch.optim import Optimizer
 from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper, is_anchored
+from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..step.launch import label_of
@@ -20,7 +18,7 @@ from ..step.plan import Plan
 from ..step.results import Results
 from ..telemetry import Telemetry, collect
 from .keeping import KeepingOptimizer
-from .late import AnchorsOfState, LateAnchors, copies, takes_anchor
+from .late import AnchorsOfState, LateAnchors, resolved
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -91,7 +89,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plan = None
 
     def _adopt(self, group: Group, spec: Anchor, *, shared: bool) -> None:
-        params, names = group["params"], group.get("param_names")
+        params = group["params"]
         labels = [label_of(group, k) for k in range(len(params))]
         if len({id(param) for param in params}) != len(params):
             raise ValueError("a group has the same parameter twice")
@@ -109,18 +107,11 @@ class AnchoredOptimizer(KeepingOptimizer):
         anchored = method_of(group["method"]).anchored
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
-        takes = list(map(takes_anchor, params))
-        if not isinstance(spec, str | PathLike | Mapping | None):
-            spec = [tensor for tensor, does in zip(anchors.in_order(spec, params), takes, strict=True) if does]
-        params, labels = list(compress(params, takes)), list(compress(labels, takes))
-        names = None if names is None else list(compress(names, takes))
-        group["anchor"], tensors = anchors.resolve(
-            spec, params, names, labels, anchored=anchored, dtype=group["anchor_dtype"], device=group["anchor_device"]
-        )
-        for k, param in enumerate(params):
-            if tensors is not None:
-                self.state[param]["anchor"] = tensors[k]
-            self._late.note(group, param, tensors is not None)
+        dtype, device = group["anchor_dtype"], group["anchor_device"]
+        group["anchor"], tensors = resolved(spec, group, anchored=anchored, dtype=dtype, device=device)
+        for param, tensor in tensors.items():
+            self.state[param]["anchor"] = tensor
+        self._late.note(len(self.param_groups) - 1, group, tensors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -141,13 +132,8 @@ class AnchoredOptimizer(KeepingOptimizer):
 
     def reanchor(self) -> None:
         """Takes the weights as they are now for θ₀, in every group that has anchors. Moments and step counts stay."""
-        for group in self.param_groups:
-            if not is_anchored(group):
-                continue
-            params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
-            for param, tensor in zip(params, copies(params, group), strict=True):
-                self.state[param]["anchor"] = tensor
-                self._late.note(group, param, has_anchor=True)
+        for param, tensor in self._late.retake(self.param_groups).items():
+            self.state[param]["anchor"] = tensor
         self._plan = None
 
     def telemetry(self) -> dict[str, Telemetry]:

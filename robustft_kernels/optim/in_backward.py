@@ -42,7 +42,6 @@ class StepInBackward:
             raise ValueError("max_grad_norm needs all gradients at once, which a step in backward does not have")
         self._optimizer = optimizer
         self._plans: dict[Tensor, Plan] = {}
-        self._begun = False
         self._places: dict[Tensor, tuple[int, int, int]] = {}
         self._note_places()
         self._handles = [
@@ -69,33 +68,33 @@ class StepInBackward:
             for k, param in enumerate(group["params"]):
                 self._places[param] = row, k, len(self._places)
 
-    def _place_of(self, param: Tensor) -> tuple[Group, int, int] | None:
-        """The parameter's group, its index in the group, and its index among all, as they are now. `load_state_dict`
-        replaces the groups, and groups may change. None for a parameter that has left."""
+    def _place_of(self, param: Tensor) -> tuple[int, int, int] | None:
+        """The index of the parameter's group, its index in the group, and its index among all, as they are now.
+        `load_state_dict` replaces the groups, and groups may change. None for a parameter that has left."""
         groups = self._optimizer.param_groups
         for _ in range(2):
             row, k, place = self._places.get(param, (len(groups), 0, 0))
             if row < len(groups) and k < len(params := groups[row]["params"]) and params[k] is param:
-                return groups[row], k, place
+                return row, k, place
             self._note_places()
         return None
 
     @torch.no_grad()
     def _step(self, param: Tensor) -> None:
         optimizer = self._optimizer
-        if not self._begun:  # the model may have been wrapped meanwhile
+        if not self._plans:  # the model may have been wrapped meanwhile
             _refuse_replicas(optimizer)
-            self._begun = True
         if (found := self._place_of(param)) is None:
             self._plans.pop(param, None)
             return
-        group, k, place = found
+        row, k, place = found
+        group = optimizer.param_groups[row]
         own = {"params": [param], **({"param_names": [group["param_names"][k]]} if "param_names" in group else {})}
         groups = [cast(Group, ChainMap(own, group))]  # with the hyper-parameters as they will be
         kept = {param: optimizer.state[param]}
         plan = self._plans.get(param)
         if plan is None or not plan.holds_for(groups, kept):
-            optimizer._late.settle(groups, AnchorsOfState(optimizer.state), optimizer.param_groups)
+            optimizer._late.settle_one(optimizer.param_groups, row, k, AnchorsOfState(optimizer.state))
             results = {p: of for p, of in optimizer._results.items() if p is param}
             plan = Plan(optimizer.base, groups, kept, optimizer.backend, results, [place])
             self._plans[param] = plan

@@ -1,7 +1,9 @@
 """Anchors that are taken later than the optimizer is made, and weights that are written after it."""
 
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import compress
+from os import PathLike
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core import anchors
+from ..core.anchors import Anchor
 from ..core.bases import Group, is_anchored
 from ..core.memory import without_memory
 from ..core.sharding import local, version_of
@@ -20,49 +23,67 @@ class LateAnchors:
     """What is settled before the first step of a parameter.
 
     - A parameter without an anchor takes one, from the weights as they are. It had no memory before, or is new in its
-      group. If it stands in for another of its shape, as after `fully_shard`, it takes over that one's anchor.
+      group. If it stands at the place of another of its shape, as after `fully_shard`, it takes over that one's anchor.
     - Weights that were written after their copy was taken are an error in most programs, so a warning names them.
     """
 
     def __init__(self) -> None:
         self._versions = WeakTensorKeyDictionary()  # of weights whose copy no step has used yet
-        self._known = WeakTensorKeyDictionary()  # whether a parameter had an anchor when it was added
+        # Of parameters that were added: the index of the group, that in the group, and whether they had an anchor.
+        self._known = WeakTensorKeyDictionary()
 
-    def note(self, group: Group, param: Tensor, has_anchor: bool) -> None:
-        """Notes that a parameter has been added, or has a new anchor."""
-        self._known[param] = has_anchor
-        if has_anchor and group["anchor"] == "initial":
-            self._versions[param] = version_of(param)
+    def note(self, row: int, group: Group, anchored: Mapping[Tensor, Tensor]) -> None:
+        """Notes that the parameters of group `row` have been added, or have new anchors."""
+        for k, param in enumerate(group["params"]):
+            if takes_anchor(param):
+                self._known[param] = row, k, param in anchored
+            if param in anchored and group["anchor"] == "initial":
+                self._versions[param] = version_of(param)
+
+    def retake(self, groups: list[Group]) -> dict[Tensor, Tensor]:
+        """New anchors, the weights as they are now, for all groups that have any."""
+        taken: dict[Tensor, Tensor] = {}
+        for row, group in enumerate(groups):
+            if is_anchored(group):
+                params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
+                taken.update(zip(params, copies(params, group), strict=True))
+                self.note(row, group, taken)
+        return taken
 
     def forget(self) -> None:
         """Notes that a checkpoint of ours was loaded. The anchors are then what they should be."""
         self._versions = WeakTensorKeyDictionary()
 
-    def settle(
-        self, groups: list[Group], known: MutableMapping[Tensor, Tensor], all_groups: list[Group] | None = None
-    ) -> None:
-        """Takes the anchors that are missing of parameters with a gradient. all_groups: when `groups` are not all.
-
-        Raises ValueError naming one whose anchor cannot be found, RuntimeError naming one without memory.
-        """
-        for group in groups:
-            if not is_anchored(group):
-                continue
+    def settle(self, groups: list[Group], known: MutableMapping[Tensor, Tensor]) -> None:
+        """`settle_one` for all parameters with a gradient."""
+        for row, group in enumerate(groups):
             for k, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                if what := without_memory(param):
-                    raise RuntimeError(f"{label_of(group, k)} is {what}")
-                if param not in known:
-                    known[param] = self._taken(group, k, all_groups or groups, known)
-                    self._known[param] = True
-                elif param in self._versions:
-                    self._compare(group, k, known[param])
-                self._versions.pop(param, None)
+                if param.grad is not None:
+                    self.settle_one(groups, row, k, known)
 
-    def _taken(self, group: Group, k: int, groups: list[Group], known: MutableMapping[Tensor, Tensor]) -> Tensor:
+    def settle_one(self, groups: list[Group], row: int, k: int, known: MutableMapping[Tensor, Tensor]) -> None:
+        """Takes the anchor of parameter k of group `row`, if it needs one and has none.
+
+        Raises ValueError naming a parameter whose anchor cannot be found, RuntimeError naming one without memory.
+        """
+        group = groups[row]
+        if "method" not in group or not is_anchored(group):  # a group without is refused by name later
+            return
+        param = group["params"][k]
+        if what := without_memory(param):
+            raise RuntimeError(f"{label_of(group, k)} is {what}")
+        if param not in known:
+            known[param] = self._taken(groups, row, k, known)
+            self._known[param] = row, k, True
+        elif param in self._versions:
+            self._compare(group, k, known[param])
+        self._versions.pop(param, None)
+
+    def _taken(self, groups: list[Group], row: int, k: int, known: MutableMapping[Tensor, Tensor]) -> Tensor:
+        group = groups[row]
         param, label = group["params"][k], label_of(group, k)
-        if self._known.get(param):
+        *_, had_anchor = self._known.get(param, (False,))
+        if had_anchor:
             raise ValueError(
                 f"{label} has lost its anchor with its state; load a checkpoint, or call reanchor() to take the "
                 "weights as they are now"
@@ -73,7 +94,7 @@ class LateAnchors:
                 "none; choose the method when adding the group, or call reanchor() to take the weights as they are now"
             )
         here = {of for g in groups for of in g["params"]}
-        left = next((of for of in known if of not in here and of.shape == param.shape), None)
+        left = next((of for of in known if of not in here and self._stood_at(of, row, k, param)), None)
         if left is not None:
             return keep_anchor(param, known.pop(left), None, group.get("anchor_device"))
         if group["anchor"] != "initial":
@@ -82,6 +103,9 @@ class LateAnchors:
                 "add_param_group and an anchor of its own, or call reanchor()"
             )
         return copies([param], group)[0]
+
+    def _stood_at(self, other: Tensor, row: int, k: int, param: Tensor) -> bool:
+        return other.shape == param.shape and self._known.get(other, ())[:2] == (row, k)
 
     def _compare(self, group: Group, k: int, anchor: Tensor) -> None:
         param = group["params"][k]
@@ -95,6 +119,18 @@ class LateAnchors:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def resolved(spec: Anchor, group: Group, *, anchored: bool, **options: Any) -> tuple[str, dict[Tensor, Tensor]]:
+    """The kind of a group's anchors, and the anchor of each parameter that can have one now; see `anchors.resolve`."""
+    params, names = group["params"], group.get("param_names")
+    takes = list(map(takes_anchor, params))
+    labels = [label_of(group, k) for k in compress(range(len(params)), takes)]
+    if not isinstance(spec, str | PathLike | Mapping | None):
+        spec = list(compress(anchors.in_order(spec, params), takes))
+    params, names = list(compress(params, takes)), None if names is None else list(compress(names, takes))
+    kind, tensors = anchors.resolve(spec, params, names, labels, anchored=anchored, **options)
+    return kind, {} if tensors is None else dict(zip(params, tensors, strict=True))
 
 
 def copies(params: list[Tensor], group: Group) -> list[Tensor]:

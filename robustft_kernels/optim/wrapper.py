@@ -1,7 +1,6 @@
 """A pull toward the anchor around the step of any torch.optim.Optimizer: Muon, Lion, 8-bit optimizers, one's own."""
 
 from collections.abc import Callable, Mapping
-from itertools import compress
 from os import PathLike
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch.optim import Optimizer
 from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.bases import Group, is_anchored
+from ..core.bases import Group
 from ..core.methods import documents, method_of
 from ..step.launch import label_of
 from .anchored import AnchoredOptimizer, keep_from_compiler
 from .around import METHODS_AROUND, SETTINGS, Around, check_settings, rule_around
-from .late import LateAnchors, copies, takes_anchor
+from .late import LateAnchors, resolved
 from .wrapping import WrappingOptimizer
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets if _step_supports_amp_scaling
@@ -108,9 +107,8 @@ class Anchored(WrappingOptimizer):
         groups = optimizer.param_groups
         specs = anchors.over_groups(anchor, groups)
         adopted = [self._adopt(g, g.get("anchor", spec)) for g, spec in zip(groups, specs, strict=True)]
-        for group, (own, tensors) in zip(groups, adopted, strict=True):
-            group.update(own)
-            self._anchors.update(tensors)
+        for row, added in enumerate(adopted):
+            self._add(row, *added)
 
     def _patch_step_function(self) -> None:
         """torch's own, which makes the step run its hooks."""
@@ -160,7 +158,7 @@ class Anchored(WrappingOptimizer):
     def _before(self) -> None:
         groups = self.param_groups
         if self._around is None or not self._around.holds_for(groups):
-            self._late.settle([group for group in groups if "method" in group], self._anchors, groups)
+            self._late.settle(groups, self._anchors)
             here = {param for group in groups for param in group["params"]}
             for param in [param for param in self._anchors if param not in here]:
                 del self._anchors[param]
@@ -175,12 +173,7 @@ class Anchored(WrappingOptimizer):
     @torch.no_grad()
     def reanchor(self) -> None:
         """As of `AnchoredAdamW`: takes the weights as they are now for θ₀, in every group that has anchors."""
-        for group in self.param_groups:
-            if is_anchored(group):
-                params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
-                self._anchors.update(zip(params, copies(params, group), strict=True))
-                for param in params:
-                    self._late.note(group, param, has_anchor=True)
+        self._anchors.update(self._late.retake(self.param_groups))
         self._around = None
 
     def add_param_group(self, param_group: Group) -> None:
@@ -198,8 +191,14 @@ class Anchored(WrappingOptimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        added.update(own)
+        self._add(len(self.param_groups) - 1, own, tensors)
+
+    def _add(self, row: int, own: Group, tensors: dict[Tensor, Tensor]) -> None:
+        """Gives group `row` our settings and its anchors."""
+        group = self.param_groups[row]
+        group.update(own)
         self._anchors.update(tensors)
+        self._late.note(row, group, tensors)
 
     def _adopt(self, group: Group, spec: Anchor) -> tuple[Group, dict[Tensor, Tensor]]:
         """A group's settings, and its anchors. `spec` is its own anchor, or the one for all groups. Changes nothing."""
@@ -215,12 +214,5 @@ class Anchored(WrappingOptimizer):
         shared = "anchor" not in group
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
-        takes, names = list(map(takes_anchor, params)), group.get("param_names")
-        if not isinstance(spec, str | PathLike | Mapping | None):
-            spec = list(compress(anchors.in_order(spec, params), takes))
-        params, labels = list(compress(params, takes)), list(compress(labels, takes))
-        names = None if names is None else list(compress(names, takes))
-        own["anchor"], tensors = anchors.resolve(spec, params, names, labels, anchored=anchored)
-        for param in params:
-            self._late.note(own, param, tensors is not None)
-        return own, dict(zip(params, tensors or (), strict=tensors is not None))
+        own["anchor"], tensors = resolved(spec, group, anchored=anchored)
+        return own, tensors

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from ..core import checkpoint
 from ..core.bases import Group
+from ..core.state import copy_beside
 from ..step.launch import label_of
 from ..telemetry import Telemetry, collect
 from .around import SETTINGS, Around, check_settings
@@ -84,22 +85,21 @@ class WrappingOptimizer(Optimizer):
             result = before(self, saved)
             saved = saved if result is None else result
         pairs = list(zip(self.param_groups, saved["param_groups"], strict=False))
-        of_params = {key: checkpoint.present(of) if isinstance(of, dict) else of for key, of in saved["state"].items()}
         loaded = {
-            param: of_params[key]["anchor"]
+            param: anchor
             for param, key, _ in _keys(self.param_groups, saved["param_groups"])
-            if "anchor" in of_params.get(key, {})
+            if isinstance(anchor := saved["state"].get(key, {}).get("anchor"), Tensor)
         }
         groups = [_complete(ours, theirs, loaded) for ours, theirs in pairs] + saved["param_groups"][len(pairs) :]
         for group, _ in pairs:
             for k, param in enumerate(group["params"]):
                 if param in loaded:
                     checkpoint.check_saved(param, label_of(group, k), {"anchor": loaded[param]}, None)
-        self.optimizer.load_state_dict({**saved, "state": _without_anchors(of_params), "param_groups": groups})
+        self.optimizer.load_state_dict({**saved, "state": _without_anchors(saved["state"]), "param_groups": groups})
         for group in self.param_groups:
             for param in group["params"]:
                 if param in loaded:
-                    self._anchors[param] = checkpoint.loaded_anchor(param, loaded[param])
+                    self._anchors[param] = copy_beside(param, loaded[param])
                 elif group["anchor"] == "zero":
                     self._anchors.pop(param, None)
         self._around = None
