@@ -103,7 +103,7 @@ def bench_threads(ring, threads):
 
 def backend_alone(stepper: Stepper) -> Work:
     """The backend's call alone, without what leads to it. The step is planned already."""
-    (launch,) = stepper.optimizer._plan.launches
+    (launch,) = stepper.optimizer._plans.current.launches
     return Work(lambda: launch(None, None), stepper.prepare)
 
 

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .core.bases import Group
+from .core.exchange import Reach, reach_of
 from .core.methods import METHODS, RESULTS, rule_of
-from .core.sharding import version_of
+from .core.sharding import is_spread, local
 from .finetune.projection import deviation
+from .step import anchor_sizes
+from .step.results import Found
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Results = Mapping[Tensor, tuple[Tensor, Tensor]]
+Results = Mapping[Tensor, Found]
 
 
 class Telemetry(NamedTuple):
@@ -29,7 +31,7 @@ class Telemetry(NamedTuple):
     deviation: n = ‖θ − θ₀‖ in the norm of its method. That is Frobenius for "l2", and the largest row sum maxᵢ Σ|cᵢ|
         for "mars" and "mars_rows" ("ftp" and "mars_sp" included). It comes from the sums of the step: α·n before the
         pull, to the rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp",
-        "none") are measured when asked. nan without an anchor.
+        "none") are measured when asked, but not over processes: it is nan then. nan without an anchor.
     relative_deviation: deviation / ‖θ₀‖ in the same norm. nan if θ₀ is zero.
     alpha: α of the last step. If each row has its own α, their mean.
     selected: the share of segments (1, or the rows) with α ≠ 1 in the last step.
@@ -60,7 +62,7 @@ def collect(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], resul
         it has now.
 
     There is one transfer from each device, with the sums of all segments. ‖θ₀‖ is measured at the first call and then
-    kept.
+    kept. Over processes the first step has measured it. Nothing is exchanged here.
     """
     subjects = list(_subjects(groups, kept, results))
     told: dict[str, Telemetry] = {}
@@ -171,7 +173,9 @@ class _Subject:
         first = {key: float(values[0]) if len(values) else nan for key, values in numbers.items()}
         deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
         alpha, selected, selections = 1.0, 0.0, 0.0
-        if len(alphas := numbers.get("alphas", ())):
+        if len(told := numbers.get("told", ())):
+            deviation, alpha, selected, selections = map(float, told)
+        elif len(alphas := numbers.get("alphas", ())):
             found = dict(zip(RESULTS, numbers["results"].reshape(-1, len(RESULTS)).T, strict=True))
             alpha, selected = float(alphas.mean()), float((alphas != 1).mean())
             selections = float(found["selected"].mean())
@@ -192,8 +196,10 @@ def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], res
         norm = group["norm"] or next(iter(METHODS[method].rules))
         for k, param in enumerate(group["params"]):
             of_param = kept.get(param, {})
-            found, alphas = results.get(param, (torch.empty(0), torch.empty(0)))
-            known = param in results and len(found) == rule.segments_of(param.shape)
+            found = results.get(param, Found(torch.empty(0), torch.empty(0)))
+            rows = reach_of(param, rule) is Reach.ROWS
+            segments = rule.segments_of((local(param) if rows else param).shape)
+            known = param in results and len(found.alphas) == segments and rows == (found.told is not None)
             subject = _Subject(
                 names[k] if names else str(place),
                 param,
@@ -202,8 +208,10 @@ def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], res
                 "l2" if norm == "l2" else "mars",
                 known and bool(rule.measures),
             )
-            if known:
-                subject.numbers.update(results=found.flatten(), alphas=alphas)
+            if known and found.told is not None:
+                subject.numbers["told"] = found.told
+            elif known:
+                subject.numbers.update(results=found.results.flatten(), alphas=found.alphas)
             if rule.learns and rule.learns in of_param:
                 subject.numbers["radius"] = of_param[rule.learns][:1]
             elif "radius" in rule.reads and _lies_on(param.device, group["radius"]):
@@ -219,36 +227,25 @@ def _lies_on(device: torch.device, value: object) -> bool:
 
 
 def _measure(subjects: list[_Subject]) -> None:
-    """Measures the deviations that no step found, and ‖θ₀‖. All subjects are on one device."""
+    """Measures the deviations that no step found, and ‖θ₀‖, where no other process is needed for that. All subjects are
+    on one device."""
     for norm in ("l2", "mars"):
         of_norm = [subject for subject in subjects if subject.norm == norm]
         for zero in (False, True):
             todo = [s for s in of_norm if not s.measured and (s.zero if zero else s.anchor is not None)]
+            todo = [s for s in todo if not is_spread(s.param)]
             if not todo:
                 continue
             anchors = None if zero else [cast(Tensor, s.anchor) for s in todo]
             norms = cast(Tensor, deviation([s.param for s in todo], anchors, norm))
             for subject, size in zip(todo, norms.split(1), strict=True):
                 subject.numbers["deviation"] = size
-        anchored = [s for s in of_norm if s.anchor is not None]
-        sizes = _sizes([cast(Tensor, s.anchor) for s in anchored], norm)
-        for subject, size in zip(anchored, sizes, strict=True):
-            subject.numbers["anchor"] = size
-
-
-_known_sizes = WeakTensorKeyDictionary()  # of anchors, with the norm and the version that they are valid for
-
-
-def _sizes(anchors: list[Tensor], norm: str) -> list[Tensor]:
-    """‖θ₀‖ of each anchor, measured only once."""
-    versions = [(norm, version_of(anchor)) for anchor in anchors]
-    known = [_known_sizes.get(anchor, (None, None)) for anchor in anchors]
-    new = [k for k, version in enumerate(versions) if known[k][0] != version]
-    if new:
-        measured = cast(Tensor, deviation([anchors[k] for k in new], None, norm)).split(1)
-        for k, size in zip(new, measured, strict=True):
-            known[k] = _known_sizes[anchors[k]] = versions[k], size
-    return [size for _, size in known]
+        anchored = [s.anchor for s in of_norm if s.anchor is not None]
+        new = [of for of in anchored if not is_spread(of) and anchor_sizes.known_size(of, norm) is None]
+        anchor_sizes.measure(new, norm)
+        for subject in of_norm:
+            if subject.anchor is not None and (size := anchor_sizes.known_size(subject.anchor, norm)) is not None:
+                subject.numbers["anchor"] = size
 
 
 def _read(subjects: list[_Subject]) -> Iterator[dict[str, Any]]:

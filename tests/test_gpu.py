@@ -188,7 +188,7 @@ def test_more_than_2_to_the_31_elements(form):
     param.data[places] = 2.0**31
     param.grad[places] = 2.0
     optimizer.step()
-    (launch,) = optimizer._plan.launches
+    (launch,) = optimizer._plans.current.launches
     firing, delta_sq, gain = launch.measures[0].tolist()
     assert firing == pytest.approx(8 * (2.0**31 - 1) - (n - 4), rel=1e-5)
     assert delta_sq == pytest.approx(4 * (2.0**31 - 1) ** 2 + (n - 4), rel=1e-5)

@@ -27,6 +27,7 @@ UNSOUND = {
     "squares of rows": (replace(SOUND, by_rows=True), "must measure magnitudes of rows, or squares"),
     "tied tensors": (replace(SOUND, tied=True), "is tied, which is about rows"),
     "learning without a survey": (replace(LEARNING, surveys=""), "must survey the slope and track the delta"),
+    "learning without a rule for it": (replace(LEARNING, when_learned=""), "must name the rule of its step once"),
     "learning without a delta": (replace(LEARNING, tracks=False), "must survey the slope and track the delta"),
     "a sign without a survey": (replace(PENALIZING, surveys="", half=""), "must survey the largest row"),
     "a survey without a sign": (replace(PENALIZING, penalty=""), "must survey the largest row"),
@@ -55,6 +56,7 @@ def test_sound_facts_are_taken(rule):
 def test_methods_and_rules_fit_together():
     named = {rule for method in METHODS.values() for rule in method.rules.values()}
     halves = {rule.half for rule in RULES.values() if rule.half} | {rule.pull_half for rule in RULES.values()}
+    halves |= {rule.when_learned for rule in RULES.values() if rule.when_learned}
     assert named | halves == set(RULES), "a rule is of no use, or is missing"
     assert {rule.learns for rule in RULES.values()} - {""} == set(LEARNED)
 

@@ -49,6 +49,20 @@ def test_fsdp_ddp_and_tpgm(launch, tmp_path, world):
     launch("fsdp_program", tmp_path, world, "train", "--folder", str(tmp_path))
 
 
+def test_processes_that_differ(launch, tmp_path):
+    """A gradient that is missing in one process, parameters in another order, telemetry in one process alone. And how
+    much is exchanged."""
+    launch("broken_program", tmp_path, 2)
+
+
+@pytest.mark.full
+def test_a_process_dies_in_a_step(launch, tmp_path, device):
+    """In each of its all-reduces. The step of the others is whole, or not made, or known to be broken off."""
+    if device.type == "cuda":
+        pytest.skip("a process that dies takes the others along under NCCL")
+    launch("broken_program", tmp_path, 2, "--folder", str(tmp_path))
+
+
 @pytest.mark.full
 def test_checkpoints_over_numbers_of_processes(launch, tmp_path):
     """torch.distributed.checkpoint. Two processes save, and go on bit for bit. Four, and one, go on to rounding."""

@@ -229,7 +229,7 @@ for sign in (-1, -1, 1):
     for p in params:
         p.grad.fill_(sign * 0.5)
     optimizer.step()
-fired = float(optimizer._plan.launches[0].alphas.min()) < 1
+fired = float(optimizer._plans.current.launches[0].alphas.min()) < 1
 kept = sum(t.numel() * 4 for of in optimizer.state.values() for t in of.values())
 print((peak() - before) / (4 * n), kept / (4 * n), fired)
 """

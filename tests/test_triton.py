@@ -138,7 +138,7 @@ def test_hyper_parameters_in_tensors_are_read_where_they_are(device):
                 optimizer.param_groups[0]["lr"] = torch.tensor(1e-2 / (t + 1)).item()
             optimizer.step()
         if tensors:
-            (launch,) = optimizer._plan.launches
+            (launch,) = optimizer._plans.current.launches
             assert launch.hyper.table[0, 0] == 0, "the host has read the tensor"
         results.append(params)
     assert all(map(torch.equal, *results))

@@ -235,7 +235,7 @@ def test_optimizer_that_evaluates_several_times():
     before = p.detach().clone()
     wrapped.step(closure)
     assert len(grads) > 1
-    measured = wrapped._around.results[p][0][0]
+    measured = wrapped._results[p][0][0]
     assert float(measured[0]) == pytest.approx(float((grads[0] * (before - anchor)).sum()))
     assert float(measured[1]) == pytest.approx(float((before - anchor).square().sum()))
 

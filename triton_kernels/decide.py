@@ -80,7 +80,7 @@ def ftp(m, h):
 # "project_mars" decides for the largest row of a tensor. Rules that never pull, or are given α, need no function.
 FUNCTIONS = {
     "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_rows,
-    "project_rows": project_rows, "ftp": ftp,
+    "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 

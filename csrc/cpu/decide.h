@@ -86,7 +86,7 @@ struct AlphaRow {
 };
 constexpr AlphaRow kAlphas[] = {
     {"l2sp", l2sp}, {"spd", spd}, {"spd_rows", spd_rows}, {"project", project},
-    {"project_mars", project_rows}, {"project_rows", project_rows}, {"ftp", ftp},
+    {"project_mars", project_rows}, {"project_rows", project_rows}, {"ftp", ftp}, {"ftp_learned", ftp},
 };
 
 struct LearningRow {

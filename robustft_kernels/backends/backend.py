@@ -20,6 +20,7 @@ class Backend:
     dtypes: those that it serves. The empty set is any.
     keeps_addresses: whether a prepared step refers to memory by address, on the device. It then counts steps there, and
         reads hyper-parameters from tensors there. It is void when a tensor of the state has moved.
+    at_once: whether a prepared step is one call that no signal interrupts.
     not_chosen: why "auto" passes it over, or "".
     """
 
@@ -29,4 +30,5 @@ class Backend:
     device_type: Callable[[], str] = lambda: ""
     dtypes: frozenset[torch.dtype] = frozenset()
     keeps_addresses: bool = False
+    at_once: bool = False
     not_chosen: Callable[[], str] = lambda: ""

@@ -39,4 +39,4 @@ def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: boo
     return None if _native is None else _native.fingerprint(params, kept, addresses)
 
 
-BACKEND = Backend("native", prepare, lambda: MISSING, lambda: "cpu", KERNEL_DTYPES)
+BACKEND = Backend("native", prepare, lambda: MISSING, lambda: "cpu", KERNEL_DTYPES, at_once=True)

@@ -124,7 +124,7 @@ def ftp(m: Measured, h: Row) -> Tensor:
 
 RULES: dict[str, Callable[[Measured, Row], Tensor]] = {
     "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_mars,
-    "project_rows": project_rows, "ftp": ftp,
+    "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .exchange import agree
 from .memory import without_memory
 from .names import bare_name
-from .sharding import agree, local, version_of, whole
+from .sharding import local, version_of, whole
 from .state import is_dense, is_reachable, keep_anchor
 
 Path_ = str | PathLike[str]

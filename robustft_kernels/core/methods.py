@@ -37,6 +37,8 @@ class Rule:
         or "".
     tracks: whether it keeps the `delta`, c of its last step.
     learns: the key in `LEARNED` of the state that it learns from the slope, or "".
+    when_learned: the rule that makes the same step with a radius that is known. Over processes, all learn it before the
+        step. Needed by each rule that learns.
     reads: the hyper-parameters that it reads.
     """
 
@@ -52,6 +54,7 @@ class Rule:
     penalty: str = ""
     tracks: bool = False
     learns: str = ""
+    when_learned: str = ""
     reads: tuple[str, ...] = ()
 
     @property
@@ -127,6 +130,8 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
         return "is tied, which is about rows, but not by rows"
     if rule.learns and not (rule.surveys == "slope" and rule.tracks):
         return "learns, so it must survey the slope and track the delta"
+    if bool(rule.learns) != (rule.when_learned in rules):
+        return f"must name the rule of its step once it has learned, if it learns; when_learned={rule.when_learned!r}"
     if (rule.penalty == "sign") != (rule.surveys == "largest_row"):
         return "must survey the largest row if its penalty is a sign, and only then"
     if not (rule.waits or rule.surveys):
@@ -165,7 +170,11 @@ RULES = check_rules((
     ),
     Rule(
         "ftp", pulls=True, measures="magnitudes", by_rows=True, surveys="slope", tracks=True, learns="radius_state",
-        half="track_rows", reads=("k", "radius_lr", "radius_beta1", "radius_beta2"),
+        half="track_rows", when_learned="ftp_learned", reads=("k", "radius_lr", "radius_beta1", "radius_beta2"),
+    ),
+    Rule(
+        "ftp_learned", pulls=True, compares=False, measures="magnitudes", by_rows=True, tracks=True, half="track_rows",
+        reads=("radius",),
     ),
     # Halves of a step: those that measure, and those that pull by an α that is given.
     Rule("observe", pulls=False, measures="squares"),

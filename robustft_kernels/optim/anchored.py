@@ -13,8 +13,10 @@ from ..core.anchors import Anchor
 from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
+from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plan import Plan
+from ..step.plans import Plans
 from ..step.results import Results
 from ..telemetry import Telemetry, collect
 from .keeping import KeepingOptimizer
@@ -24,7 +26,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 
 NO_BOUND = Range(above=True, finite=False)  # infinity clips nothing, but the norm is still told
 # What belongs to the optimizer and not to a group. Copies have it, checkpoints do not.
-_OWN = ("backend", "save_anchors", "max_grad_norm")
+_OWN = ("backend", "save_anchors", "max_grad_norm", "_guard")
 
 
 class AnchoredOptimizer(KeepingOptimizer):
@@ -51,8 +53,9 @@ class AnchoredOptimizer(KeepingOptimizer):
         self.backend, self.max_grad_norm = backend, max_grad_norm
         self.grad_norm: Tensor | None = None
         self.save_anchors = save_anchors
-        self._plan: Plan | None = None
-        self._results: Results = {}  # of the plan, which they outlive
+        self._plans: Plans[Plan] = Plans()
+        self._results = Results()
+        self._guard = StepGuard()
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
         self._late = LateAnchors()
@@ -86,7 +89,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._plan = None
+        self._plans.clear()
 
     def _adopt(self, group: Group, spec: Anchor, *, shared: bool) -> None:
         params = group["params"]
@@ -115,26 +118,45 @@ class AnchoredOptimizer(KeepingOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over all groups. `closure` re-evaluates the model and returns the loss, which `step` returns."""
+        """One step over all groups. `closure` re-evaluates the model and returns the loss, which `step` returns.
+
+        A step is whole, or it is known that it is not. If it is broken off between its first write and its last, later
+        steps and `state_dict` raise RuntimeError until a checkpoint is loaded.
+        """
+        self._guard.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
-            self._late.settle(self.param_groups, AnchorsOfState(self.state))
-            self._plan = Plan(self.base, self.param_groups, self.state, self.backend, self._results)
-            self._results = self._plan.results
+        plan = self._plan_of_step()
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self.grad_norm = self._plan.run(*scaler, self.max_grad_norm)
-        if self._plan.captured and self._plan not in self._graphed:
-            self._graphed.append(self._plan)
+        self.grad_norm = plan.run(*scaler, self.max_grad_norm)
+        if plan.captured and plan not in self._graphed:
+            self._graphed.append(plan)
         return loss
+
+    def _plan_of_step(self) -> Plan:
+        """The plan for the gradients that there are, with what the last step left of its parameters."""
+        last = self._plans.current
+        key = Plan.key_of(self.base, self.param_groups, self.state, last is not None and last.addresses)
+        plan = self._plans.find(key)
+        if plan is None:
+            self._late.settle(self.param_groups, AnchorsOfState(self.state))
+            results = self._results.only({param for group in self.param_groups for param in group["params"]})
+            if results is not self._results:  # parameters have left, and plans would keep them alive
+                self._plans.clear()
+            self._results = results
+            plan = Plan(self.base, self.param_groups, self.state, self.backend, results, self._guard)
+            self._plans.add(plan)
+        if plan is not last:
+            plan.take_over()
+        return plan
 
     def reanchor(self) -> None:
         """Takes the weights as they are now for θ₀, in every group that has anchors. Moments and step counts stay."""
         for param, tensor in self._late.retake(self.param_groups).items():
             self.state[param]["anchor"] = tensor
-        self._plan = None
+        self._plans.clear()
 
     def telemetry(self) -> dict[str, Telemetry]:
         """What the last step did to each parameter, by name. Each entry is a tuple of floats, `telemetry.Telemetry`:
@@ -144,6 +166,10 @@ class AnchoredOptimizer(KeepingOptimizer):
         The steps leave these numbers on the device at no cost. This call reads them, in one transfer a device, and
         waits for it. Before the first step, and after loading, deviations are those of the weights as they are. The
         counts begin at 0.
+
+        Over processes, each may call it alone, as nothing is exchanged. What only the other processes know is nan. That
+        is the deviation before the first step, and under methods that measure nothing: call
+        `robustft_kernels.deviation` in all of them.
         """
         return collect(self.param_groups, self.state, self._results)
 
@@ -153,8 +179,8 @@ class AnchoredOptimizer(KeepingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state = self.__dict__["state"]  # torch has put a plain dictionary there
-        self._plan, self._results, self.grad_norm = None, {}, None
-        self._graphed = []
+        self._plans, self._results, self._guard = Plans(), Results(), self.__dict__.get("_guard") or StepGuard()
+        self._graphed, self.grad_norm = [], None
         self._given = []
         self._late = self.__dict__.get("_late") or LateAnchors()  # torch comes here to load, too
 

@@ -1,6 +1,6 @@
 """What `Anchored` does around the step of another optimizer: measure before it, measure after it, decide α, pull."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,20 @@ from ..backends import registry
 from ..core import state
 from ..core.bases import NO_STEP, RANGES, Group, GroupSpec, is_anchored
 from ..core.contract import StepTensors, empty_results
+from ..core.exchange import Reach, any_infinite
 from ..core.memory import in_memory, without_memory
 from ..core.methods import MEASURES, METHODS, RULES, Rule, rule_of
 from ..core.ranges import check_number
-from ..core.sharding import Segments, any_infinite, any_sharded, local, placed_as
-from ..step.decide import decide
+from ..core.sharding import local, placed_as, spec_of_shards
+from ..step.agreement import Agreement
+from ..step.decide import Terms
 from ..step.fingerprint import fingerprint
 from ..step.hyper import HyperTable, tensors_of, terms_of
-from ..step.launch import Share, label_of, shard_of
+from ..step.launch import Share, label_of, shard_of, split_by_reach
 from ..step.no_step import NoStep, half_of, observed, pulled
+from ..step.peers import Part, Peers
 from ..step.plan import check_whole
-from ..step.results import Results, carried_over, write
+from ..step.results import Results
 
 SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
 METHODS_AROUND = [name for name, of in METHODS.items() if all(RULES[rule].goes_around for rule in of.rules.values())]
@@ -31,7 +34,9 @@ class Around:
     """Both halves for all groups, prepared, with one launch for each device.
 
     anchors: of each parameter that has one. They are brought to the parameter's memory layout.
-    results: of earlier steps.
+    results: of all parameters.
+
+    moved: whether a step has moved the memory of parameters. It then serves no other step.
 
     Raises ValueError or RuntimeError naming a setting or a parameter with which no step can be made.
     """
@@ -39,8 +44,6 @@ class Around:
     def __init__(self, groups: list[Group], anchors: dict[Tensor, Tensor], backend: str, results: Results) -> None:
         by_device: dict[torch.device, list[Share]] = {}
         for group in groups:
-            if missing := [key for key in SETTINGS if key not in group]:
-                raise RuntimeError(f"a group has no {missing[0]!r}: add groups with Anchored.add_param_group")
             check_settings(group)
             of_group: dict[torch.device, list[int]] = {}
             for k, param in enumerate(group["params"]):
@@ -49,17 +52,33 @@ class Around:
                     of_group.setdefault(param.device, []).append(k)
             for device, places in of_group.items():
                 by_device.setdefault(device, []).append(Share(group, _spec(group), places))
-        of_groups = {param for group in groups for param in group["params"]}
-        self.results = {param: of for param, of in results.items() if param in of_groups}  # others may be freed
-        self.launches = [_Launch(of, anchors, backend, device, self.results) for device, of in by_device.items()]
-        self._structure, self._fingerprint = _structure(groups), _fingerprint(groups)
+        self._results = results
+        self.launches = [_Launch(of, anchors, backend, device, results) for device, of in by_device.items()]
+        tensors = [of for launch in self.launches for of in launch.tensors]
+        self._agreement = Agreement(groups, list(map(_spec, groups)), tensors)
+        self.key = self.key_of(groups)
+        self.moved = False
+        self._fingerprint = _fingerprint(groups)
+        params = [param for group in groups for param in group["params"]]
+        self._alive = [spec_of_shards(t) for param in params for t in (param, param.grad)]
 
-    def holds_for(self, groups: list[Group]) -> bool:
-        """Whether parameters, gradients (addresses aside) and rules are what they were."""
-        return bool(self._fingerprint == _fingerprint(groups) and self._structure == _structure(groups))
+    @staticmethod
+    def key_of(groups: list[Group]) -> Hashable:
+        """What it depends on: parameters, gradients (addresses aside) and rules."""
+        return _structure(groups), _fingerprint(groups)
+
+    def take_over(self) -> None:
+        """Makes ready for a step after one of another plan."""
+        for launch in self.launches:
+            self._results.lend(launch.tables)
+        self._agreement.renew()
 
     def measure(self, grad_scale: Tensor | None) -> None:
-        """Measures what must be known before the step. Gradients are divided by `grad_scale`."""
+        """Measures what must be known before the step. Gradients are divided by `grad_scale`.
+
+        Raises RuntimeError if processes with shards do not make the same step.
+        """
+        self._agreement.check()
         for launch in self.launches:
             launch.measure(grad_scale)
 
@@ -69,6 +88,7 @@ class Around:
         Raises RuntimeError naming a parameter that the step has replaced, or given another form.
         """
         if self._fingerprint != _fingerprint(groups):
+            self.moved = True
             for launch in self.launches:
                 launch.catch_up()
         for launch in self.launches:
@@ -81,7 +101,7 @@ class _Launch:
     First come those that are measured before the step too. Then come the others whose α is decided here, because other
     processes may have shards of them. The rest is measured and pulled in one sweep.
 
-    results, alphas: what the last step found, one row a segment, over all shards.
+    tables: what the last step found.
     """
 
     def __init__(
@@ -90,14 +110,9 @@ class _Launch:
         anchors: dict[Tensor, Tensor],
         backend: str,
         device: torch.device,
-        known: Results,
+        results: Results,
     ) -> None:
-        apart = any_sharded(param for share in shares for param in share.params)
-
-        def is_decided(rule: Rule) -> bool:
-            return rule.waits and bool(rule.compares or apart)
-
-        shares = sorted(shares, key=lambda of: (not of.spec.rule.compares, not is_decided(of.spec.rule)))
+        shares = sorted(split_by_reach(shares), key=lambda of: (not of.spec.rule.compares, not _is_decided(of)))
         self._device, self._shares = device, shares
         self._places = [(share.group, k) for share in shares for k in share.places]
         params = [group["params"][k] for group, k in self._places]
@@ -105,40 +120,34 @@ class _Launch:
         self._backend = registry.choose_backend(backend, device, {t.dtype for p in params for t in (p, p.grad)})
         for param in (param for share in shares if share.spec.anchored for param in share.params):
             anchors[param] = state.beside(param, anchors[param])
-        self._tensors = [
+        self.tensors = [
             StepTensors(share.spec, row, param, anchors[param] if share.spec.anchored else None)
             for row, share in enumerate(shares)
             for param in share.params
         ]
-        self._twice = [of for of in self._tensors if of.spec.rule.compares]
-        self._decided = [of for of in self._tensors if is_decided(of.spec.rule)]
-        self._counts = [of.segments for of in self._tensors]
-        rules = [of.spec.rule for of in self._decided]
-        self._segments = Segments([of.param for of in self._decided], rules) if apart else None
-        self.results, self.alphas = carried_over(params, self._counts, device, known)
-        # What the sweeps find in the shards that are here. Without other processes that is all there is.
-        self._sums, self._known = self.results, self.alphas
-        if apart:
-            self._sums, self._known = empty_results(sum(shard_of(of).segments for of in self._tensors), device)
+        self._twice = [of for of in self.tensors if of.spec.rule.compares]
+        self._decided = [of for of in self.tensors if _is_decided(shares[of.row])]
+        self._peers = Peers(shares, sum(map(_is_decided, shares)), device)
+        self.tables = self._peers.tables(results, device)
+        # If the sweep decides all, it writes what is kept.
+        self._all_at_once = not self._decided and all(share.reach is Reach.HERE for share in shares)
+        self._sums, self._known = self.tables.results, self.tables.alphas
+        if not self._all_at_once:
+            self._sums, self._known = empty_results(sum(shard_of(of).segments for of in self.tensors), device)
         groups = [share.group for share in shares]
         # The sweeps read no hyper-parameters of rules that are decided here.
-        specs = [half_of(share.spec) if is_decided(share.spec.rule) else share.spec for share in shares]
+        specs = [half_of(share.spec) if _is_decided(share) else share.spec for share in shares]
         self._hyper = HyperTable(NO_STEP, groups, specs, device, addresses=self._backend.keeps_addresses)
         self._prepare()
 
     def _prepare(self) -> None:
-        n = len(self._decided)
+        rest = self.tensors[len(self._decided) :]
         self._observe_before = self._sweep(observed(self._twice))
-        self._observe_or_pull = self._sweep([*observed(self._decided), *self._tensors[n:]])
+        self._observe_or_pull = self._sweep([*observed(self._decided), *rest], self._sums, self._known)
         self._pull_as_given = self._sweep(pulled(self._decided))
-        self._n = len(self._pull_as_given.alphas)
 
-    def _sweep(self, tensors: Sequence[StepTensors]) -> NoStep:
-        """A sweep over these, which are the first of the tensors."""
-        here = list(map(shard_of, tensors))
-        n = sum(of.segments for of in here)
-        hyper = self._hyper
-        return NoStep(self._backend, here, hyper.table, hyper.live, self._sums[:n], self._known[:n])
+    def _sweep(self, tensors: Sequence[StepTensors], *tables: Tensor) -> NoStep:
+        return NoStep(self._backend, list(map(shard_of, tensors)), self._hyper.table, self._hyper.live, *tables)
 
     def measure(self, grad_scale: Tensor | None) -> None:
         for share in self._shares:
@@ -152,41 +161,29 @@ class _Launch:
     def pull(self, found_inf: Tensor | None) -> None:
         found_inf = self._to_device(found_inf)
         if found_inf is not None:
-            found_inf = any_infinite(found_inf, [of.param for of in self._tensors])
+            found_inf = any_infinite(found_inf, [of.param for of in self.tensors])
         self._observe_or_pull(found_inf=found_inf)
-        n, m = self._n, len(MEASURES)
-        sums, alphas = self._sums[:0, :m], self._known[:0]
+        if self._all_at_once:
+            return
+        found = self._sums[:, : len(MEASURES)].clone()
+        if self._twice:
+            twice = len(self._before)
+            after = found[:twice, BEFORE].clone()
+            found[:twice] = self._before
+            found[:twice, GAIN] = after - self._before[:, BEFORE]
+        decision = self._peers.decide(found, self._known, self._terms)
         if self._decided:
-            found = self._sums[:n, :m].clone()
-            if self._twice:
-                twice = len(self._before)
-                after = found[:twice, BEFORE].clone()
-                found[:twice] = self._before
-                found[:twice, GAIN] = after - self._before[:, BEFORE]
-            sums = self._segments.whole(found) if self._segments else found
-            alphas = self._decide(sums)
-            self._known[:n] = self._segments.parts(alphas) if self._segments else alphas
+            self._pull_as_given.alphas.copy_(decision.alphas[: self._peers.decided])
             self._pull_as_given(found_inf=found_inf)
-            self._sums[:n, :m] = found
-        if self._segments:
-            sums, alphas = torch.cat([sums, self._sums[n:, :m]]), torch.cat([alphas, self._known[n:]])
-            write(self.results, self.alphas, sums, alphas, found_inf)
+        decision.write(self.tables, found_inf)
 
-    def _decide(self, sums: Tensor) -> Tensor:
-        """α of the decided segments, from the sums over all their shards."""
-        alphas, first, k = [], 0, 0
-        for row in dict.fromkeys(of.row for of in self._decided):
-            share = self._shares[row]
-            counts = self._counts[k : k + len(share.places)]
-            terms = terms_of(share.group, NO_STEP, share.spec, self._device)
-            alphas.append(decide(share.spec.rule, sums[first : first + sum(counts)], counts, terms))
-            first, k = first + sum(counts), k + len(counts)
-        return torch.cat(alphas)
+    def _terms(self, part: Part) -> Terms:
+        return terms_of(part.share.group, NO_STEP, part.share.spec, self._device)
 
     def catch_up(self) -> None:
         """Prepares anew if the step has moved the memory of a parameter."""
-        forms = [_form(of.param) for of in self._tensors]
-        for (group, k), of, now, then in zip(self._places, self._tensors, forms, self._forms, strict=True):
+        forms = [_form(of.param) for of in self.tensors]
+        for (group, k), of, now, then in zip(self._places, self.tensors, forms, self._forms, strict=True):
             if group["params"][k] is not of.param or now[1:] != then[1:]:
                 done = "changed the form (shape, strides, dtype or device) of"
                 raise RuntimeError(
@@ -200,6 +197,13 @@ class _Launch:
 
     def _to_device(self, value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(self._device, non_blocking=True)
+
+
+def _is_decided(share: Share) -> bool:
+    """Whether α is decided in torch, and not by the sweep."""
+    rule = share.spec.rule
+    together = share.reach is Reach.CUT or (share.reach is Reach.ROWS and rule.tied)
+    return rule.waits and bool(rule.compares or together)
 
 
 def rule_around(method: str, norm: str | None) -> Rule:
@@ -244,22 +248,25 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
 
 
 def _spec(group: Group) -> GroupSpec:
-    """The spec of a group, from our settings alone. Its other keys are the wrapped optimizer's."""
+    """The spec of a group, from our settings alone. Its other keys are the wrapped optimizer's. Raises RuntimeError if
+    it lacks a setting."""
+    if missing := [key for key in SETTINGS if key not in group]:
+        raise RuntimeError(f"a group has no {missing[0]!r}: add groups with Anchored.add_param_group")
     return GroupSpec(rule_around(group["method"], group["norm"]), is_anchored(group))
 
 
-def _structure(groups: list[Group]) -> object:
+def _structure(groups: list[Group]) -> Hashable:
     """Equal for groups of the same rules and tensors."""
     structure = []
     for group in groups:
         spec = _spec(group)
         tensors = tensors_of(group, NO_STEP, spec)
-        identities = [(name, id(t), t.data_ptr()) for name, t in tensors.items()]
+        identities = tuple((name, id(t), t.data_ptr()) for name, t in tensors.items())
         structure.append((len(group["params"]), spec.rule, group["anchor"], identities))
-    return structure
+    return tuple(structure)
 
 
-def _fingerprint(groups: list[Group]) -> object:
+def _fingerprint(groups: list[Group]) -> Hashable:
     return fingerprint([param for group in groups for param in group["params"]], [], False)
 
 

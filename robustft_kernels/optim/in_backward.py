@@ -92,13 +92,14 @@ class StepInBackward:
         own = {"params": [param], **({"param_names": [group["param_names"][k]]} if "param_names" in group else {})}
         groups = [cast(Group, ChainMap(own, group))]  # with the hyper-parameters as they will be
         kept = {param: optimizer.state[param]}
+        optimizer._guard.check()
         plan = self._plans.get(param)
-        if plan is None or not plan.holds_for(groups, kept):
+        if plan is None or not plan.holds_for(groups, kept, optimizer._results):
             optimizer._late.settle_one(optimizer.param_groups, row, k, AnchorsOfState(optimizer.state))
-            results = {p: of for p, of in optimizer._results.items() if p is param}
-            plan = Plan(optimizer.base, groups, kept, optimizer.backend, results, [place])
+            plan = Plan(optimizer.base, groups, kept, optimizer.backend, optimizer._results, optimizer._guard, [place])
             self._plans[param] = plan
-        optimizer._results[param] = plan.results[param]
+        if not plan.has_tables:
+            plan.take_over()
         plan.run()
         param.grad = None
 

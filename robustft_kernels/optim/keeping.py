@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from ..backends import registry
 from ..core import anchors, checkpoint, state
 from ..core.bases import ADAMW, Base, Group, spec_of
+from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plan import Plan
+from ..step.plans import Plans
 from .late import LateAnchors
 from .shown_state import CompletingState
 
@@ -26,7 +28,8 @@ class KeepingOptimizer(Optimizer):
     base: Base
     backend: str
     save_anchors: bool | str
-    _plan: Plan | None
+    _plans: Plans[Plan]
+    _guard: StepGuard
     _late: LateAnchors
 
     @property
@@ -65,6 +68,7 @@ class KeepingOptimizer(Optimizer):
         It is complete at any time. What a parameter does not keep yet is made here, as torch.distributed.checkpoint
         loads only what is there.
         """
+        self._guard.check()
         self._complete_state()
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -119,10 +123,11 @@ class KeepingOptimizer(Optimizer):
             super().load_state_dict(state_dict)
             if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
                 self._late.forget()
+            self._guard.broke_off(False)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._plan = None
+            self._plans.clear()
 
     def _complete(self, saved: list[Group], saved_state: Mapping[Any, Any]) -> list[Group]:
         """The saved groups. What they lack is taken from ours."""

@@ -1,6 +1,7 @@
 """A pull toward the anchor around the step of any torch.optim.Optimizer: Muon, Lion, 8-bit optimizers, one's own."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
@@ -13,11 +14,13 @@ from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import Group
 from ..core.methods import documents, method_of
+from ..core.sharding import version_of
+from ..step.guard import uninterrupted
 from ..step.launch import label_of
 from .anchored import AnchoredOptimizer, keep_from_compiler
-from .around import METHODS_AROUND, SETTINGS, Around, check_settings, rule_around
-from .late import LateAnchors, resolved
-from .wrapping import WrappingOptimizer
+from .around import METHODS_AROUND, SETTINGS, check_settings, rule_around
+from .late import resolved
+from .wrapping import WrappingOptimizer, fresh
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets if _step_supports_amp_scaling
 
@@ -100,8 +103,7 @@ class Anchored(WrappingOptimizer):
         settings = {"method": method, "norm": norm, "strength": strength, "radius": radius}
         super().__setstate__({
             "defaults": {}, "optimizer": optimizer, "backend": backend, "save_anchors": save_anchors,
-            "_settings": {**settings, "anchor": anchor if word else "initial"}, "_anchors": {}, "_around": None,
-            "_late": LateAnchors(),
+            "_settings": {**settings, "anchor": anchor if word else "initial"}, "_anchors": {}, **fresh(),
         })  # fmt: skip
         self.defaults = optimizer.defaults
         groups = optimizer.param_groups
@@ -119,20 +121,30 @@ class Anchored(WrappingOptimizer):
         """One step of the wrapped optimizer, and then the pull. Returns what the wrapped step returns.
 
         `closure` goes to the wrapped optimizer. SPD measures the gradients of its first evaluation.
+
+        A step is whole, or it is known that it is not. If it is broken off after the wrapped optimizer has written
+        something, later steps and `state_dict` raise RuntimeError until a checkpoint is loaded.
         """
+        self._guard.check()
         scaler = [name for name in SCALER if name in self.__dict__]
         for name in scaler:
             setattr(self.optimizer, name, getattr(self, name))
+        params = [param for group in self.param_groups for param in group["params"]]
+        versions = list(map(version_of, params))
+        whole = False
         try:
-            if closure is None:
-                self._before()
-                loss = self.optimizer.step()
-            else:
-                loss = self._step_with(closure)
+            with nullcontext() if closure else uninterrupted():
+                if closure is None:
+                    self._before()
+                loss = self._step_with(closure) if closure else self.optimizer.step()
+                self._after()
+                whole = True
+        except BaseException:
+            self._guard.broke_off(not whole and versions != list(map(version_of, params)))
+            raise
         finally:
             for name in scaler:
                 delattr(self.optimizer, name)
-        self._after()
         return loss
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
@@ -155,26 +167,10 @@ class Anchored(WrappingOptimizer):
         return loss
 
     @torch.no_grad()
-    def _before(self) -> None:
-        groups = self.param_groups
-        if self._around is None or not self._around.holds_for(groups):
-            self._late.settle(groups, self._anchors)
-            here = {param for group in groups for param in group["params"]}
-            for param in [param for param in self._anchors if param not in here]:
-                del self._anchors[param]
-            self._around = Around(groups, self._anchors, self.backend, self._around.results if self._around else {})
-        self._around.measure(self.__dict__.get("grad_scale"))
-
-    @torch.no_grad()
-    def _after(self) -> None:
-        assert self._around is not None
-        self._around.pull(self.param_groups, self.__dict__.get("found_inf"))
-
-    @torch.no_grad()
     def reanchor(self) -> None:
         """As of `AnchoredAdamW`: takes the weights as they are now for θ₀, in every group that has anchors."""
         self._anchors.update(self._late.retake(self.param_groups))
-        self._around = None
+        self._plans.clear()
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group to the wrapped optimizer, with our keys: `method`, `norm`, `strength`, `radius` and `anchor`.

@@ -3,13 +3,17 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core import checkpoint
 from ..core.bases import Group
 from ..core.state import copy_beside
+from ..step.guard import StepGuard
 from ..step.launch import label_of
+from ..step.plans import Plans
+from ..step.results import Results
 from ..telemetry import Telemetry, collect
 from .around import SETTINGS, Around, check_settings
 from .late import LateAnchors
@@ -24,7 +28,9 @@ class WrappingOptimizer(Optimizer):
     save_anchors: bool
     _settings: Group
     _anchors: dict[Tensor, Tensor]
-    _around: Around | None
+    _plans: Plans[Around]
+    _results: Results
+    _guard: StepGuard
     _late: LateAnchors
 
     @property
@@ -50,14 +56,44 @@ class WrappingOptimizer(Optimizer):
         """The wrapped optimizer's."""
         self.optimizer.zero_grad(set_to_none)
 
+    @torch.no_grad()
+    def _before(self) -> None:
+        """Measures what must be known before the wrapped step."""
+        groups = self.param_groups
+        last, around = self._plans.current, self._plans.find(Around.key_of(groups))
+        if around is None:
+            self._late.settle(groups, self._anchors)
+            here = {param for group in groups for param in group["params"]}
+            for param in [param for param in self._anchors if param not in here]:
+                del self._anchors[param]
+            results = self._results.only(here)
+            if results is not self._results:  # parameters have left, and plans would keep them alive
+                self._plans.clear()
+            self._results = results
+            around = Around(groups, self._anchors, self.backend, results)
+            self._plans.add(around)
+        if around is not last:
+            around.take_over()
+        around.measure(self.__dict__.get("grad_scale"))
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        """Measures the rest, and pulls."""
+        around = self._plans.current
+        assert around is not None
+        around.pull(self.param_groups, self.__dict__.get("found_inf"))
+        if around.moved:
+            self._plans.clear()
+
     def telemetry(self) -> dict[str, Telemetry]:
         """As of `AnchoredAdamW`: what the last step did to each parameter."""
         kept = {param: {"anchor": anchor} for param, anchor in self._anchors.items()}
-        return collect(self.param_groups, kept, self._around.results if self._around else {})
+        return collect(self.param_groups, kept, self._results)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's. The state of each parameter also has its "anchor", unless `save_anchors=False`. Each
         group also has our settings."""
+        self._guard.check()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         saved = self.optimizer.state_dict()
@@ -102,20 +138,27 @@ class WrappingOptimizer(Optimizer):
                     self._anchors[param] = copy_beside(param, loaded[param])
                 elif group["anchor"] == "zero":
                     self._anchors.pop(param, None)
-        self._around = None
+        self._plans.clear()
+        self._results = Results()
+        self._guard.broke_off(False)
         if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
             self._late.forget()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "backend", "save_anchors", "_settings", "_anchors")
+        names = ("optimizer", "backend", "save_anchors", "_settings", "_anchors", "_guard")
         kept = {name: self.__dict__[name] for name in names}
-        return {**kept, "_around": None, "defaults": {}}
+        return {**kept, "defaults": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_late": LateAnchors()})
+        super().__setstate__({**fresh(), **state})
         self.defaults = self.optimizer.defaults
+
+
+def fresh() -> dict[str, Any]:
+    """What an `Anchored` keeps of its steps, before the first."""
+    return {"_plans": Plans(), "_results": Results(), "_guard": StepGuard(), "_late": LateAnchors()}
 
 
 def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:

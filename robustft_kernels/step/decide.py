@@ -62,7 +62,7 @@ def ftp(m: Measured, h: Terms) -> Tensor:
 
 DECIDE: dict[str, Callable[[Measured, Terms], Tensor]] = {
     "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_rows, "project_rows": project_rows,
-    "ftp": ftp,
+    "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -76,9 +76,12 @@ def decide(rule: Rule, measures: Tensor, counts: Sequence[int], terms: Terms) ->
     m = dict(zip(MEASURES, measures.T, strict=True))
     if not rule.tied:
         return DECIDE[rule.name](m, terms)
-    size = largest(size_of(m), counts)
-    alphas = DECIDE[rule.name]({**dict.fromkeys(MEASURES, torch.zeros_like(size)), "before": size}, terms)
-    return expanded(alphas, counts)
+    return expanded(decide_by_size(rule, largest(size_of(m), counts), terms), counts)
+
+
+def decide_by_size(rule: Rule, sizes: Tensor, terms: Terms) -> Tensor:
+    """α of segments of which no more than the size of c is known: ‖c‖², or Σ|c| of a row."""
+    return DECIDE[rule.name]({**dict.fromkeys(MEASURES, torch.zeros_like(sizes)), "before": sizes}, terms)
 
 
 def learn(states: Tensor, slopes: Tensor, t: Tensor, terms: Terms) -> Tensor:

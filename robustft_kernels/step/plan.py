@@ -1,7 +1,7 @@
 """The only way from Python objects to tables. A plan is built once, and holds until what it was built from changes. A
 step of a valid plan hands the backends new gradients and hyper-parameters, and nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -11,8 +11,10 @@ from ..core import state
 from ..core.bases import Base, Group, spec_of
 from ..core.memory import without_memory
 from ..core.methods import Rule
-from ..core.sharding import is_dtensor, is_flat_part, local
+from ..core.sharding import is_flat_part, is_spread, local, spec_of_shards
+from .agreement import Agreement
 from .fingerprint import fingerprint
+from .guard import StepGuard
 from .hyper import tensors_of
 from .launch import Launch, Share, label_of
 from .results import Results
@@ -25,7 +27,8 @@ class Plan:
     """One step over all parameter groups: one launch for each device.
 
     starts: the index of each group's first parameter among all the optimizer's. Needed if these groups are not all.
-    results: what the last step found for each of their parameters that was ever stepped.
+    results: of all parameters that were ever stepped.
+    guard: knows when a step is broken off.
     """
 
     def __init__(
@@ -35,17 +38,12 @@ class Plan:
         kept: Mapping[Tensor, state.ParamState],
         backend: str,
         results: Results,
+        guard: StepGuard,
         starts: Sequence[int] | None = None,
     ) -> None:
-        self.base = base
-        of_groups = {param for group in groups for param in group["params"]}
-        self.results = {param: of for param, of in results.items() if param in of_groups}  # others may be freed
+        self.base, self._results, self._guard = base, results, guard
         self.captured = False
-        if _capturing():
-            raise RuntimeError(
-                "this step needs a new plan, which cannot be made while a CUDA graph is captured; take a "
-                "step with the same parameters, and gradients for the same of them, before the capture"
-            )
+        _refuse_capture()
         specs = list(map(spec_of, groups))
         by_device: dict[torch.device, dict[int, list[int]]] = {}
         for row, group in enumerate(groups):
@@ -58,17 +56,44 @@ class Plan:
         self.launches: list[Launch] = []
         for device, rows in by_device.items():
             shares = [Share(groups[row], specs[row], places, starts[row]) for row, places in rows.items()]
-            kind = ShardedLaunch if any(is_dtensor(p) for share in shares for p in share.params) else Launch
-            self.launches.append(kind(base, shares, kept, backend, device, self.results))
-        self._addresses = any(launch.backend.keeps_addresses for launch in self.launches)
-        self._key = self._key_of(groups, kept)
+            kind = ShardedLaunch if any(is_spread(p) for share in shares for p in share.params) else Launch
+            self.launches.append(kind(base, shares, kept, backend, device, results))
+        self._agreement = Agreement(groups, specs, [of for launch in self.launches for of in launch.tensors])
+        self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
+        self.key = self.key_of(base, groups, kept, self.addresses)
         # Kept alive, as their ids could be used again.
         tensors = [tensors_of(group, base, spec) for group, spec in zip(groups, specs, strict=True)]
-        self._alive = [*(tuple(of.values()) for of in kept.values()), *tensors]
+        specs_of_shards = [spec_of_shards(t) for group in groups for p in group["params"] for t in (p, p.grad)]
+        self._alive = [*(tuple(of.values()) for of in kept.values()), *tensors, *specs_of_shards]
 
-    def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> bool:
-        """Whether parameters, gradients (addresses aside), anchors, state and methods are what they were."""
-        return self._key == self._key_of(groups, kept)
+    @staticmethod
+    def key_of(base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], addresses: bool) -> Hashable:
+        """What a plan depends on: parameters, gradients (addresses aside), anchors, state and methods. `addresses` says
+        whether a backend keeps those of the state, and of hyper-parameters in tensors."""
+        structure = []
+        for group in groups:
+            spec = spec_of(group)
+            live = tensors_of(group, base, spec).items() if addresses else ()
+            identities = tuple((name, id(t), t.data_ptr()) for name, t in live)
+            structure.append((spec, group["anchor"], len(group["params"]), identities))
+        params = [param for group in groups for param in group["params"]]
+        return addresses, tuple(structure), fingerprint(params, list(kept.values()), addresses)
+
+    def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState], results: Results) -> bool:
+        """Whether what the plan depends on is as it was."""
+        return results is self._results and self.key == self.key_of(self.base, groups, kept, self.addresses)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether its launches have the newest numbers of their parameters."""
+        return all(launch.tables.lent for launch in self.launches)
+
+    def take_over(self) -> None:
+        """Makes ready for a step after one of another plan."""
+        _refuse_capture()
+        for launch in self.launches:
+            self._results.lend(launch.tables)
+        self._agreement.renew()
 
     def run(
         self,
@@ -83,15 +108,24 @@ class Plan:
 
         If a CUDA graph is being captured, the step becomes part of it. Whoever replays the graph needs this plan's
         memory.
+
+        Raises RuntimeError, before anything is written, if processes with shards do not make the same step.
         """
         capturing = _capturing()
+        self._agreement.check()
         grad_norm = None
         if max_grad_norm is not None and self.launches:
             grad_scale, grad_norm = self._clip(grad_scale, max_grad_norm)
         for launch in self.launches:
             if capturing and launch.device.type == "cuda":
                 launch.check_capturable()
-            launch(grad_scale, found_inf)
+            launch.begin(grad_scale, found_inf)
+        if len(self.launches) == 1 and self.launches[0].at_once:
+            self.launches[0].finish()
+        else:
+            with self._guard.writing():
+                for launch in self.launches:
+                    launch.finish()
         self.captured |= capturing
         return grad_norm
 
@@ -106,15 +140,13 @@ class Plan:
         excess = ((norm + CLIP_EPS) / max_grad_norm).clamp(min=1)
         return excess if grad_scale is None else excess * grad_scale, norm  # in float64, as some gradients are
 
-    def _key_of(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState]) -> object:
-        structure = []
-        for group in groups:
-            spec = spec_of(group)
-            tensors = tensors_of(group, self.base, spec)
-            identities = [(name, id(t), t.data_ptr()) for name, t in tensors.items()]
-            structure.append((spec, group["anchor"], len(group["params"]), identities))
-        params = [param for group in groups for param in group["params"]]
-        return structure, fingerprint(params, list(kept.values()), self._addresses)
+
+def _refuse_capture() -> None:
+    if _capturing():
+        raise RuntimeError(
+            "this step needs another plan than the last one, which cannot be made while a CUDA graph is captured; take "
+            "a step with the same parameters, and gradients for the same of them, before the capture"
+        )
 
 
 def _capturing() -> bool:

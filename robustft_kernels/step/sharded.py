@@ -1,160 +1,166 @@
-"""A launch over parameters that are sharded over processes. Each process steps and measures what is here. After the
-sums over all shards, all decide the same, and each pulls what is here."""
+"""A launch over parameters that are sharded over processes. Each process steps and measures what is here. What needs
+the sums over all shards is decided after an all-reduce, by all processes alike."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..core import state
-from ..core.bases import NO_STEP
+from ..core.bases import NO_STEP, Base, GroupSpec
 from ..core.contract import Run, StepTensors, empty_results
-from ..core.memory import in_memory
+from ..core.exchange import Exchange, Reach
 from ..core.methods import MEASURES, METHOD_HYPER, RULES
-from ..core.sharding import Segments, any_infinite, local, placed_as, total
-from .decide import EPS, LEARN, decide, expanded, fold, largest
-from .hyper import terms_of
-from .launch import CPU, Launch, Share, shard_of
+from ..core.sharding import is_spread, local
+from .decide import EPS, LEARN, Terms, expanded
+from .hyper import HyperTable
+from .launch import CPU, Launch, Share, shard_of, split_by_reach
 from .no_step import NoStep, deltas_of, observed, pulled, rows_of
-from .results import unless, write
-
-DOT, BEFORE, GAIN = (MEASURES.index(name) for name in ("grad_dot_delta", "before", "gain"))
+from .peers import Decision, Part, Peers
+from .results import Results, Tables, unless
+from .surveys import RowSurvey
 
 
 class ShardedLaunch(Launch):
-    """The step in two halves, with one all-reduce between them. It sums the measures of all segments whose rule waits
-    for them, and the two sums that FTP's slopes are made of. MARS-SP must know the largest row before the step, and has
-    an all-reduce of its own.
+    """The step in three parts, with all-reduces between them.
 
-    What is decided depends on those sums alone, and they are the same bits in every process.
+    - Before anything is written, the slopes of learned radii are summed, and MARS-SP finds its largest rows.
+    - The sweep makes the step. A row that lies whole in one process is decided and pulled there.
+    - What is cut is decided from the sums over all shards, and pulled.
+
+    What is decided together depends on those sums alone, and they are the same bits in every process.
     """
 
     def _in_order(self, shares: Sequence[Share]) -> Sequence[Share]:
-        """Puts rules that learn first, then the others that wait for their measures, then the rest."""
-        return sorted(shares, key=lambda share: (not share.spec.rule.learns, not share.spec.rule.waits))
+        """Splits shares by reach, and puts first what is decided together."""
+        return sorted(split_by_reach(shares), key=lambda share: not _is_decided(share))
+
+    def _tables(self, results: Results) -> Tables:
+        self._peers = Peers(self.shares, sum(map(_is_decided, self.shares)), self.device)
+        return self._peers.tables(results, self.device)
+
+    def _hyper_of(self, base: Base, specs: Sequence[GroupSpec]) -> HyperTable:
+        """A table that holds a radius of its own for each parameter that learns one."""
+        self._learning = [of for of in self.tensors if of.spec.rule.learns and is_spread(of.param)]
+        self._radii = torch.ones(len(self._learning), dtype=torch.float64, device=self.device)
+        own, addresses = [of.row for of in self._learning], self.backend.keeps_addresses
+        groups = [share.group for share in self.shares]
+        return HyperTable(base, groups, specs, self.device, addresses=addresses, own=own, radii=self._radii)
 
     def _prepare(self) -> Run:
         keep = [share.spec.under(RULES["keep"]) for share in self.shares]
-        self._no_step_hyper = self._hyper_of(NO_STEP, keep)
-        self._decided = [of for of in self.tensors if of.spec.rule.waits]
-        self._learning = [of for of in self.tensors if of.spec.rule.learns]
-        self._signed = [of for of in self.tensors if of.spec.rule.surveys == "largest_row"]
-        halves = observed(self.tensors, self.base)
-        self._sums, self._known = empty_results(sum(shard_of(of).segments for of in halves), self.device)
-        self._segments = Segments([of.param for of in self._decided], [of.spec.rule for of in self._decided])
-        self._n = sum(self._segments.here)  # decided segments that are here, which come first
-        if self._decided:
-            self._pull = self._no_step(pulled(self._decided))
+        self._no_step_hyper = super()._hyper_of(NO_STEP, keep)
+        self._signed = [of for of in self.tensors if of.spec.rule.surveys == "largest_row" and is_spread(of.param)]
+        together = [of for of in self.tensors if _is_decided(self.shares[of.row])]
+        self._place = {of.param: k for k, of in enumerate(self.tensors)}
+        self._pull = self._no_step(pulled(together)) if together else None
         if self._learning:
-            self._survey = self._no_step(deltas_of(self._learning))
+            self._deltas = self._no_step(deltas_of(self._learning)), RowSurvey(self._learning, self.device)
+            self._members = self._learning_members()
         if self._signed:
-            rows = rows_of(self._signed)
-            self._rows_of_signed = Segments([of.param for of in rows], [of.spec.rule for of in rows])
-            self._observe = self._no_step(rows)
-        return self._whole_step(halves, self._sums, self._known)
+            self._rows = self._no_step(rows_of(self._signed)), RowSurvey(self._signed, self.device)
+        self._total = Exchange(self.params, [1] * len(self.params), self.device)
+        own_row = {of.param: len(self.shares) + k for k, of in enumerate(self._learning)}
+        stepped = [self._stepped(of, own_row) for of in self.tensors]
+        self._sums, self._known = empty_results(sum(shard_of(of).segments for of in stepped), self.device)
+        return self._whole_step(stepped, self._sums, self._known)
+
+    @property
+    def at_once(self) -> bool:
+        """As of `Launch`."""
+        return super().at_once and self._pull is None and not self._learning
+
+    def _stepped(self, of: StepTensors, own_row: dict[Tensor, int]) -> StepTensors:
+        """A parameter under the rule by which the sweep steps it."""
+        rule = of.spec.rule
+        if _is_decided(self.shares[of.row]) or (rule.surveys == "largest_row" and is_spread(of.param)):
+            return observed([of], self.base)[0]
+        if of.param in own_row:
+            return replace(of.under(RULES[rule.when_learned], self.base), row=own_row[of.param])
+        return of
 
     def _no_step(self, tensors: Sequence[StepTensors]) -> NoStep:
         hyper = self._no_step_hyper
         return NoStep(self.backend, list(map(shard_of, tensors)), hyper.table, hyper.live)
 
-    def __call__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        self.hyper.refresh()
+    def begin(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Reads what the step needs, and learns radii. Nothing is written."""
+        super().begin(grad_scale, found_inf)
+        grads, grad_scale, found_inf = self._begun
         self._no_step_hyper.refresh()
-        self._terms = [terms_of(share.group, self.base, share.spec, self.device) for share in self.shares]
-        grad_scale, found_inf = self._here(grad_scale, found_inf)
-        if found_inf is not None:
-            found_inf = any_infinite(found_inf, self.params)
-        grads = self._grads()
+        self._numbers = {key: self.hyper.numbers(key) for key in METHOD_HYPER}
         if self._learning:
-            self._survey(grads[: len(self._learning)], grad_scale)
+            sweep, survey = self._deltas
+            sweep([grads[self._place[of.param]] for of in self._learning], grad_scale)
+            self._learned = self._learn(survey.slopes(sweep.results))
+            self._radii.copy_(self._learned[:, 0])
+            self.hyper.take_radii()
         if self._signed:
-            grads = self._penalized(grads, grad_scale)
-        self._run(grads, grad_scale, found_inf)
-        n = len(MEASURES)
-        found, sums, alphas = self._sums[:, :n], self._sums[:0, :n], self._known[:0]
-        if self._decided:
-            sums, alphas = self._decide(found[: self._n], found_inf)
-            self._pull.alphas.copy_(self._segments.parts(alphas))
+            self._begun = self._penalized(grads, grad_scale), grad_scale, found_inf
+
+    def finish(self) -> None:
+        """The step, and the pull of what is decided together."""
+        found_inf = self._begun[2]
+        super().finish()
+        decision = self._peers.decide(self._sums[:, : len(MEASURES)], self._known, self._terms)
+        if self._pull is not None:
+            self._pull.alphas.copy_(decision.alphas[: self._peers.decided])
             self._pull(found_inf=found_inf)
-        rest = slice(self._n, None)
-        sums, alphas = torch.cat([sums, found[rest]]), torch.cat([alphas, self._known[rest]])
-        write(self.results, self.alphas, sums, alphas, found_inf)
-
-    def _decide(self, here: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The measures of all decided segments over all shards, and their alphas, from the measures of what is here.
-        Learned radii are updated."""
-        n = here.shape[1]
-        packed = here
         if self._learning:
-            packed = here.new_zeros(len(here), n + 2)
-            packed[:, :n] = here
-            survey = self._survey.results
-            packed[: len(survey), n:] = survey[:, [DOT, BEFORE]]
-        sums = self._segments.whole(packed)
-        learned = self._learn(sums[:, :n], sums[:, n:], found_inf) if self._learning else None
-        alphas, first, k = [], 0, 0
-        for row in dict.fromkeys(of.row for of in self._decided):
-            rule = self.shares[row].spec.rule
-            counts = self._segments.counts[k : k + len(self.shares[row].places)]
-            last = first + sum(counts)
-            terms = dict(self._terms[row])
-            if learned is not None and rule.learns:
-                terms["radius"] = expanded(learned[k : k + len(counts)], counts)
-            alphas.append(decide(rule, sums[first:last, :n], counts, terms))
-            first, k = last, k + len(counts)
-        return sums[:, :n], torch.cat(alphas)
+            self._keep_learned(decision, found_inf)
+        decision.write(self.tables, found_inf)
 
-    def _learn(self, sums: Tensor, of_deltas: Tensor, found_inf: Tensor | None) -> Tensor:
-        """The radii by which this step projects. The radius that is kept is at most the norm of the largest row."""
-        counts = self._segments.counts[: len(self._learning)]
-        n = sum(counts)
-        slopes = fold(of_deltas[:n, 0] / (of_deltas[:n, 1] + EPS), counts, "sum")
-        most = largest(sums[:n, BEFORE] + sums[:n, GAIN] + EPS, counts)
-        some = torch.tensor([count > 0 for count in counts], device=CPU).to(self.device)
-        radii = torch.empty_like(most)
-        by_rule: dict[str, list[int]] = {}
+    def _terms(self, part: Part) -> Terms:
+        """The hyper-parameters of a part, with one radius a segment if they are learned."""
+        terms: dict[str, float | Tensor] = {key: of[part.row] for key, of in self._numbers.items()}
+        if part.rule.learns and part.share.reach is not Reach.HERE:
+            radii = self._radii[self._members[part.row]]
+            terms["radius"] = radii if part.share.reach is Reach.ROWS else expanded(radii, part.counts)
+        return terms
+
+    def _learning_members(self) -> dict[int, list[int]]:
+        """The places among the parameters that learn, by row."""
+        members: dict[int, list[int]] = {}
         for k, of in enumerate(self._learning):
-            by_rule.setdefault(of.spec.rule.name, []).append(k)
-        for name, places in by_rule.items():
-            members = [self._learning[k] for k in places]
-            kept = [of.state[of.spec.rule.learns] for of in members]
-            was, t = torch.stack(kept), torch.stack([_count_of(of) for of in members])
-            t = t.to(self.device, torch.float64)
-            terms = {key: self._numbers(members, key) for key in METHOD_HYPER}
-            new = LEARN[name](was, slopes[places], t, terms)
-            radii[places] = of_rule = new[:, 0].clone()
-            new[:, 0] = torch.where(some[places], torch.minimum(of_rule, most[places]), of_rule)
-            for state_of, value in zip(kept, unless(found_inf, new, was), strict=True):
-                state_of.copy_(value)
-        return radii
+            members.setdefault(of.row, []).append(k)
+        return members
 
-    def _numbers(self, tensors: Sequence[StepTensors], key: str) -> Tensor:
-        """One hyper-parameter of each of these tensors, on the device."""
-        numbers = [self._terms[of.row][key] for of in tensors]
-        stacked = torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])
-        return stacked.to(self.device, non_blocking=True)
+    def _learn(self, slopes: Tensor) -> Tensor:
+        """The learned numbers after this step, [parameters, numbers]. The radius comes first."""
+        learned = []
+        for row, places in self._members.items():
+            of_row = [self._learning[k] for k in places]
+            rule = of_row[0].spec.rule
+            was = torch.stack([of.state[rule.learns] for of in of_row])
+            t = torch.stack([_count_of(of) for of in of_row]).to(self.device, torch.float64)
+            terms = {key: of[row] for key, of in self._numbers.items()}
+            learned.append(LEARN[rule.name](was, slopes[places], t + 1, terms))
+        return torch.cat(learned)
+
+    def _keep_learned(self, decision: Decision, found_inf: Tensor | None) -> None:
+        """Keeps what was learned. The radius that is kept is at most the norm of the largest row."""
+        for row, places in self._members.items():
+            most, counts = decision.largest_rows(self._peers.parts[row])
+            new = self._learned[places]
+            some = torch.tensor([count > 0 for count in counts], device=CPU).to(self.device)
+            new[:, 0] = torch.where(some, torch.minimum(new[:, 0], most + EPS), new[:, 0])
+            of_row = [self._learning[k] for k in places]
+            kept = [of.state[of.spec.rule.learns] for of in of_row]
+            torch._foreach_copy_(kept, list(unless(found_inf, new, torch.stack(kept)).unbind()))
 
     def _penalized(self, grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
-        """The gradients. Those under MARS-SP are copies, with the subgradient on the row of largest Σ|d|. If several
-        rows are largest, it is on the first of them."""
-        self._observe()
-        rows, counts = self._rows_of_signed, self._rows_of_signed.counts
-        sizes = rows.whole(self._observe.results[:, [BEFORE]])[:, 0].nan_to_num(nan=-1.0)
-        places = torch.arange(len(sizes), dtype=torch.float64, device=self.device)
-        candidates = torch.where(sizes == expanded(fold(sizes, counts, "max"), counts), places, torch.inf)
-        first = torch.segment_reduce(
-            candidates, "min", lengths=torch.tensor(counts, device=self.device), initial=torch.inf, unsafe=True
-        )
-        on = rows.parts((places == expanded(first, counts)).double()).split(rows.here)
+        """The gradients. Those under MARS-SP are copies, with the subgradient on the row of largest Σ|d|."""
+        sweep, survey = self._rows
+        sweep()
         grads = list(grads)
-        of_param = {of.param: k for k, of in enumerate(self.tensors)}
-        for of, flags in zip(self._signed, on, strict=True):
-            param, k = local(of.param), of_param[of.param]
+        for of, flags in zip(self._signed, survey.largest_rows(sweep.results), strict=True):
+            param, k = local(of.param), self._place[of.param]
             d = local(state.weights_of(of.param, dict(of.state)))
             d = d if of.anchor is None else d - local(of.anchor)
             flags = flags.reshape([-1, *[1] * (param.dim() - 1)] if param.dim() > 1 else [1] * param.dim())
             sign = -1 if self.shares[of.row].group.get("maximize") else 1
-            push = self._terms[of.row]["strength"] * d.sign() * flags * sign
+            push = self._numbers["strength"][of.row] * d.sign() * flags * sign
             push = push if grad_scale is None else push * grad_scale
             grads[k] = (grads[k] + push).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
         return grads
@@ -162,10 +168,12 @@ class ShardedLaunch(Launch):
     def squared_norm(self) -> Tensor:
         """Σ g² over all shards of all gradients, in float64."""
         norms = torch._foreach_norm(self._grads(), 2, dtype=torch.float64)
-        return total([norm**2 for norm in norms], self.params)
+        return self._total.sum(torch.stack(list(norms)).double().square()).sum()
 
-    def _grads(self) -> list[Tensor]:
-        return [in_memory(local(placed_as(param.grad, param))) for param in self.params]  # type: ignore[arg-type]
+
+def _is_decided(share: Share) -> bool:
+    """Whether processes decide α together, and the sweep does not."""
+    return share.reach is Reach.CUT or (share.reach is Reach.ROWS and share.spec.rule.tied)
 
 
 def _count_of(tensors: StepTensors) -> Tensor:
