@@ -17,7 +17,7 @@ from ..core.bases import NO_STEP, GroupSpec
 from ..core.contract import StepTensors
 from ..core.methods import MEASURES, NORMS, RULES, Rule, rule_of
 from ..core.ranges import FROM_0_TO_1, Range, check_number
-from ..core.sharding import Segments, any_sharded, is_dtensor, local, placed_as
+from ..core.sharding import Segments, is_dtensor, local, placed_as
 from ..core.state import beside, is_dense
 from ..step.no_step import NoStep
 
@@ -72,7 +72,7 @@ def project_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, radius:
     params, anchors = as_lists(params, anchors)
     check_norm(norm)
     radii = _radii(radius, params)
-    if any_sharded(params):
+    if any(map(is_dtensor, params)):
         ball = Ball(params, norm)
         ball.pull_(params, anchors, ball.alphas(radii, ball.norms(params, anchors)))
     else:
