@@ -40,13 +40,13 @@ def net(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(13, 31), nn.Tanh(), nn.LayerNorm(31), nn.Linear(31, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
-def sharded(model: nn.Sequential, world: int) -> nn.Sequential:
+def sharded(model: nn.Sequential, world: int, head_in_root: bool = False) -> nn.Sequential:
     mesh = (
         init_device_mesh(torch.get_default_device().type, (2, 2), mesh_dim_names=("replicas", "shards"))
         if world == 4
         else None
     )
-    for layer in model:
+    for layer in model[:-1] if head_in_root else model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -174,6 +174,48 @@ def check_tpgm(world: int) -> None:
         assert all(torch.equal(radii[0], other) for other in radii)
 
 
+def after_evaluation(model: nn.Module, given: dict[str, torch.Tensor], what: str) -> list[torch.Tensor]:
+    """Evaluates a model, does something with it, and evaluates it again. Returns what that gave, and the weights."""
+    listed = list(model.named_parameters())
+    tpgm = rft.TPGM(model, anchor=given, lr=0.05, init="half_min")
+    x, y = batch(0)
+    with torch.no_grad():
+        model(x)
+    if what.endswith("copies"):  # where FSDP2 has made any
+        listed = list(model.named_parameters())
+    if what.startswith("TPGM"):
+        if what != "TPGM":
+            tpgm = rft.TPGM(listed if "pairs" in what else model, anchor=given, lr=0.05, init="half_min")
+        tpgm.update(lambda b: cross_entropy(model(b[0]), b[1]), [batch(t) for t in range(3)], steps=4)
+        tpgm.project_()
+    elif what.startswith("functions"):
+        params = [param for _, param in listed]
+        rft.project_(params, list(given.values()), 0.3)
+        rft.interpolate_(params, list(given.values()), 0.7)
+    else:
+        optimizer = rft.AdamSPD(listed, lr=1e-2, anchor=given)
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        out = model(x)
+    model.state_dict()  # leaves the shards in the model
+    return [out, *full(model)]
+
+
+def check_after_evaluation(world: int) -> None:
+    """An evaluation leaves unsharded copies in an FSDP2 model. What is done then is done to the shards, and the next
+    forward pass sees it. Among four processes, it may also leave shards over two."""
+    whats = ["TPGM", "TPGM made then", "TPGM of pairs", "TPGM of pairs, copies", "functions", "functions, copies"]
+    for what in [*whats, "optimizer, copies"]:
+        given = {name: p.detach().clone() for name, p in net(1).named_parameters()}
+        want = after_evaluation(net(0), given, what)
+        models = [sharded(net(0), world, head_in_root=True)] + (
+            [fully_shard(net(0), reshard_after_forward=2)] if world == 4 else []
+        )
+        for model in models:
+            assert_close(after_evaluation(model, given, what), want, f"{what}, after an evaluation", 1e-4)
+
+
 def check_replicas(world: int) -> None:
     """Under DDP, with batches of their own, all replicas learn the radii of one process with all batches. Steps in
     backward are refused, whichever was made first."""
@@ -239,6 +281,7 @@ def main(args: argparse.Namespace) -> None:
         check_given_anchors(world, folder)
         check_functions(world)
         check_tpgm(world)
+        check_after_evaluation(world)
         check_replicas(world)
     elif args.what == "save":
         save(world, folder)

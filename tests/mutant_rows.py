@@ -170,6 +170,13 @@ MUTANTS = [
            "            complete()\n", "            pass\n", ("test_distributed_checkpoint.py",), "form"),
     Mutant("over processes FTP's delta is measured from the anchor", "robustft_kernels/step/no_step.py",
            'param=of.state["delta"], anchor=None,', 'param=of.state["delta"],', ("test_spread.py",), "any_mesh"),
+    Mutant("what is written after an evaluation is lost on the next forward", "robustft_kernels/core/unsharded.py",
+           "        group._to_sharded()", "        pass", ("test_unsharded.py",)),
+    Mutant("an unsharded copy is taken for a parameter", "robustft_kernels/core/unsharded.py",
+           '"_unsharded_param", ', "", ("test_unsharded.py",), "groups or two_forms"),
+    Mutant("project_ forgets the radius of replicas", "robustft_kernels/finetune/projection.py",
+           "    if any(map(is_dtensor, params)):\n        ball", "    if False:\n        ball", ("test_projection.py",),
+           "replicas"),
     # The Triton kernels, in the interpreter.
     Mutant("Triton: the first moment's correction has the second's beta", "triton_kernels/base.py",
            "(lr / (1 - power(beta1, t))).to(T)", "(lr / (1 - power(beta2, t))).to(T)", STEPS, f"{TRITON} and adamw"),

@@ -326,3 +326,22 @@ def test_takes_iterables_and_nothing():
         project_([], [], 1.0, norm)
         assert project([], None, torch.tensor(1.0, requires_grad=True), norm) == []
     interpolate_([], None, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("norm", NORMS)
+def test_replicas_alone(norm, request):
+    """DTensors none of which is sharded."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(torch.distributed.destroy_process_group)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    alone = [p.clone() for p in P]
+    replicas = [distribute_tensor(p.clone(), mesh, [Replicate()]) for p in P]
+    for params in (alone, replicas):
+        project_(params, A, 0.3, norm)
+        interpolate_(params, A, 0.9)
+    for got, want in zip(replicas, alone, strict=True):
+        torch.testing.assert_close(got.full_tensor(), want)

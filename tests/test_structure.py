@@ -63,6 +63,7 @@ STACK = {
         "memory",
         "exchange",
         "sharding",
+        "unsharded",
         "ranges",
         "methods",
     ),

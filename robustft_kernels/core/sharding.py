@@ -2,7 +2,6 @@
 which part of each is here."""
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,11 +43,6 @@ def is_spread(tensor: Tensor) -> bool:
         return False
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     return any(not place.is_replicate() and mesh.size(dim) > 1 for dim, place in enumerate(placements))
-
-
-def any_spread(tensors: Iterable[Tensor]) -> bool:
-    """Whether other processes have other parts of any of them."""
-    return any(map(is_spread, tensors))
 
 
 def has_whole_rows(tensor: Tensor) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.unsharded import resharded
+
 
 class Feed:
     """Hands out batches one by one, and begins again at their end. Given the same object, it goes on where it was.
@@ -80,7 +82,7 @@ def evaluation_mode(model: nn.Module | None) -> None:
 @torch.no_grad()
 def put(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Writes each value into its target, and lets autocast forget what it has cast."""
-    for target, value in zip(targets, values, strict=True):
+    for target, value in zip(resharded(targets), values, strict=True):
         target.copy_(value)
     torch.clear_autocast_cache()
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.names import WRAPPERS, unwrapped
 from ..core.ranges import NOT_NEGATIVE, Range, check_number
+from ..core.unsharded import resharded
 
 # A module of the model, the name of a module or parameter, or several of either.
 Part = str | nn.Module | Iterable[str | nn.Module]
@@ -146,6 +147,7 @@ def layerwise_decay(
     if isinstance(layers, str | nn.Module) or not (layers := list(layers)):
         raise ValueError("layers must be a sequence of modules or names, from input to output")
     shared = _options(options, "lr")
+    resharded(model.parameters())
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     found = [_find(model, layer, f"layers[{k}]") for k, layer in enumerate(layers)]
     homes = {name: [k for k, ids in enumerate(found) if id(param) in ids] for name, param in named}
@@ -166,16 +168,18 @@ def layerwise_decay(
 def keep_requires_grad(model: nn.Module) -> Iterator[None]:
     """At the end of the `with` block, each parameter has the requires_grad that it had at its beginning, whatever
     happened in between."""
-    flags = [(param, param.requires_grad) for param in model.parameters()]
+    flags = [(param, param.requires_grad) for param in resharded(model.parameters())]
     try:
         yield
     finally:
+        resharded(model.parameters())
         for param, flag in flags:
             param.requires_grad_(flag)
 
 
 def _split(model: nn.Module, head: Part) -> tuple[list[tuple[str, Tensor]], set[int]]:
     """All named parameters, and the identities of those in the head."""
+    resharded(model.parameters())
     named: list[tuple[str, Tensor]] = list(model.named_parameters())
     ours = _find(model, head, "head")
     if all(id(param) in ours for _, param in named):

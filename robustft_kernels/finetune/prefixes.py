@@ -6,17 +6,19 @@ from itertools import islice
 from torch import Tensor, nn
 
 from ..core.names import bare_name
+from ..core.unsharded import resharded
 
 
 def names_of(given: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[str]]:
-    """All names of every parameter, in order."""
-    pairs = given.named_parameters(remove_duplicate=False) if isinstance(given, nn.Module) else given
+    """All names of every parameter, in order. Of FSDP2's parameters, it takes the shards."""
+    pairs = list(given.named_parameters(remove_duplicate=False) if isinstance(given, nn.Module) else given)
     names: dict[Tensor, list[str]] = {}
     owners: dict[str, Tensor] = {}
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError("TPGM needs the model, or pairs of name and parameter as of model.named_parameters()")
-        name, param = bare_name(pair[0]), pair[1]
+    for (given_name, _), param in zip(pairs, resharded(param for _, param in pairs), strict=True):
+        name = bare_name(given_name)
         if owners.setdefault(name, param) is not param:
             raise ValueError(f"two parameters are called {name!r} (without what wrappers add); names must differ")
         names.setdefault(param, []).append(name)

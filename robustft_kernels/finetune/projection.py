@@ -18,8 +18,9 @@ from ..core.contract import StepTensors
 from ..core.exchange import Segments
 from ..core.methods import MEASURES, NORMS, RULES, Rule, rule_of
 from ..core.ranges import FROM_0_TO_1, Range, check_number
-from ..core.sharding import any_spread, is_dtensor, local, placed_as
+from ..core.sharding import is_dtensor, local, placed_as
 from ..core.state import beside, is_dense
+from ..core.unsharded import resharded, shards_of
 from ..step.no_step import NoStep
 
 NO_BOUND = Range(above=True, finite=False)  # an infinite radius holds nothing back
@@ -73,7 +74,7 @@ def project_(params: Iterable[Tensor], anchors: Iterable[Tensor] | None, radius:
     params, anchors = as_lists(params, anchors)
     check_norm(norm)
     radii = _radii(radius, params)
-    if any_spread(params):
+    if any(map(is_dtensor, params)):
         ball = Ball(params, norm)
         ball.pull_(params, anchors, ball.alphas(radii, ball.norms(params, anchors)))
     else:
@@ -236,7 +237,7 @@ def _measure(
 
 def _pull(params: Sequence[Tensor], anchors: Sequence[Tensor] | None, alphas: Tensor, rows: bool) -> None:
     """θ ← θ₀ + α·c with one α a segment, flat in float64. 1 leaves the bits, and 0 gives θ₀ whatever c is."""
-    _sweep(RULES[_observing(rows).pull_half], params, anchors, alphas=alphas.detach().clone())
+    _sweep(RULES[_observing(rows).pull_half], resharded(params), anchors, alphas=alphas.detach().clone())
 
 
 @torch.no_grad()
@@ -309,8 +310,9 @@ def _device_of(params: Sequence[Tensor]) -> torch.device:
 
 
 def as_lists(params: Iterable[Tensor], anchors: Iterable[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Both as lists. Raises ValueError naming the first index whose param or anchor is unfit."""
-    params = list(params)
+    """Both as lists, of shards where FSDP2 has any. Raises ValueError naming the first index whose param or anchor is
+    unfit."""
+    params = shards_of(params)
     for k, param in enumerate(params):
         if not param.is_floating_point():
             raise ValueError(f"params[{k}] is {param.dtype}; a real floating-point tensor is needed")
@@ -320,7 +322,7 @@ def as_lists(params: Iterable[Tensor], anchors: Iterable[Tensor] | None) -> tupl
             raise ValueError(f"params[{k}] has gaps or overlaps in memory; pass a dense tensor, such as its clone()")
     if anchors is None:
         return params, None
-    anchors = list(anchors)
+    anchors = shards_of(anchors)
     if len(anchors) != len(params):
         lacking = "anchors" if len(anchors) < len(params) else "params"
         first = min(len(anchors), len(params))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.names import unwrapped
 from ..core.ranges import FROM_0_TO_1, check_number
+from ..core.unsharded import resharded
 
 Weights = nn.Module | Mapping[str, Any]
 Buffers = Literal["finetuned", "interpolate", "pretrained"]
@@ -166,7 +167,7 @@ class _Backup:
 
     @torch.no_grad()
     def restore(self) -> None:
-        self.model.state_dict(keep_vars=True)  # makes FSDP register its shards again, after a forward
+        resharded(self.model.parameters())
         for module, training in self.modes:
             module.training = training
         for module, name, tensor in self.places:

@@ -13,6 +13,7 @@ from ..core.anchors import Anchor
 from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
+from ..core.unsharded import resharded
 from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plan import Plan
@@ -75,7 +76,7 @@ class AnchoredOptimizer(KeepingOptimizer):
 
         Raises ValueError, RuntimeError or TypeError naming the key or parameter that is unfit. Nothing is added then.
         """
-        group = dict(param_group)
+        group = {**param_group, "params": with_shards(param_group["params"])}
         if "backend" in group:
             raise ValueError("backend is chosen for the whole optimizer, not for a group")
         if "anchor" in group and "pre" in group:
@@ -196,6 +197,15 @@ def _listed(params: Params) -> tuple[Any, list[Group]]:
         of = group.get("params", ())
         listed[k] = {**group, "params": [of] if isinstance(of, Tensor) else of if isinstance(of, set) else list(of)}
     return listed, listed
+
+
+def with_shards(params: Any) -> Any:
+    """A group's `params` as torch takes them, with the shard in place of each of FSDP2's unsharded copies."""
+    if isinstance(params, set):  # which torch refuses
+        return params
+    listed = [params] if isinstance(params, Tensor) else list(params)
+    shards = resharded(of[1] if isinstance(of, tuple) else of for of in listed)
+    return [(of[0], shard) if isinstance(of, tuple) else shard for of, shard in zip(listed, shards, strict=True)]
 
 
 def keep_from_compiler(cls: type[Optimizer]) -> None:

@@ -15,9 +15,10 @@ from ..core.anchors import Anchor
 from ..core.bases import Group
 from ..core.methods import documents, method_of
 from ..core.sharding import version_of
+from ..core.unsharded import shards_of
 from ..step.guard import uninterrupted
 from ..step.launch import label_of
-from .anchored import AnchoredOptimizer, keep_from_compiler
+from .anchored import AnchoredOptimizer, keep_from_compiler, with_shards
 from .around import METHODS_AROUND, SETTINGS, check_settings, rule_around
 from .late import resolved
 from .wrapping import WrappingOptimizer, fresh
@@ -73,7 +74,8 @@ class Anchored(WrappingOptimizer):
     Raises:
         TypeError: something else than a torch.optim.Optimizer.
         ValueError: another method, an argument or a group's key out of its range, or an anchor that does not fit. Also
-            one of our keys among the wrapped optimizer's own hyper-parameters. The message names it.
+            one of our keys among the wrapped optimizer's own hyper-parameters, or one of FSDP2's unsharded copies among
+            its parameters. The message names it.
         RuntimeError: from `step`, a sparse gradient for "spd". Also a parameter that the wrapped optimizer replaced or
             gave another form: it must write in place.
     """
@@ -178,7 +180,7 @@ class Anchored(WrappingOptimizer):
         Raises what the wrapped optimizer raises, and ValueError or TypeError as the constructor does. Nothing is added
         then.
         """
-        group = dict(param_group)
+        group = {**param_group, "params": with_shards(param_group["params"])}
         spec: Anchor = group.pop("anchor", self._settings["anchor"])
         self.optimizer.add_param_group(group)
         added = self.param_groups[-1]
@@ -204,7 +206,12 @@ class Anchored(WrappingOptimizer):
         check_settings({**group, **own})
         params, labels = group["params"], [label_of(group, k) for k in range(len(group["params"]))]
         anchored = method_of(own["method"]).anchored
-        for param, label in zip(params, labels, strict=True):
+        for param, shard, label in zip(params, shards_of(params), labels, strict=True):
+            if shard is not param:
+                raise ValueError(
+                    f"{label} is an unsharded copy, which FSDP2 keeps after an evaluation and never trains; call "
+                    "reshard() of its module before the wrapped optimizer is made"
+                )
             if anchored and param.requires_grad and not param.is_floating_point():
                 raise ValueError(f"{label} is {param.dtype}; a real floating-point parameter is needed")
         shared = "anchor" not in group
