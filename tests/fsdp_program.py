@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 
 import robustft_kernels as rft
@@ -216,6 +217,18 @@ def check_after_evaluation(world: int) -> None:
             assert_close(after_evaluation(model, given, what), want, f"{what}, after an evaluation", 1e-4)
 
 
+def check_partition() -> None:
+    """ZeroRedundancyOptimizer gives each process some of the parameters. Steps are those of one process. A norm over
+    all gradients is refused."""
+    alone, replica = net(0), nn.parallel.DistributedDataParallel(net(0))
+    partition = ZeroRedundancyOptimizer(replica.parameters(), rft.AdamFTP, lr=1e-2)
+    train(alone, rft.AdamFTP(alone.parameters(), lr=1e-2), range(5))
+    train(replica, partition, range(5))
+    assert_close(full(replica), full(alone), "ZeroRedundancyOptimizer")
+    with pytest.raises(ValueError, match=r"max_grad_norm would clip .* call torch\.nn\.utils\.clip_grad_norm_"):
+        ZeroRedundancyOptimizer(replica.parameters(), rft.AdamSPD, max_grad_norm=1.0)
+
+
 def check_replicas(world: int) -> None:
     """Under DDP, with batches of their own, all replicas learn the radii of one process with all batches. Steps in
     backward are refused, whichever was made first."""
@@ -283,6 +296,7 @@ def main(args: argparse.Namespace) -> None:
         check_tpgm(world)
         check_after_evaluation(world)
         check_replicas(world)
+        check_partition()
     elif args.what == "save":
         save(world, folder)
         resume(world, folder, same=True)

@@ -1,5 +1,6 @@
 """What the optimizers of this package share: the protocol of torch.optim, groups, anchors, plans, checkpoints."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ class AnchoredOptimizer(KeepingOptimizer):
             raise ValueError(f"save_anchors must be True, False or 'digest', got {save_anchors!r}")
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, NO_BOUND)
+            _refuse_partition()
         self.backend, self.max_grad_norm = backend, max_grad_norm
         self.grad_norm: Tensor | None = None
         self.save_anchors = save_anchors
@@ -197,6 +199,20 @@ def _listed(params: Params) -> tuple[Any, list[Group]]:
         of = group.get("params", ())
         listed[k] = {**group, "params": [of] if isinstance(of, Tensor) else of if isinstance(of, set) else list(of)}
     return listed, listed
+
+
+def _refuse_partition() -> None:
+    """Raises ValueError inside the constructor of a ZeroRedundancyOptimizer, whose processes have some parameters
+    each."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            raise ValueError(
+                "max_grad_norm would clip by the gradients of one process's parameters, as ZeroRedundancyOptimizer "
+                "gives it no others; call torch.nn.utils.clip_grad_norm_ before step(), or use fully_shard"
+            )
+        frame = frame.f_back
 
 
 def with_shards(params: Any) -> Any:
