@@ -133,6 +133,9 @@ def check_given_anchors(world: int, folder: Path) -> None:
         digests = [of["anchor_digest"] for of in saved["state"].values() if "anchor_digest" in of]
         assert bool(digests) == (anchor is folder)
         optimizer.load_state_dict(saved)
+    if folder in anchors:  # a shard is a copy
+        with pytest.raises(ValueError, match=r"anchor_device='disk' .* '0\.weight' .* shards, which are copies"):
+            make("spd", sharded(net(0), world), anchor=folder, anchor_device="disk")
 
 
 def check_functions(world: int) -> None:

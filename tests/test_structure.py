@@ -37,7 +37,19 @@ STACK = {
     "testing": ("tolerances", "stepper", "cases"),
     "step": ("plan", "sharded", "launch", "no_step", "hyper", "results", "decide", "fingerprint", "ops"),
     "backends": ("registry", "triton", "native", "reference", "backend"),
-    "core": ("checkpoint", "anchors", "names", "state", "contract", "bases", "memory", "sharding", "ranges", "methods"),
+    "core": (
+        "checkpoint",
+        "anchors",
+        "names",
+        "state",
+        "contract",
+        "bases",
+        "files",
+        "memory",
+        "sharding",
+        "ranges",
+        "methods",
+    ),
     "  ": ("_import_paths",),
 }
 ORDER = [f"{folder.strip()}.{name}".strip(".") for folder, names in STACK.items() for name in names]

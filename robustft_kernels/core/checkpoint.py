@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .anchors import check_digest, digest
 from .bases import DTYPE_OPTIONS, Group, as_dtype
+from .files import DISK
 from .names import bare_name
 from .state import check_loadable
 
@@ -24,8 +25,8 @@ def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> Non
 def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anchors: bool) -> Group:
     """A saved group, with those of our `keys` that it lacks added. Raises ValueError when its parameter names differ.
 
-    has_anchors: whether the checkpoint has anchors of its parameters. If not, those that are here stay, and so does
-        their kind.
+    has_anchors: whether the checkpoint has anchors of its parameters. If not, those that are here stay, and so do
+        their kind and their place. Those of a checkpoint are never on disk.
     """
     check_names(group.get("param_names"), saved.get("param_names"))
     merged = {**{key: group[key] for key in keys}, **saved}
@@ -33,7 +34,9 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
         if key in merged:
             merged[key] = as_dtype(key, merged[key])
     if merged["anchor"] != "zero" and not has_anchors:
-        merged["anchor"] = group["anchor"]
+        merged.update({key: group[key] for key in ("anchor", "anchor_device") if key in group})
+    elif merged.get("anchor_device") == DISK:
+        merged["anchor_device"] = None
     return merged
 
 

@@ -56,8 +56,8 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
-    """`tensor` spread as `param` is. It comes whole on every process, or as a DTensor. The parts of a whole one are
-    views."""
+    """`tensor` spread as `param` is. It comes whole on every process, or as a DTensor. Shards of a whole one are
+    copies."""
     if not is_dtensor(param):
         return whole(tensor)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -11,6 +11,7 @@ from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
+from ..core.files import DISK, MappedFile, file_of, files_of
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..step.launch import label_of
@@ -54,6 +55,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plan: Plan | None = None
         self._results: Results = {}  # of the plan, which they outlive
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
+        self._files: list[MappedFile] = []  # that anchors of the plan are in
         words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
         self._late = LateAnchors()
         self._given: list[Anchor] = []  # for the groups that the constructor has still to add
@@ -121,9 +123,13 @@ class AnchoredOptimizer(KeepingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._plan is None or not self._plan.holds_for(self.param_groups, self.state):
+            self._check_files()
             self._late.settle(self.param_groups, AnchorsOfState(self.state))
             self._plan = Plan(self.base, self.param_groups, self.state, self.backend, self._results)
             self._results = self._plan.results
+            self._files = files_of(AnchorsOfState(self.state).values())
+        for file in self._files:
+            file.check()
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self.grad_norm = self._plan.run(*scaler, self.max_grad_norm)
         if self._plan.captured and self._plan not in self._graphed:
@@ -145,9 +151,16 @@ class AnchoredOptimizer(KeepingOptimizer):
         waits for it. Before the first step, and after loading, deviations are those of the weights as they are. The
         counts begin at 0.
         """
+        self._check_files()
         return collect(self.param_groups, self.state, self._results)
 
+    def _check_files(self) -> None:
+        """Raises RuntimeError if a file that anchors are in was written since it was mapped."""
+        for file in files_of(AnchorsOfState(self.state).values()):
+            file.check()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._check_files()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,6 +169,11 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plan, self._results, self.grad_norm = None, {}, None
         self._graphed = []
         self._given = []
+        self._files = []
+        for group in self.param_groups:
+            anchors_of = [self.state[p]["anchor"] for p in group["params"] if "anchor" in self.state.get(p, {})]
+            if group.get("anchor_device") == DISK and any(file_of(anchor) is None for anchor in anchors_of):
+                group["anchor_device"] = None  # those of a copy are in memory
         self._late = self.__dict__.get("_late") or LateAnchors()  # torch comes here to load, too
 
 

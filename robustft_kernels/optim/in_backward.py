@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.bases import Group
+from ..core.files import file_of
 from ..step.plan import Plan
 from .anchored import AnchoredOptimizer
 from .late import AnchorsOfState
@@ -92,6 +93,8 @@ class StepInBackward:
         own = {"params": [param], **({"param_names": [group["param_names"][k]]} if "param_names" in group else {})}
         groups = [cast(Group, ChainMap(own, group))]  # with the hyper-parameters as they will be
         kept = {param: optimizer.state[param]}
+        if "anchor" in kept[param] and (file := file_of(kept[param]["anchor"])) is not None:
+            file.check()
         plan = self._plans.get(param)
         if plan is None or not plan.holds_for(groups, kept):
             optimizer._late.settle_one(optimizer.param_groups, row, k, AnchorsOfState(optimizer.state))
