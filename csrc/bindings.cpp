@@ -340,6 +340,20 @@ void addresses(const Tensors& tensors, const Tensor& out) {
   for (const Tensor& tensor : tensors) *to++ = int64_t(tensor.const_data_ptr());
 }
 
+// The two sums as an int64 tensor. `flat` is a part of a tensor without gaps, and the rest are the indices of its
+// elements in the whole.
+Tensor digest_of(const Tensor& flat, std::vector<int64_t> sizes, std::vector<int64_t> steps, int64_t first) {
+  TORCH_CHECK(flat.device().is_cpu() && flat.is_contiguous() && !flat.key_set().has_any(kUnreadable) &&
+                  c10::multiply_integers(sizes) == flat.numel() && sizes.size() == steps.size() && !sizes.empty() &&
+                  flat.element_size() <= 8,
+              "robustft: a digest is taken of a contiguous CPU tensor of the given sizes, got ", described(flat));
+  const Tensor out = at::empty({kDigests}, at::kLong);
+  py::gil_scoped_release release;
+  const Sums sums = digest(flat.const_data_ptr(), int(flat.element_size()), {std::move(sizes), std::move(steps), first});
+  std::copy(sums.begin(), sums.end(), out.data_ptr<int64_t>());
+  return out;
+}
+
 py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses) {
   Fingerprint all;
   for (const Tensor& param : params) all.add(param);
@@ -365,6 +379,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prepare_sgd", [](const py::object& table) { return SGDStep(sweeps().sgd, table); });
   m.def("prepare_no_step", [](const py::object& table) { return NoStepStep(sweeps().no_step, table); });
   m.def("fingerprint", &fingerprint);
+  m.def("digest", &digest_of);
   m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,
   m.attr("ADAMW_HYPER") = std::vector<std::string>{ROBUSTFT_ADAMW_HYPER(ROBUSTFT_NAME)};

@@ -204,24 +204,9 @@ def test_moving_a_state_does_not_double_given_anchors():
     optimizer.load_state_dict(saved)
     assert [optimizer.state[p]["anchor"].data_ptr() for p in params] == [t.data_ptr() for t in given]
     saved["state"][1]["anchor"] += 1
+    del saved["state"][1]["anchor_digest"]
     optimizer.load_state_dict(saved)
     assert torch.equal(optimizer.state[params[1]]["anchor"], given[1] + 1)
     for of in optimizer.state_dict()["state"].values():  # what is handed out may be written
         of["anchor"].fill_(3)
     assert all(map(torch.equal, given, untouched))
-
-
-def test_digests_of_any_anchor():
-    params = make()
-    optimizer = rft.AdamSPD(params, lr=1e-2, save_anchors="digest")
-    checkpoint = saved_and_loaded(optimizer.state_dict())
-    rft.AdamSPD(copies(make()), save_anchors="digest").load_state_dict(checkpoint)
-    with pytest.raises(ValueError, match="is not the one that the checkpoint was made with"):
-        rft.AdamSPD(copies(p * 2 for p in make())).load_state_dict(checkpoint)
-    one, two = torch.zeros(2, 3), torch.zeros(3, 2)
-    assert not torch.equal(anchors.digest(one), anchors.digest(two))
-    assert not torch.equal(anchors.digest(one), anchors.digest(one.bfloat16()))
-    assert torch.equal(anchors.digest(one.t().clone().t()), anchors.digest(one))
-    before = anchors.digest(one)
-    one[0, 0] = 1
-    assert not torch.equal(anchors.digest(one), before)

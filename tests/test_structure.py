@@ -36,7 +36,7 @@ STACK = {
     "finetune": ("tpgm", "radii", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
     "testing": ("tolerances", "stepper", "cases"),
     "step": ("plan", "sharded", "launch", "no_step", "hyper", "results", "decide", "fingerprint", "ops"),
-    "backends": ("registry", "triton", "native", "reference", "backend"),
+    "backends": ("digests", "registry", "triton", "native", "reference", "backend"),
     "core": (
         "checkpoint",
         "anchors",

@@ -1,7 +1,6 @@
 """Where θ₀ comes from: a copy of the weights at construction, zero (no memory), a file, or tensors of the user's. It is
 kept on the parameters' device or in host memory."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from os import PathLike
@@ -9,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .files import DISK, Path_, file_of, read
+from .files import DISK, Path_, read
 from .memory import without_memory
 from .names import bare_name
-from .sharding import agree, local, version_of, whole
+from .sharding import agree, local
 from .state import is_dense, is_reachable, keep_anchor
 
 Anchor = Path_ | Sequence[Tensor] | Mapping[str, Tensor] | None
@@ -68,6 +66,8 @@ def resolve(
     for anchor, param, label in zip(given, params, labels, strict=True):
         check_fits(anchor, param, label, anywhere=kind == "file" or device is not None)
         _check_apart(anchor, param, label)
+    if kind == "given":
+        given = [anchor.detach() for anchor in given]
     return kind, [
         keep_anchor(param, anchor, None if dtype == EXACT else _asked(dtype, param), device, label=label)
         for param, anchor, label in zip(params, given, labels, strict=True)
@@ -101,24 +101,6 @@ def check_options(dtype: object, device: object) -> None:
 def _asked(dtype: torch.dtype | str | None, param: Tensor) -> torch.dtype:
     assert not isinstance(dtype, str)
     return dtype or param.dtype
-
-
-_digests = WeakTensorKeyDictionary()  # of anchors, with the version that they are valid for
-
-
-def digest(anchor: Tensor) -> Tensor:
-    """SHA-256 of an anchor's dtype, shape and elements in the order of their indices: 32 bytes. Computed once."""
-    version = version_of(anchor)
-    known: tuple[int, Tensor] | None = _digests.get(anchor)
-    if known is None or known[0] != version:
-        file = file_of(anchor)
-        if file is not None:
-            file.check()
-        content = whole(anchor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
-        sha.update(content.data)
-        known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
-    return known[1].clone()  # a checkpoint that is loaded in place overwrites what was handed out
 
 
 def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor]:
@@ -157,14 +139,6 @@ def in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
     if len(given) != len(params):
         raise ValueError(f"{len(given)} anchors for {len(params)} parameters: a list of anchors is parallel to params")
     return given
-
-
-def check_digest(anchor: Tensor | None, saved: Tensor, label: str) -> None:
-    """Raises ValueError if `anchor` is not the one that a checkpoint was made with."""
-    if anchor is None:
-        raise ValueError(f"the checkpoint leaves the anchor of {label} to a file; make the optimizer with that anchor")
-    if not torch.equal(digest(anchor), saved.cpu()):
-        raise ValueError(f"the anchor of {label} is not the one that the checkpoint was made with: another file?")
 
 
 def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = False) -> None:

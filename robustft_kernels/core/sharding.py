@@ -2,7 +2,8 @@
 which part of each is here, and sums over all parts."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +107,51 @@ def total(squares: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         sums = sums + part
     apart = [k for k, param in enumerate(params) if _mesh_of(param) is None]
     return sums + stacked[apart].sum()
+
+
+@torch.no_grad()
+def over_all_parts(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sums over all parts of each tensor, [tensors, k], from those over the parts that are here, as int64 on the
+    CPU. There is one all-reduce a mesh. Sums wrap around."""
+    sums = sums * torch.tensor([int(_weight(tensor)) for tensor in tensors], device="cpu")[:, None]
+    for mesh in _meshes(tensors):
+        on_mesh = [k for k, tensor in enumerate(tensors) if _mesh_of(tensor) == mesh]  # equal ones may be apart
+        packed = sums[on_mesh].to(mesh.device_type)
+        _reduce(packed, mesh, "SUM")
+        sums[on_mesh] = packed.cpu()
+    return sums
+
+
+def parts_of(tensor: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+    """What is here of a tensor, in blocks of neighbours. With each comes the index of its first element in the whole
+    tensor, one number a dimension."""
+    here = local(tensor)
+    runs = [_runs(tensor, dim) for dim in range(tensor.dim())]
+    for block in product(*runs):
+        part = here[tuple(slice(begin, end) for begin, end, _ in block)] if block else here
+        yield part, [first for _, _, first in block]
+
+
+def _runs(tensor: Tensor, dim: int) -> list[tuple[int, int, int]]:
+    """The runs of neighbours along a dimension of what is here. Of each, where it begins and ends here, and where it
+    begins in the whole tensor."""
+    size = tensor.shape[dim]
+    whole = [(0, size, 0)] if size else []
+    if _mesh_of(tensor) is None:
+        return whole
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    along = [p if not p.is_replicate() and p.dim % tensor.dim() == dim else Replicate() for p in placements]
+    if all(p.is_replicate() for p in along):
+        return whole
+    indices = torch.arange(size, device=mesh.device_type)
+    indices = indices.view([size if k == dim else 1 for k in range(tensor.dim())])
+    indices = local(distribute_tensor(indices, mesh, along, src_data_rank=None)).flatten().cpu()
+    if not len(indices):
+        return []
+    starts = [0, *(indices.diff() != 1).nonzero().add(1).flatten().tolist(), len(indices)]
+    return [(begin, end, int(indices[begin])) for begin, end in pairwise(starts)]
 
 
 class Segments:

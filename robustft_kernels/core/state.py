@@ -14,7 +14,7 @@ from .methods import LEARNED
 from .sharding import local, placed_as, placement_of, same_memory
 
 ParamState = dict[str, Any]
-DIGEST_BYTES = 32  # of SHA-256
+DIGEST_BYTES = 32
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -78,7 +78,7 @@ def keep_anchor(
         return _on_disk(param, anchor, dtype, label)
     there = param.device if device is None else torch.device(device)
     pin = there.type == "cpu" and param.device.type == "cuda"
-    file, anchor = file_of(anchor), placed_as(anchor.detach(), param)
+    file, anchor = file_of(anchor), placed_as(anchor, param)
     fits = (
         not is_lazily_read(anchor) and anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
     )
@@ -86,9 +86,9 @@ def keep_anchor(
         return anchor
     kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
     if file is None:
-        return kept.copy_(anchor)
+        return kept.copy_(anchor.detach())
     file.check()
-    kept.copy_(anchor)
+    kept.copy_(anchor.detach())
     file.check()  # or a part of what was copied may be of another time
     return kept
 

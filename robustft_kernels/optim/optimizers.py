@@ -67,8 +67,8 @@ class AnchoredAdamW(AnchoredOptimizer):
             inside the step. The gradients are read once more and stay as they are. Nothing waits for the device.
             `optimizer.grad_norm` is then the norm that they had, a tensor.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
-        save_anchors: what `state_dict` carries: the anchors (True), their SHA-256 ("digest"), or neither (False).
-            Loading compares the SHA-256. For anchors in a file, True means "digest" too.
+        save_anchors: what `state_dict` carries: the anchors with a digest of each (True), the digests ("digest"), or
+            neither (False). Loading compares digests. For anchors from a file, True means "digest" too.
 
     State, for each parameter:
         exp_avg, exp_avg_sq: in `state_dtype` (float64 for float64 parameters). With amsgrad, max_exp_avg_sq too.
