@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/schedule.cpp",
+    "csrc/cpu/digest.cpp",
     "csrc/cpu/sweeps_baseline.cpp",
     "csrc/cpu/sweeps_avx2.cpp",
     "csrc/cpu/sweeps_avx512.cpp",

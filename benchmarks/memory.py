@@ -27,7 +27,7 @@ def _from_file(params: Params) -> rft.AnchoredAdamW:
     folder = tempfile.mkdtemp(dir=os.environ["ANCHORS"])
     named = [(f"p{k}", param) for k, param in enumerate(params)]
     save_file({name: param.detach() for name, param in named}, Path(folder) / "model.safetensors")
-    return rft.AdamSPD(named, anchor=folder)
+    return rft.AdamSPD(named, anchor=folder, anchor_device="disk")
 
 
 # Those that compile are left out: the compiler's own memory would count.

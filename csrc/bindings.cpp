@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "cpu/schedule.h"
+#include "fingerprint.h"
 
 namespace robustft {
 namespace {
@@ -298,68 +299,26 @@ using AdamWStep = PreparedStep<AdamWHyper>;
 using SGDStep = PreparedStep<SGDHyper>;
 using NoStepStep = PreparedStep<NoStepHyper>;
 
-// The part of a DTensor that is here, and the object that says how it is spread. Any other tensor itself, and null.
-struct Shard {
-  Tensor here;
-  py::object spec;
-};
-
-Shard shard_of(const Tensor& tensor) {
-  if (!tensor.key_set().has(c10::DispatchKey::Python)) return {tensor, {}};
-  const py::object of = py::cast(tensor);
-  if (!py::hasattr(of, "_local_tensor")) return {tensor, {}};
-  return {of.attr("_local_tensor").cast<Tensor>(), of.attr("_spec")};
-}
-
-// Everything that a plan depends on: the parameters, the gradients except for their addresses, and which objects the
-// state consists of.
-class Fingerprint {
- public:
-  void add(const Tensor& param) {
-    const Shard shard = shard_of(param);
-    put(int64_t(param.unsafeGetTensorImpl()));
-    put(int64_t(shard.spec.ptr()));
-    put(address_of(shard.here));
-    add_metadata(shard.here);
-    const Tensor& grad = param.grad();
-    put(grad.defined());
-    if (!grad.defined()) return;
-    const Shard of_grad = shard_of(grad);
-    // Most gradients have the very object of their parameter. Others have one that is equal, and new at each step.
-    const bool same = of_grad.spec.is(shard.spec) || (of_grad.spec && shard.spec && of_grad.spec.equal(shard.spec));
-    put(same ? 0 : of_grad.spec ? py::hash(of_grad.spec) | 1 : 2);
-    add_metadata(of_grad.here);
-  }
-  void add(PyObject* kept, bool addresses) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(kept, &at, &key, &value);) {
-      put(int64_t(key)), put(int64_t(value));
-      if (addresses && THPVariable_Check(value)) put(address_of(shard_of(THPVariable_Unpack(value)).here));
-    }
-  }
-  py::bytes bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t)}; }
-
- private:
-  void put(int64_t word) { words_.push_back(word); }
-  static int64_t address_of(const Tensor& t) { return t.has_storage() ? int64_t(t.const_data_ptr()) : 0; }
-  void add_metadata(const Tensor& t) {
-    put(int64_t(t.scalar_type()) << 32 | int64_t(t.layout()) << 16 | int64_t(t.device().type()));
-    const bool python = t.key_set().has(c10::DispatchKey::Python);
-    put(t.device().index() << 3 | int64_t(python) << 2 | int64_t(t.is_neg()) << 1 | int64_t(t._is_zerotensor()));
-    for (int64_t size : t.sizes()) put(size);
-    if (t.layout() != at::kStrided) return;
-    for (int64_t stride : t.strides()) put(stride);
-  }
-
-  std::vector<int64_t> words_;
-};
-
 void addresses(const Tensors& tensors, const Tensor& out) {
   TORCH_CHECK(out.device().is_cpu() && out.scalar_type() == at::kLong && out.is_contiguous() &&
                   out.numel() == int64_t(tensors.size()),
               "robustft: addresses go to a contiguous int64 CPU tensor of ", tensors.size());
   int64_t* to = out.data_ptr<int64_t>();
   for (const Tensor& tensor : tensors) *to++ = int64_t(tensor.const_data_ptr());
+}
+
+// The two sums as an int64 tensor. `flat` is a part of a tensor without gaps, and the rest are the indices of its
+// elements in the whole.
+Tensor digest_of(const Tensor& flat, std::vector<int64_t> sizes, std::vector<int64_t> steps, int64_t first) {
+  TORCH_CHECK(flat.device().is_cpu() && flat.is_contiguous() && !flat.key_set().has_any(kUnreadable) &&
+                  c10::multiply_integers(sizes) == flat.numel() && sizes.size() == steps.size() && !sizes.empty() &&
+                  flat.element_size() <= 8,
+              "robustft: a digest is taken of a contiguous CPU tensor of the given sizes, got ", described(flat));
+  const Tensor out = at::empty({kDigests}, at::kLong);
+  py::gil_scoped_release release;
+  const Sums sums = digest(flat.const_data_ptr(), int(flat.element_size()), {std::move(sizes), std::move(steps), first});
+  std::copy(sums.begin(), sums.end(), out.data_ptr<int64_t>());
+  return out;
 }
 
 py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses) {
@@ -387,6 +346,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prepare_sgd", [](const py::object& table) { return SGDStep(sweeps().sgd, table); });
   m.def("prepare_no_step", [](const py::object& table) { return NoStepStep(sweeps().no_step, table); });
   m.def("fingerprint", &fingerprint);
+  m.def("digest", &digest_of);
   m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,
   m.attr("ADAMW_HYPER") = std::vector<std::string>{ROBUSTFT_ADAMW_HYPER(ROBUSTFT_NAME)};

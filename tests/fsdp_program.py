@@ -16,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 
 import robustft_kernels as rft
+from robustft_kernels.backends import digests
 
 from .processes import parser, randn, spawn
 
@@ -131,9 +132,18 @@ def check_given_anchors(world: int, folder: Path) -> None:
         train(model, optimizer, range(4))
         assert_close(full(model), full(alone), f"anchor {type(anchor).__name__}")
         saved = copy.deepcopy(optimizer.state_dict())
-        digests = [of["anchor_digest"] for of in saved["state"].values() if "anchor_digest" in of]
-        assert bool(digests) == (anchor is folder)
+        for of, whole in zip(saved["state"].values(), weights.values(), strict=True):
+            assert torch.equal(of["anchor_digest"].cpu(), digests.digest(whole))
+            assert ("anchor" in of) == (anchor is not folder)
         optimizer.load_state_dict(saved)
+        if anchor is not folder:  # one process has damaged a shard, and all refuse it
+            if dist.get_rank() == 1:
+                saved["state"][0]["anchor"].to_local()[0, 0] += 1
+            with pytest.raises(ValueError, match=r"the checkpoint's anchor of parameter '0\.weight' is damaged"):
+                optimizer.load_state_dict(saved)
+    if folder in anchors:  # a shard is a copy
+        with pytest.raises(ValueError, match=r"anchor_device='disk' .* '0\.weight' .* shards, which are copies"):
+            make("spd", sharded(net(0), world), anchor=folder, anchor_device="disk")
 
 
 def check_functions(world: int) -> None:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import robustft_kernels as rft
+from robustft_kernels.backends import digests
 from robustft_kernels.core.methods import rule_of
 
 from .processes import parser, randn, spawn
@@ -91,6 +93,19 @@ def layouts(world: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return laid
 
 
+def more_layouts(world: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Layouts for digests alone: what fully_shard makes of tensor parallelism, and dimensions that are cut twice."""
+    device = torch.get_default_device().type
+    if world != 4:
+        return {"strided": (init_device_mesh(device, (world,)), (_StridedShard(0, split_factor=3),))}
+    square = init_device_mesh(device, (2, 2))
+    return {
+        "strided": (square, (_StridedShard(0, split_factor=2), Shard(0))),
+        "rows twice": (square, (Shard(0), Shard(0))),
+        "columns and rows": (square, (Shard(1), Shard(0))),
+    }
+
+
 def placed(placements: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
     """Replicated if there is no such dimension."""
     return tuple(p if p.is_replicate() or p.dim < len(shape) else Replicate() for p in placements)
@@ -153,7 +168,26 @@ def compare(case: Case, backend: str, name: str, mesh: Any, placements: tuple[An
         torch.testing.assert_close(spread.grad_norm, whole.grad_norm)
 
 
+def check_digests(name: str, mesh: Any, placements: tuple[Any, ...]) -> None:
+    """The digest of a DTensor is that of the whole tensor, in every process, and it takes one reading of each shard."""
+    if mesh.get_coordinate() is None:
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        whole = [randn(shape, generator).to(dtype) for shape in SHAPES]
+        spread = [distribute_tensor(t, mesh, placed(placements, t.shape), src_data_rank=None) for t in whole]
+        for k, (got, want) in enumerate(zip(digests.digests(spread), digests.digests(whole), strict=True)):
+            assert torch.equal(got, want), (name, dtype, k)
+        if dist.get_rank():  # the others do not know that it was written
+            spread[3].to_local().add_(1)
+        changed = digests.digests(spread, anew=True)[3]
+        assert not torch.equal(changed, digests.digest(whole[3])) or placements[0].is_replicate(), (name, dtype)
+
+
 def main(args: argparse.Namespace) -> None:
+    for name, (mesh, placements) in {**layouts(args.world), **more_layouts(args.world)}.items():
+        if args.pick in f"{name} digests":
+            check_digests(name, mesh, placements)
     for name, (mesh, placements) in layouts(args.world).items():
         for case in CASES:
             for backend in args.backends:

@@ -1,8 +1,4 @@
-"""What anchors are given as, where they live (in which dtype, in host memory, in a file), what a checkpoint keeps."""
-
-import json
-import subprocess
-import sys
+"""What anchors are given as, in which dtype and where they are kept, what a checkpoint keeps."""
 
 import pytest
 import torch
@@ -171,7 +167,7 @@ def test_an_anchor_dtype_rounds(backend):
     [
         ({"anchor_dtype": "float17"}, "anchor_dtype must be 'exact', None or a floating-point torch.dtype"),
         ({"anchor_dtype": torch.int8}, "anchor_dtype must be"),
-        ({"anchor_device": "cuda"}, r"anchor_device must be None \(the parameters'\) or 'cpu'"),
+        ({"anchor_device": "cuda"}, r"anchor_device must be None \(the parameters'\), 'cpu' or 'disk'"),
         ({"save_anchors": "hash"}, "save_anchors must be True, False or 'digest'"),
         ({"anchor": "weights.bin"}, "unknown anchor 'weights.bin'"),
         ({"state_dtype": torch.float16}, r"state_dtype must be torch.float32 or torch.bfloat16"),
@@ -197,66 +193,6 @@ def test_host_anchors_of_host_parameters_change_nothing(backend):
     assert all(map(torch.equal, *results))
 
 
-def write(safetensors, path, params, files=1):
-    """A checkpoint as Hugging Face writes it, in one file or several."""
-    tensors = {name: p.detach().clone() for name, p in zip(NAMES, params, strict=False)}
-    if files == 1:
-        safetensors.save_file(tensors, path / "model.safetensors")
-        return
-    places = {name: f"model-{i % files}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(places.values()):
-        safetensors.save_file({n: t for n, t in tensors.items() if places[n] == file}, path / file)
-    (path / anchors.INDEX).write_text(json.dumps({"weight_map": places}))
-
-
-@pytest.mark.parametrize("files", [1, 2])
-def test_anchors_in_a_file(backend, safetensors, tmp_path, files):
-    """Steps are the same as with copies. None of the file is in memory of ours, and none of it is in the checkpoint."""
-    pretrained = make()
-    write(safetensors, tmp_path, pretrained, files)
-    paths = [tmp_path, str(tmp_path / ("model.safetensors" if files == 1 else anchors.INDEX))]
-    results = []
-    for anchor in (*paths, [p.detach() for p in pretrained]):
-        params = copies(make())
-        named = list(zip(NAMES, params, strict=False))
-        optimizer = rft.AdamSPD(named, lr=1e-2, anchor=anchor, backend=backend)
-        run(optimizer, params, 3)
-        results.append(params)
-    assert all(map(torch.equal, results[0], results[1]))
-    assert all(map(torch.equal, results[0], results[2]))
-
-
-def test_a_checkpoint_knows_the_file_by_its_hash(backend, safetensors, tmp_path):
-    write(safetensors, tmp_path, make())
-
-    def fresh(params, anchor=tmp_path):
-        return rft.AdamSPD(zip(NAMES, params, strict=False), lr=1e-2, anchor=anchor, backend=backend)
-
-    params = copies(make())
-    optimizer = fresh(params)
-    run(optimizer, params, 2)
-    checkpoint = saved_and_loaded(optimizer.state_dict())
-    assert all("anchor" not in of and of["anchor_digest"].shape == (32,) for of in checkpoint["state"].values())
-    resumed = copies(params)
-    other = fresh(resumed)
-    other.load_state_dict(checkpoint)
-    assert other.param_groups[0]["anchor"] == "file"
-    run(optimizer, params, 2, start=2)
-    run(other, resumed, 2, start=2)
-    assert all(map(torch.equal, params, resumed))
-
-    changed = copies(make())
-    with torch.no_grad():
-        changed[2][0, 0] += 1e-6
-    (elsewhere := tmp_path / "other").mkdir()
-    write(safetensors, elsewhere, changed)
-    for anchor, message in ((elsewhere, "the anchor of parameter 'w2' is not the one"), ("zero", "'w0' to a file")):
-        refusing = fresh(copies(make()), anchor)
-        with pytest.raises(ValueError, match=message):
-            refusing.load_state_dict(checkpoint)
-        assert not any("exp_avg" in of for of in refusing.state.values())
-
-
 def test_moving_a_state_does_not_double_given_anchors():
     """accelerate does this: it loads what it has just saved."""
     params, given = make(), [p.detach() for p in make()]
@@ -268,67 +204,9 @@ def test_moving_a_state_does_not_double_given_anchors():
     optimizer.load_state_dict(saved)
     assert [optimizer.state[p]["anchor"].data_ptr() for p in params] == [t.data_ptr() for t in given]
     saved["state"][1]["anchor"] += 1
+    del saved["state"][1]["anchor_digest"]
     optimizer.load_state_dict(saved)
     assert torch.equal(optimizer.state[params[1]]["anchor"], given[1] + 1)
     for of in optimizer.state_dict()["state"].values():  # what is handed out may be written
         of["anchor"].fill_(3)
     assert all(map(torch.equal, given, untouched))
-
-
-def test_digests_of_any_anchor():
-    params = make()
-    optimizer = rft.AdamSPD(params, lr=1e-2, save_anchors="digest")
-    checkpoint = saved_and_loaded(optimizer.state_dict())
-    rft.AdamSPD(copies(make()), save_anchors="digest").load_state_dict(checkpoint)
-    with pytest.raises(ValueError, match="is not the one that the checkpoint was made with"):
-        rft.AdamSPD(copies(p * 2 for p in make())).load_state_dict(checkpoint)
-    one, two = torch.zeros(2, 3), torch.zeros(3, 2)
-    assert not torch.equal(anchors.digest(one), anchors.digest(two))
-    assert not torch.equal(anchors.digest(one), anchors.digest(one.bfloat16()))
-    assert torch.equal(anchors.digest(one.t().clone().t()), anchors.digest(one))
-    before = anchors.digest(one)
-    one[0, 0] = 1
-    assert not torch.equal(anchors.digest(one), before)
-
-
-def test_files_that_do_not_serve(safetensors, tmp_path):
-    params = make()
-    named = list(zip(NAMES, params, strict=False))
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        rft.AdamSPD(named, anchor=tmp_path)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"read from \.safetensors files.*not 'weights.bin'"):
-        rft.AdamSPD(named, anchor=tmp_path / "weights.bin")
-    write(safetensors, tmp_path, params[:-1])
-    with pytest.raises(ValueError, match=f"the anchor mapping lacks '{NAMES[len(params) - 1]}'"):
-        rft.AdamSPD(named, anchor=tmp_path)
-    write(safetensors, tmp_path, [p.flatten() for p in params])
-    with pytest.raises(ValueError, match="the anchor of parameter 'w0' has shape"):
-        rft.AdamSPD(named, anchor=tmp_path)
-    with pytest.raises(ValueError, match="an anchor mapping needs named parameters"):
-        rft.AdamSPD(params, anchor=tmp_path)
-    head = nn.Parameter(torch.zeros(3))  # a head that the file does not have needs no anchor
-    write(safetensors, tmp_path, params)
-    groups = [{"params": named}, {"params": [("head", head)], "method": "none"}]
-    assert "anchor" not in rft.AdamSPD(groups, anchor=tmp_path).state[head]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of its memory")
-def test_a_file_is_mapped_not_copied(safetensors, tmp_path):
-    """96 MB of anchors are read from the file's pages. None of these become the process's own."""
-    program = f"""
-import re, torch, robustft_kernels as rft
-def memory(kind):
-    return int(re.search(rf"{{kind}}:\\s+(\\d+) kB", open("/proc/self/smaps_rollup").read())[1]) / 1024
-param = torch.nn.Parameter(torch.full((24 * 2**20,), 0.3))
-param.grad = torch.full_like(param, 0.1)
-torch.optim.SGD([param], lr=0.1).step()
-before = memory("Anonymous"), memory("Rss")
-rft.SGDL2SP([("w0", param)], lr=0.1, anchor={str(tmp_path)!r}).step()
-print(memory("Anonymous") - before[0], float(param[0]))
-"""
-    write(safetensors, tmp_path, [nn.Parameter(torch.full((24 * 2**20,), 0.1))])
-    out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout
-    own, moved = map(float, out.split())
-    assert own < 10
-    assert moved == pytest.approx(0.1 + 0.9 * (0.28 - 0.1), rel=1e-5), "it was pulled toward the file's weights"

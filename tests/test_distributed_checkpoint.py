@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -106,6 +107,69 @@ def test_a_digest_in_a_flattened_checkpoint_is_compared():
     wrong = rft.AdamSPD(other.parameters(), save_anchors="digest")
     with pytest.raises(ValueError, match=r"the anchor of parameter 0 .* is not the one"):
         set_optimizer_state_dict(other, wrong, saved, options=options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["spd", "around"])
+def test_every_form_carries_the_digests_and_is_held_to_them(name, form):
+    """A checkpoint without digests still loads, over other anchors too."""
+    options = StateDictOptions(**FORMS[form])
+    model, other = model_of(), model_of()
+    optimizer = OPTIMIZERS[name](model)
+    step(model, optimizer, 0)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    of_weight = saved if "flattened" in form else saved["state"]["0.weight"]
+    prefix = "state.0.weight." if "flattened" in form else ""
+    of_weight[f"{prefix}anchor"].view(torch.int32)[3, 3] ^= 4
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    with pytest.raises(ValueError, match=r"the checkpoint's anchor of parameter 0 .* is damaged"):
+        set_optimizer_state_dict(other, resumed := OPTIMIZERS[name](other), saved, options=options)
+    for place in [saved] if "flattened" in form else saved["state"].values():
+        for key in [key for key in place if key.endswith("anchor_digest")]:
+            del place[key]
+    set_optimizer_state_dict(other, resumed := OPTIMIZERS[name](other), saved, options=options)
+    assert torch.equal(resumed.state[other[0].weight]["anchor"], of_weight[f"{prefix}anchor"])
+
+
+@pytest.mark.parametrize("name", ["spd", "around"])
+def test_what_is_loaded_in_place_is_held_to_its_digest(name, tmp_path):
+    """Over other anchors, over anchors of another dtype, and from a checkpoint that has no digests."""
+    model = model_of().bfloat16().float()
+    optimizer = OPTIMIZERS[name](model)
+    step(model, optimizer, 0)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "whole")
+    saved["state"]["0.bias"]["anchor"][1] += 1
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "damaged")
+    for of in saved["state"].values():
+        del of["anchor_digest"]
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "without")
+
+    def load(folder, **planned):
+        other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))  # its anchors are other numbers, in float32
+        resumed = OPTIMIZERS[name](other)
+        content = {"optimizer": get_optimizer_state_dict(other, resumed)}
+        dcp.load(content, checkpoint_id=tmp_path / folder, planner=dcp.DefaultLoadPlanner(**planned))
+        set_optimizer_state_dict(other, resumed, content["optimizer"])
+        return resumed.state[other[0].weight]["anchor"]
+
+    assert torch.equal(load("whole").float(), optimizer.state[model[0].weight]["anchor"].float())
+    with pytest.raises(ValueError, match=r"the checkpoint's anchor of parameter 1 .* is damaged"):
+        load("damaged")
+    load("without", allow_partial_load=True)
+
+
+def test_an_anchor_that_was_rounded_in_loading_is_refused(tmp_path):
+    model, other = model_of(), model_of().bfloat16().float()
+    optimizer, resumed = (rft.AdamSPD(m.parameters()) for m in (model, other))
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    content = {"optimizer": get_optimizer_state_dict(other, resumed)}
+    dcp.load(content, checkpoint_id=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"rounded: it was loaded into torch\.bfloat16; make .* anchor_dtype=torch\.float32"
+    ):
+        set_optimizer_state_dict(other, resumed, content["optimizer"])
 
 
 def test_loading_in_place_spares_given_anchors_and_compares_digests():

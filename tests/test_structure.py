@@ -52,7 +52,7 @@ STACK = {
         "fingerprint",
         "ops",
     ),
-    "backends": ("registry", "triton", "native", "reference", "backend"),
+    "backends": ("digests", "registry", "triton", "native", "reference", "backend"),
     "core": (
         "checkpoint",
         "anchors",
@@ -60,6 +60,7 @@ STACK = {
         "state",
         "contract",
         "bases",
+        "files",
         "memory",
         "exchange",
         "sharding",

@@ -1,6 +1,7 @@
 // Schedule: which thread works on which part of memory, and when. The bits of the result do not depend on it.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <vector>
 
@@ -34,5 +35,17 @@ using StepSweep = std::function<void(const Job&, const PerRow& alpha, const Piec
 const Sweeps& sweeps();
 
 void run(std::vector<Job>& jobs, const StepSweep& step);
+
+// The index, in a whole tensor, of each element of a part of it. The part has these sizes, without gaps in memory, the
+// last dimension innermost. The index grows by a step along each dimension.
+struct Indices {
+  std::vector<int64_t> sizes, steps;
+  int64_t first;
+};
+
+using Sums = std::array<uint64_t, kDigests>;
+
+// The digest of elements of so many bytes.
+Sums digest(const void* bits, int width, const Indices& indices);
 
 }  // namespace robustft

@@ -1,7 +1,8 @@
-// Sweeps: the passes over memory. Each instruction set offers the same three. A pull is the base that makes no step.
+// Sweeps: the passes over memory. Each instruction set offers the same. A pull is the base that makes no step.
 #pragma once
 
 #include "base.h"
+#include "digest.h"
 #include "measure.h"
 
 namespace robustft {
@@ -24,6 +25,7 @@ struct Sweeps {
   BaseSweep<AdamWHyper> adamw;
   BaseSweep<SGDHyper> sgd;
   BaseSweep<NoStepHyper> no_step;
+  DigestSweep digest;
 };
 
 extern const Sweeps kBaseline;

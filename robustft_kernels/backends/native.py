@@ -34,6 +34,11 @@ def addresses(tensors: list[Tensor], out: Tensor) -> None:
         out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu"))
 
 
+def digest(flat: Tensor, sizes: list[int], steps: list[int], first: int) -> Tensor | None:
+    """What digests.sums_of describes, in C++. None without the extension, and for tensors that are not on the CPU."""
+    return None if _native is None or flat.device.type != "cpu" else _native.digest(flat, sizes, steps, first)
+
+
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> bytes | None:
     """What step.fingerprint describes, in C++. None without the extension."""
     return None if _native is None else _native.fingerprint(params, kept, addresses)

@@ -1,31 +1,26 @@
 """Where θ₀ comes from: a copy of the weights at construction, zero (no memory), a file, or tensors of the user's. It is
 kept on the parameters' device or in host memory."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .exchange import agree
+from .files import DISK, Path_, read
 from .memory import without_memory
 from .names import bare_name
-from .sharding import local, version_of, whole
+from .sharding import local
 from .state import is_dense, is_reachable, keep_anchor
 
-Path_ = str | PathLike[str]
 Anchor = Path_ | Sequence[Tensor] | Mapping[str, Tensor] | None
 KINDS = ("initial", "zero", "file", "given")
 EXACT = "exact"
 NARROWER = (torch.bfloat16, torch.float16, torch.float32)  # what may hold wider weights exactly, best first
 PIECE = 2**20  # elements
-INDEX = "model.safetensors.index.json"
 
 
 def resolve(
@@ -41,20 +36,27 @@ def resolve(
     """What a group's `anchor` means: its kind (of `KINDS`), and one tensor for each parameter.
 
     spec: "initial" copies the weights as they are now. "zero", or None, keeps nothing. A path names a safetensors file,
-        its index, or the directory of either. It is mapped into memory, and goes by `names`. A sequence is parallel to
+        its index, or the directory of either. It is read into memory, and goes by `names`. A sequence is parallel to
         `params`. A mapping goes by `names`. What is given is used as it is, and never written. It is copied only if its
         memory layout, `dtype` or `device` requires that.
     anchored: whether the group's method needs them. If not, no weights are copied and no file is read.
     dtype: of the anchors. "exact" copies the weights in the smallest dtype that holds all of the group exactly, and
         leaves given anchors as they are. None is the parameter's.
-    device: None is the parameter's. "cpu" keeps them in host memory, pinned if a GPU is to read them.
+    device: None is the parameter's. "cpu" keeps them in host memory, pinned if a GPU is to read them. "disk" leaves
+        them in their file, which is mapped.
 
-    Raises ValueError for an unknown word, a missing entry, or a tensor that cannot anchor its parameter. Raises
-    ImportError for a file without safetensors.
+    Raises ValueError for an unknown word, a missing entry, or a tensor that cannot anchor its parameter, or not from a
+    file where `device` asks for that. Raises ImportError for a file without safetensors, and RuntimeError for one that
+    is written while it is read.
     """
     kind = "zero" if spec is None else spec if isinstance(spec, str) and spec in KINDS[:2] else "given"
     if kind == "zero" or (not anchored and (kind == "initial" or isinstance(spec, str | PathLike))):
         return ("initial" if kind == "given" else kind), None
+    if device == DISK and not (kind == "given" and isinstance(spec, str | PathLike)):
+        raise ValueError(
+            f"anchor_device='disk' leaves anchors in their file, and the anchor here is {kind!r}: give the path of a "
+            "safetensors file, or leave anchor_device None"
+        )
     if kind == "initial":
         dtypes = exact_dtypes(params) if dtype == EXACT else [_asked(dtype, param) for param in params]
         copies = zip(params, dtypes, strict=True)
@@ -65,9 +67,11 @@ def resolve(
     for anchor, param, label in zip(given, params, labels, strict=True):
         check_fits(anchor, param, label, anywhere=kind == "file" or device is not None)
         _check_apart(anchor, param, label)
+    if kind == "given":
+        given = [anchor.detach() for anchor in given]
     return kind, [
-        keep_anchor(param, anchor.detach(), None if dtype == EXACT else _asked(dtype, param), device)
-        for param, anchor in zip(params, given, strict=True)
+        keep_anchor(param, anchor, None if dtype == EXACT else _asked(dtype, param), device, label=label)
+        for param, anchor, label in zip(params, given, labels, strict=True)
     ]
 
 
@@ -91,65 +95,13 @@ def check_options(dtype: object, device: object) -> None:
     """Raises ValueError for an `anchor_dtype` or `anchor_device` that `resolve` does not know."""
     if not (dtype is None or dtype == EXACT or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"anchor_dtype must be 'exact', None or a floating-point torch.dtype, got {dtype!r}")
-    if device not in (None, "cpu"):
-        raise ValueError(f"anchor_device must be None (the parameters') or 'cpu', got {device!r}")
+    if device not in (None, "cpu", DISK):
+        raise ValueError(f"anchor_device must be None (the parameters'), 'cpu' or 'disk', got {device!r}")
 
 
 def _asked(dtype: torch.dtype | str | None, param: Tensor) -> torch.dtype:
     assert not isinstance(dtype, str)
     return dtype or param.dtype
-
-
-def read(path: Path_) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, mapped into memory. Their pages are those of the file. They are read
-    when they are touched, and shared by all processes that map it.
-
-    Args:
-        path: a `.safetensors` file, the `.index.json` of several, or a directory. The directory has a
-            `model.safetensors` or its index, as Hugging Face's `save_pretrained` makes it.
-
-    Raises FileNotFoundError, ValueError for what is no such file, and ImportError without safetensors.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / INDEX if (path / INDEX).exists() else path / "model.safetensors"
-    if not path.exists() and path.suffix not in (".safetensors", ".json"):
-        raise ValueError(
-            f"unknown anchor {str(path)!r}: use 'initial', 'zero', a list of tensors, a mapping by name, or the path "
-            "of a safetensors file"
-        )
-    if path.name.endswith(".safetensors.index.json"):
-        files = sorted({path.parent / name for name in json.loads(path.read_text())["weight_map"].values()})
-    elif path.suffix == ".safetensors":
-        files = [path]
-    else:
-        raise ValueError(f"anchors are read from .safetensors files, or their .index.json, not {path.name!r}")
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("anchors in a file need safetensors: pip install safetensors") from error
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            here = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            tied = opened.metadata() or {}  # second names of tied weights, as safetensors.torch.save_model leaves them
-            tensors.update(here | {name: here[kept] for name, kept in tied.items() if kept in here})
-    return tensors
-
-
-_digests = WeakTensorKeyDictionary()  # of anchors, with the version that they are valid for
-
-
-def digest(anchor: Tensor) -> Tensor:
-    """SHA-256 of an anchor's dtype, shape and elements in the order of their indices: 32 bytes. Computed once."""
-    version = version_of(anchor)
-    known: tuple[int, Tensor] | None = _digests.get(anchor)
-    if known is None or known[0] != version:
-        content = whole(anchor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        sha = hashlib.sha256(f"{anchor.dtype} {tuple(anchor.shape)} ".encode())
-        sha.update(content.data)
-        known = _digests[anchor] = version, torch.tensor(list(sha.digest()), dtype=torch.uint8, device="cpu")
-    return known[1].clone()  # a checkpoint that is loaded in place overwrites what was handed out
 
 
 def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor]:
@@ -188,14 +140,6 @@ def in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
     if len(given) != len(params):
         raise ValueError(f"{len(given)} anchors for {len(params)} parameters: a list of anchors is parallel to params")
     return given
-
-
-def check_digest(anchor: Tensor | None, saved: Tensor, label: str) -> None:
-    """Raises ValueError if `anchor` is not the one that a checkpoint was made with."""
-    if anchor is None:
-        raise ValueError(f"the checkpoint leaves the anchor of {label} to a file; make the optimizer with that anchor")
-    if not torch.equal(digest(anchor), saved.cpu()):
-        raise ValueError(f"the anchor of {label} is not the one that the checkpoint was made with: another file?")
 
 
 def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = False) -> None:

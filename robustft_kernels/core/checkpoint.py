@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .anchors import check_digest, digest
 from .bases import DTYPE_OPTIONS, Group, as_dtype
+from .files import DISK
 from .names import bare_name
-from .state import check_loadable
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
@@ -24,8 +23,8 @@ def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> Non
 def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anchors: bool) -> Group:
     """A saved group, with those of our `keys` that it lacks added. Raises ValueError when its parameter names differ.
 
-    has_anchors: whether the checkpoint has anchors of its parameters. If not, those that are here stay, and so does
-        their kind.
+    has_anchors: whether the checkpoint has anchors of its parameters. If not, those that are here stay, and so do
+        their kind and their place. Those of a checkpoint are never on disk.
     """
     check_names(group.get("param_names"), saved.get("param_names"))
     merged = {**{key: group[key] for key in keys}, **saved}
@@ -33,7 +32,9 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
         if key in merged:
             merged[key] = as_dtype(key, merged[key])
     if merged["anchor"] != "zero" and not has_anchors:
-        merged["anchor"] = group["anchor"]
+        merged.update({key: group[key] for key in ("anchor", "anchor_device") if key in group})
+    elif merged.get("anchor_device") == DISK:
+        merged["anchor_device"] = None
     return merged
 
 
@@ -46,19 +47,20 @@ def plain_group(group: Group) -> Group:
     return {**group, **texts}
 
 
-def with_anchor(saved: Mapping[str, Any], anchor: Tensor, how: bool | str, *, own: bool = True) -> dict[str, Any]:
-    """One parameter's saved state with its anchor.
+def with_anchor(
+    saved: Mapping[str, Any], anchor: Tensor | None, digest: Tensor | None, *, own: bool = True
+) -> dict[str, Any]:
+    """One parameter's saved state with its anchor, the anchor's digest, or both.
 
-    how: True for the tensor, "digest" for its SHA-256, or False.
     own: whether the tensor is the optimizer's. If it is the user's, the state gets a copy. torch.distributed.checkpoint
         loads into the tensors that it finds.
     """
-    bare = without_anchor(saved)
-    if how is False:
-        return bare
-    if how == "digest":
-        return {**bare, "anchor_digest": digest(anchor)}
-    return {**bare, "anchor": anchor if own else anchor.detach().clone()}
+    added = without_anchor(saved)
+    if anchor is not None:
+        added["anchor"] = anchor if own else anchor.detach().clone()
+    if digest is not None:
+        added["anchor_digest"] = digest
+    return added
 
 
 def without_anchor(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,11 +73,3 @@ def present(saved: Mapping[str, Any]) -> dict[str, Any]:
     places."""
     missing = [key for key, value in saved.items() if value is None or (isinstance(value, dict) and not value)]
     return {key: value for key, value in saved.items() if key not in missing}
-
-
-def check_saved(param: Tensor, label: str, saved: Mapping[str, Any], present: Tensor | None) -> None:
-    """Raises ValueError if one parameter's saved state cannot be loaded. Either a tensor has another shape, or the
-    digest is of another anchor than the one that is `present`."""
-    check_loadable(param, label, saved)
-    if "anchor_digest" in saved:
-        check_digest(present, saved["anchor_digest"], label)

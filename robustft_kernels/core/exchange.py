@@ -56,9 +56,9 @@ class Exchange:
             self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu").to(device)
 
     def sum(self, table: Tensor) -> Tensor:
-        """The sums over all parts, in float64, in place. Replicas count once."""
+        """The sums over all parts, in place, of float64 or int64. Replicas count once."""
         if self._weights is not None:
-            table *= self._weights.reshape(-1, *[1] * (table.dim() - 1))
+            table *= self._weights.to(table.dtype).reshape(-1, *[1] * (table.dim() - 1))
         return self._reduce(table, "SUM")
 
     def largest(self, table: Tensor) -> Tensor:
@@ -74,6 +74,15 @@ class Exchange:
                 all_reduce(packed, mesh, how)
                 table[rows] = packed
         return table
+
+
+def over_all_parts(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sums over all parts of each tensor, [tensors, k], from those over the parts that are here, as int64 on the
+    CPU. Sums wrap around."""
+    if not (meshes := meshes_of(tensors)):
+        return sums
+    device = torch.device(meshes[0].device_type)
+    return Exchange(tensors, [1] * len(tensors), device).sum(sums.to(device)).cpu()
 
 
 class Segments:

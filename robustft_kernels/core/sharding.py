@@ -2,6 +2,8 @@
 which part of each is here."""
 
 import sys
+from collections.abc import Iterator
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +72,8 @@ def spec_of_shards(tensor: Tensor | None) -> object:
 
 @torch.no_grad()
 def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
-    """`tensor` spread as `param` is. It comes whole on every process, or as a DTensor. The parts of a whole one are
-    views."""
+    """`tensor` spread as `param` is. It comes whole on every process, or as a DTensor. Shards of a whole one are
+    copies."""
     if not is_dtensor(param):
         return whole(tensor)
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -87,6 +89,38 @@ def placed_as(tensor: Tensor, param: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts, in every process that has a part."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def parts_of(tensor: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+    """What is here of a tensor, in blocks of neighbours. With each comes the index of its first element in the whole
+    tensor, one number a dimension."""
+    here = local(tensor)
+    runs = [_runs(tensor, dim) for dim in range(tensor.dim())]
+    for block in product(*runs):
+        part = here[tuple(slice(begin, end) for begin, end, _ in block)] if block else here
+        yield part, [first for _, _, first in block]
+
+
+def _runs(tensor: Tensor, dim: int) -> list[tuple[int, int, int]]:
+    """The runs of neighbours along a dimension of what is here. Of each, where it begins and ends here, and where it
+    begins in the whole tensor."""
+    size = tensor.shape[dim]
+    whole = [(0, size, 0)] if size else []
+    if mesh_of(tensor) is None:
+        return whole
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    along = [p if not p.is_replicate() and p.dim % tensor.dim() == dim else Replicate() for p in placements]
+    if all(p.is_replicate() for p in along):
+        return whole
+    indices = torch.arange(size, device=mesh.device_type)
+    indices = indices.view([size if k == dim else 1 for k in range(tensor.dim())])
+    indices = local(distribute_tensor(indices, mesh, along, src_data_rank=None)).flatten().cpu()
+    if not len(indices):
+        return []
+    starts = [0, *(indices.diff() != 1).nonzero().add(1).flatten().tolist(), len(indices)]
+    return [(begin, end, int(indices[begin])) for begin, end in pairwise(starts)]
 
 
 def placement_of(tensor: Tensor) -> object:

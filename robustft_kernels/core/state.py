@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .bases import KEPT, Base, GroupSpec, state_dtype_of, state_shape_of
+from .files import DISK, file_of, files_of, note
 from .memory import is_lazily_read
 from .methods import LEARNED
 from .sharding import local, placed_as, placement_of, same_memory
 
 ParamState = dict[str, Any]
-DIGEST_BYTES = 32  # of SHA-256
+DIGEST_BYTES = 32
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -56,24 +57,65 @@ def is_reachable(anchor: Tensor, param: Tensor) -> bool:
 
 
 def keep_anchor(
-    param: Tensor, anchor: Tensor, dtype: torch.dtype | None, device: str | None, *, copy: bool = False
+    param: Tensor,
+    anchor: Tensor,
+    dtype: torch.dtype | None,
+    device: str | None,
+    *,
+    copy: bool = False,
+    label: str = "a parameter",
 ) -> Tensor:
-    """`anchor` in `param`'s memory layout and of `dtype` (None: its own). It is itself if it is so already, else, or
-    with `copy`, a copy.
+    """`anchor` in `param`'s memory layout and of `dtype` (None: its own). It is itself if it is so already, and not in
+    the pages of a file. Else, or with `copy`, it is a copy.
 
-    device: None is the parameter's. "cpu" is host memory, pinned if a GPU is to read it.
+    device: None is the parameter's. "cpu" is host memory, pinned if a GPU is to read it. "disk" leaves the anchor in
+        the pages of its file.
+
+    Raises ValueError if an anchor cannot stay on disk, and RuntimeError if its file was written since it was mapped.
     """
     dtype = dtype or anchor.dtype
+    if device == DISK:
+        return _on_disk(param, anchor, dtype, label)
     there = param.device if device is None else torch.device(device)
     pin = there.type == "cpu" and param.device.type == "cuda"
-    anchor = placed_as(anchor, param)
+    file, anchor = file_of(anchor), placed_as(anchor, param)
     fits = (
         not is_lazily_read(anchor) and anchor.device == there and anchor.dtype == dtype and same_layout(anchor, param)
     )
-    if fits and not copy and (not pin or anchor.is_pinned()):
+    if fits and not copy and file is None and (not pin or anchor.is_pinned()):
         return anchor
     kept = torch.empty_like(param, dtype=dtype, device=there, requires_grad=False, pin_memory=pin)
-    return kept.copy_(anchor.detach())
+    if file is None:
+        return kept.copy_(anchor.detach())
+    file.check()
+    kept.copy_(anchor.detach())
+    file.check()  # or a part of what was copied may be of another time
+    return kept
+
+
+def _on_disk(param: Tensor, anchor: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+    """`anchor` in the pages of its file, spread as `param` is."""
+    file, what = file_of(anchor), ""
+    placed = anchor if file is None else placed_as(anchor, param)
+    here, all_of_it = local(placed), local(anchor)
+    if file is None:
+        what = "is not in a file"
+    elif param.device.type != "cpu":
+        what = f"would have to be on {param.device}, as the parameter is"
+    elif dtype != anchor.dtype:
+        what = f"is {anchor.dtype} in the file, and anchor_dtype asks for {dtype}"
+    elif here.numel() and here.untyped_storage().data_ptr() != all_of_it.untyped_storage().data_ptr():
+        what = "is cut to the parameter's shards, which are copies"
+    elif not same_layout(here, local(param)):
+        what = "has another memory layout in the file than the parameter"
+    if file is None or what:
+        raise ValueError(
+            f"anchor_device='disk' cannot leave the anchor of {label} in a file: it {what}; leave anchor_device None, "
+            "which reads it into memory"
+        )
+    if placed is not anchor:
+        note(placed, file)
+    return placed
 
 
 def weights_of(param: Tensor, kept: ParamState) -> Tensor:
@@ -127,7 +169,9 @@ def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two anchors have the same dtype, place and elements."""
+    """Whether two anchors have the same dtype, place and elements. One whose file was written has none."""
+    if any(not file.is_intact() for file in files_of((a, b))):
+        return False
     alike = a.dtype == b.dtype and a.device == b.device and placement_of(a) == placement_of(b)
     return same_memory(a, b) or (alike and torch.equal(local(a), local(b)))
 

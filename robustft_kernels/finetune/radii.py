@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.checkpoint import check_names, check_saved
+from ..backends import digests
+from ..core.checkpoint import check_names
 from ..core.ranges import Range, check_number
-from ..core.state import copy_beside
+from ..core.state import check_loadable, copy_beside
 from .evaluation import Feed, as_found, evaluation_mode, put
 from .prefixes import matching
 from .projection import Ball, as_lists
@@ -60,8 +61,9 @@ class LearnedRadii:
         return dict(zip(self.names, each, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Radii, Adam's state, counts, and the anchors unless `save_anchors=False`. For torch.save, and
-        torch.load(weights_only=True). The place within `batches` is kept only for a list or tuple."""
+        """Radii, Adam's state, counts, and unless `save_anchors=False` the anchors with their digests. For torch.save,
+        and torch.load(weights_only=True). The place within `batches` is kept only for a list or tuple."""
+        anchors = self._anchors if self.save_anchors and self._anchors else []
         return {
             "norm": self.norm,
             "names": list(self.names),
@@ -71,14 +73,15 @@ class LearnedRadii:
             "calls": self.calls,
             "taken": self._feed.taken,
             "anchor": self._anchor,
-            "anchors": dict(zip(self.names, self._anchors, strict=True)) if self.save_anchors and self._anchors else {},
+            "anchors": dict(zip(self.names, anchors, strict=False)),
+            "anchor_digests": {n: of.clone() for n, of in zip(self.names, digests.digests(anchors), strict=False)},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a copy of what `state_dict` returned. Training then continues as it would have there.
 
         Adam's lr comes from the checkpoint, and so do the anchors if it has them. Raises ValueError, before anything is
-        changed, if names, norm or shapes differ.
+        changed, if names, norm or shapes differ, or an anchor does not fit its digest.
         """
         if state_dict["norm"] != self.norm:
             raise ValueError(f"the checkpoint is of norm {state_dict['norm']!r}, here it is {self.norm!r}")
@@ -89,8 +92,11 @@ class LearnedRadii:
         kind, loaded = self._anchor, self._anchors
         if state_dict["anchors"]:
             saved = [state_dict["anchors"][name] for name in self.names]
+            told, found = state_dict.get("anchor_digests", {}), []
             for param, name, anchor in zip(self._params, self.names, saved, strict=True):
-                check_saved(param, f"parameter {name!r}", {"anchor": anchor}, None)
+                check_loadable(param, f"parameter {name!r}", {"anchor": anchor})
+                found.append((f"parameter {name!r}", {"anchor": anchor, "anchor_digest": told.get(name)}, None))
+            digests.check_saved(found)
             kind = state_dict["anchor"]
             loaded = [copy_beside(p, anchor) for p, anchor in zip(self._params, saved, strict=True)]
         elif state_dict["anchor"] == "zero":

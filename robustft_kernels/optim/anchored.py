@@ -12,6 +12,7 @@ from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
+from ..core.files import DISK, MappedFile, file_of, files_of
 from ..core.methods import method_of
 from ..core.ranges import Range, check_number
 from ..core.unsharded import resharded
@@ -60,6 +61,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._results = Results()
         self._guard = StepGuard()
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
+        self._files: list[MappedFile] = []  # that anchors of the plan are in
         words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
         self._late = LateAnchors()
         self._given: list[Anchor] = []  # for the groups that the constructor has still to add
@@ -132,6 +134,8 @@ class AnchoredOptimizer(KeepingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._plan_of_step()
+        for file in self._files:
+            file.check()
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self.grad_norm = plan.run(*scaler, self.max_grad_norm)
         if plan.captured and plan not in self._graphed:
@@ -144,6 +148,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         key = Plan.key_of(self.base, self.param_groups, self.state, last is not None and last.addresses)
         plan = self._plans.find(key)
         if plan is None:
+            self._check_files()
             self._late.settle(self.param_groups, AnchorsOfState(self.state))
             results = self._results.only({param for group in self.param_groups for param in group["params"]})
             if results is not self._results:  # parameters have left, and plans would keep them alive
@@ -151,6 +156,7 @@ class AnchoredOptimizer(KeepingOptimizer):
             self._results = results
             plan = Plan(self.base, self.param_groups, self.state, self.backend, results, self._guard)
             self._plans.add(plan)
+            self._files = files_of(AnchorsOfState(self.state).values())
         if plan is not last:
             plan.take_over()
         return plan
@@ -174,9 +180,16 @@ class AnchoredOptimizer(KeepingOptimizer):
         is the deviation before the first step, and under methods that measure nothing: call
         `robustft_kernels.deviation` in all of them.
         """
+        self._check_files()
         return collect(self.param_groups, self.state, self._results)
 
+    def _check_files(self) -> None:
+        """Raises RuntimeError if a file that anchors are in was written since it was mapped."""
+        for file in files_of(AnchorsOfState(self.state).values()):
+            file.check()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._check_files()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,6 +198,11 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plans, self._results, self._guard = Plans(), Results(), self.__dict__.get("_guard") or StepGuard()
         self._graphed, self.grad_norm = [], None
         self._given = []
+        self._files = []
+        for group in self.param_groups:
+            anchors_of = [self.state[p]["anchor"] for p in group["params"] if "anchor" in self.state.get(p, {})]
+            if group.get("anchor_device") == DISK and any(file_of(anchor) is None for anchor in anchors_of):
+                group["anchor_device"] = None  # those of a copy are in memory
         self._late = self.__dict__.get("_late") or LateAnchors()  # torch comes here to load, too
 
 

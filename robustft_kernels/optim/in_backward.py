@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.bases import Group
+from ..core.files import file_of
 from ..step.plan import Plan
 from .anchored import AnchoredOptimizer
 from .late import AnchorsOfState
@@ -93,6 +94,8 @@ class StepInBackward:
         groups = [cast(Group, ChainMap(own, group))]  # with the hyper-parameters as they will be
         kept = {param: optimizer.state[param]}
         optimizer._guard.check()
+        if "anchor" in kept[param] and (file := file_of(kept[param]["anchor"])) is not None:
+            file.check()
         plan = self._plans.get(param)
         if plan is None or not plan.holds_for(groups, kept, optimizer._results):
             optimizer._late.settle_one(optimizer.param_groups, row, k, AnchorsOfState(optimizer.state))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..backends import registry
-from ..core import anchors, checkpoint, state
+from ..backends import digests, registry
+from ..core import checkpoint, state
 from ..core.bases import ADAMW, Base, Group, spec_of
 from ..step.guard import StepGuard
 from ..step.launch import label_of
@@ -40,11 +40,10 @@ class KeepingOptimizer(Optimizer):
 
     @state.setter
     def state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self.__dict__["state"] = CompletingState(WeakMethod(self._complete_state), state)
+        self.__dict__["state"] = CompletingState(WeakMethod(self._show_digests), state)
 
     def _complete_state(self) -> None:
-        """Makes what a parameter does not keep yet. If a digest is saved in place of an anchor, puts it beside the
-        anchor."""
+        """Makes what a parameter does not keep yet."""
         for group in self.param_groups:
             spec = spec_of(group)
             for param in group["params"]:
@@ -52,18 +51,33 @@ class KeepingOptimizer(Optimizer):
                     continue
                 backend = registry.choose_backend(self.backend, param.device, {param.dtype})
                 steps_on = param.device if backend.keeps_addresses else torch.device("cpu")
-                kept = self.state[param]
-                state.fill_state(param, kept, self.base, spec, steps_on)
-                if "anchor" in kept and self._saves(group) == "digest":
-                    kept["anchor_digest"] = anchors.digest(kept["anchor"])
+                state.fill_state(param, self.state[param], self.base, spec, steps_on)
+
+    def _show_digests(self) -> None:
+        """Makes what a parameter does not keep yet, and puts the digests that are saved beside the anchors."""
+        self._complete_state()
+        for param, anchor in self._digested().items():
+            kept = self.state[param]
+            if not digests.is_of(kept.get("anchor_digest"), anchor):  # or each look would void the plan
+                kept["anchor_digest"] = digests.copy_for(anchor, param)
+
+    def _digested(self) -> dict[Tensor, Tensor]:
+        """The anchors whose digests are saved, and known from here on."""
+        if not self.save_anchors:
+            return {}
+        anchors = {param: of["anchor"] for param, of in self.state.items() if "anchor" in of}
+        return digests.taken(anchors)
 
     def _saves(self, group: Group) -> bool | str:
         """How a state_dict carries the anchors of a group: True, "digest", or False."""
         return "digest" if self.save_anchors and group["anchor"] == "file" else self.save_anchors
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the anchors in the state. Anchors in a file, or all with `save_anchors="digest"`, give their
-        SHA-256. With `save_anchors=False` there is neither.
+        """As torch's, with the anchors in the state, and a digest of each. Anchors from a file, or all with
+        `save_anchors="digest"`, give their digest alone. With `save_anchors=False` there is neither.
+
+        Digests of anchors that are spread over processes are sums over them. They are taken when they are asked for
+        first, by all of these processes.
 
         It is complete at any time. What a parameter does not keep yet is made here, as torch.distributed.checkpoint
         loads only what is there.
@@ -71,11 +85,14 @@ class KeepingOptimizer(Optimizer):
         self._guard.check()
         self._complete_state()
         saved = super().state_dict()
-        for group in saved["param_groups"]:
-            for key in group["params"]:
-                if "anchor" in (of := saved["state"].get(key, {})):
-                    own = group["anchor"] != "given"
-                    saved["state"][key] = checkpoint.with_anchor(of, of["anchor"], self._saves(group), own=own)
+        digested = self._digested()
+        for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
+            how, own = self._saves(group), group["anchor"] != "given"
+            for param, key in zip(group["params"], theirs["params"], strict=True):
+                if (anchor := saved["state"].get(key, {}).get("anchor")) is not None:
+                    shown = digests.shown(anchor, param) if param in digested else None
+                    kept = anchor if how is True else None
+                    saved["state"][key] = checkpoint.with_anchor(saved["state"][key], kept, shown, own=own)
         saved["state"] = {key: of for key, of in saved["state"].items() if of}
         saved["param_groups"] = list(map(checkpoint.plain_group, saved["param_groups"]))
         return saved
@@ -85,7 +102,8 @@ class KeepingOptimizer(Optimizer):
         base.
 
         Float32 state and anchors keep their dtypes. What the checkpoint lacks (anchors, method, strength ...) stays as
-        it is here. Raises ValueError, before anything is changed, if shapes or parameter names differ.
+        it is here. Raises ValueError, before anything is changed, if shapes or parameter names differ, or an anchor
+        does not fit its digest.
         """
         incoming: dict[str, Any] = {}
 
@@ -93,10 +111,14 @@ class KeepingOptimizer(Optimizer):
             of_params = {key: checkpoint.present(of) for key, of in saved["state"].items()}
             groups = self._complete(saved["param_groups"], of_params)
             saved = {**saved, "state": of_params, "param_groups": groups}
+            found = []
             for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
                 for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
                     present = self.state[param].get("anchor") if param in self.state else None
-                    checkpoint.check_saved(param, label_of(group, k), saved["state"].get(key, {}), present)
+                    label, of = label_of(group, k), saved["state"].get(key, {})
+                    state.check_loadable(param, label, of)
+                    found.append((label, of, present))
+            digests.check_saved(found)
             incoming.update(saved)
             return saved
 

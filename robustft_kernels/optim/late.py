@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import Group, is_anchored
+from ..core.files import DISK
 from ..core.memory import without_memory
 from ..core.sharding import local, version_of
 from ..core.state import keep_anchor
@@ -46,6 +47,8 @@ class LateAnchors:
         for row, group in enumerate(groups):
             if is_anchored(group):
                 params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
+                if group.get("anchor_device") == DISK:
+                    group["anchor_device"] = None
                 taken.update(zip(params, copies(params, group), strict=True))
                 self.note(row, group, taken)
         return taken
@@ -96,7 +99,9 @@ class LateAnchors:
         here = {of for g in groups for of in g["params"]}
         left = next((of for of in known if of not in here and self._stood_at(of, row, k, param)), None)
         if left is not None:
-            return keep_anchor(param, known.pop(left), None, group.get("anchor_device"))
+            kept = keep_anchor(param, known[left], None, group.get("anchor_device"), label=label)
+            del known[left]
+            return kept
         if group["anchor"] != "initial":
             raise ValueError(
                 f"{label} has no anchor: it is new in a group whose anchors are {group['anchor']!r}; add it with "

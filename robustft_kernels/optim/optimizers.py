@@ -45,13 +45,14 @@ class AnchoredAdamW(AnchoredOptimizer):
             - "zero": for adapters. It needs no memory and no reads.
             - A list of tensors parallel to `params`.
             - A mapping from parameter name to tensor.
-            - The path of a safetensors file, of its index, or of a directory with either. It is mapped into memory, and
-              all processes of a machine share that map.
+            - The path of a safetensors file, of its index, or of a directory with either. It is read into memory.
         anchor_dtype: "exact" copies the weights in the smallest dtype that holds those of the group exactly. A model
             that was stored in bfloat16 then costs 2 bytes a parameter. Given anchors stay as they are. A torch.dtype
             rounds to that dtype. None is the parameter's dtype.
         anchor_device: "cpu" keeps the anchors in (pinned) host memory. A GPU reads them there at each step, at the
-            speed of its bus. None keeps them on the parameters' device.
+            speed of its bus. "disk" leaves them in their file, for parameters on the CPU. The file is mapped, which
+            takes no memory, and all processes of a machine share it. It must not be written in place: the next step
+            raises RuntimeError then. None keeps them on the parameters' device.
         state_dtype: torch.float32 or torch.bfloat16, the dtype of the moments. bfloat16 moments are rounded
             stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of the second moment.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters. The steps continue from the copy, and
@@ -66,8 +67,8 @@ class AnchoredAdamW(AnchoredOptimizer):
             inside the step. The gradients are read once more and stay as they are. Nothing waits for the device.
             `optimizer.grad_norm` is then the norm that they had, a tensor.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
-        save_anchors: what `state_dict` carries: the anchors (True), their SHA-256 ("digest"), or neither (False).
-            Loading compares the SHA-256. For anchors in a file, True means "digest" too.
+        save_anchors: what `state_dict` carries: the anchors with a digest of each (True), the digests ("digest"), or
+            neither (False). Loading compares digests. For anchors from a file, True means "digest" too.
 
     State, for each parameter:
         exp_avg, exp_avg_sq: in `state_dtype` (float64 for float64 parameters). With amsgrad, max_exp_avg_sq too.
@@ -82,7 +83,7 @@ class AnchoredAdamW(AnchoredOptimizer):
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an anchor that does not fit. The message names it.
-        RuntimeError: a backend that is not there, or a sparse gradient.
+        RuntimeError: a backend that is not there, a sparse gradient, or anchors on disk whose file was written.
 
     Source of AdamW: Loshchilov & Hutter, ICLR 2019. The source of each method is given there.
     """

@@ -7,12 +7,15 @@ holds anything. No step is made, and no key is missing.
 
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, cast
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ..backends.digests import copy_for
+from ..core.sharding import is_flat_part
 
 Complete = WeakMethod[Any]  # weak, or the optimizer and its state would refer to each other
 
@@ -34,22 +37,46 @@ class CompletingState(defaultdict[Tensor, dict[str, Any]]):
         return defaultdict, (dict, dict(self))
 
 
-class StateWithAnchors(MutableMapping[Tensor, MutableMapping[str, Any]]):
-    """The state of a wrapped optimizer, with the "anchor" of each parameter. What is written goes to the optimizer."""
+class AnchorAndDigest(Mapping[str, Tensor]):
+    """The "anchor" of a parameter and its "anchor_digest", which is taken when it is read."""
 
-    def __init__(self, optimizer: Optimizer, anchors: Mapping[Tensor, Tensor]) -> None:
-        self._optimizer, self._anchors = optimizer, anchors
+    def __init__(self, param: Tensor, anchor: Tensor, *, digest: bool) -> None:
+        self._param, self._anchor = param, anchor
+        self._keys = ("anchor", "anchor_digest") if digest and not is_flat_part(param) else ("anchor",)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._anchor if key == "anchor" else copy_for(self._anchor, self._param)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class StateWithAnchors(MutableMapping[Tensor, MutableMapping[str, Any]]):
+    """The state of a wrapped optimizer, with the "anchor" of each parameter. What is written goes to the optimizer.
+
+    digests: whether the anchors' digests are shown too.
+    """
+
+    def __init__(self, optimizer: Optimizer, anchors: Mapping[Tensor, Tensor], *, digests: bool) -> None:
+        self._optimizer, self._anchors, self._digests = optimizer, anchors, digests
 
     def __getitem__(self, param: Tensor) -> MutableMapping[str, Any]:
         own: dict[str, Any] = self._optimizer.state[param]
         anchor = self._anchors.get(param)
-        return own if anchor is None else ChainMap(own, {"anchor": anchor})
+        if anchor is None:
+            return own
+        return ChainMap(own, cast(Any, AnchorAndDigest(param, anchor, digest=self._digests)))
 
     def get(self, param: Tensor, default: Any = None) -> Any:
         return self[param] if param in self else default  # noqa: SIM401 - or the wrapped one's defaultdict would grow
 
     def __setitem__(self, param: Tensor, value: MutableMapping[str, Any]) -> None:
-        self._optimizer.state[param] = {key: of for key, of in value.items() if key != "anchor"}
+        self._optimizer.state[param] = {key: value[key] for key in value if key not in ("anchor", "anchor_digest")}
 
     def __delitem__(self, param: Tensor) -> None:
         del self._optimizer.state[param]

@@ -60,7 +60,7 @@ class Anchored(WrappingOptimizer):
             - A mapping from parameter name to tensor, or the path of a safetensors file. Either needs a wrapped
               optimizer that was made with names.
         backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
-        save_anchors: whether `state_dict` carries the anchors.
+        save_anchors: whether `state_dict` carries the anchors, with a digest of each. Loading compares the digests.
 
     Precision: ‖c‖ − ‖d‖ is the difference of two sums here, and a sum over the step itself in `AnchoredAdamW`. In
     float32 r has an error of at most 6e-8 (measured), and less for larger tensors. When a step changes the norm by 1%,

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends import digests
 from ..core import checkpoint
 from ..core.bases import Group
-from ..core.state import copy_beside
+from ..core.state import check_loadable, copy_beside
 from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plans import Plans
@@ -18,6 +19,8 @@ from ..telemetry import Telemetry, collect
 from .around import SETTINGS, Around, check_settings
 from .late import LateAnchors
 from .shown_state import StateWithAnchors
+
+OURS = ("anchor", "anchor_digest")  # in the state of a parameter
 
 
 class WrappingOptimizer(Optimizer):
@@ -41,7 +44,7 @@ class WrappingOptimizer(Optimizer):
     @property
     def state(self) -> StateWithAnchors:  # type: ignore[override]
         """The wrapped optimizer's, with the anchors. What is written there goes to the wrapped optimizer."""
-        return StateWithAnchors(self.optimizer, self._anchors)
+        return StateWithAnchors(self.optimizer, self._anchors, digests=self.save_anchors)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the wrapped optimizer has, such as a `train()` of its own."""
@@ -91,18 +94,21 @@ class WrappingOptimizer(Optimizer):
         return collect(self.param_groups, kept, self._results)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's. The state of each parameter also has its "anchor", unless `save_anchors=False`. Each
-        group also has our settings."""
+        """The wrapped optimizer's. The state of each parameter also has its "anchor", and the anchor's digest, unless
+        `save_anchors=False`. Each group also has our settings."""
         self._guard.check()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         saved = self.optimizer.state_dict()
         if self.save_anchors:
             of = dict(saved["state"])
+            digested = digests.taken(self._anchors)
             for param, key, group in _keys(self.param_groups, saved["param_groups"]):
                 if param in self._anchors:
-                    own = group["anchor"] != "given"
-                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], True, own=own)
+                    own, shown = group["anchor"] != "given", None
+                    if param in digested:
+                        shown = digests.shown(self._anchors[param], param)
+                    of[key] = checkpoint.with_anchor(of.get(key, {}), self._anchors[param], shown, own=own)
             saved = {**saved, "state": of}
         for after in self._optimizer_state_dict_post_hooks.values():
             result = after(self, saved)
@@ -113,8 +119,8 @@ class WrappingOptimizer(Optimizer):
         """Loads what `state_dict` returned, or the wrapped optimizer's. Anchors are copied in the dtypes they have.
 
         What the checkpoint lacks (anchors, settings) stays as it is here. Raises ValueError, before anything is
-        changed, if settings, parameter names or the shapes of anchors do not fit. Also raises what the wrapped
-        optimizer raises.
+        changed, if settings, parameter names or the shapes of anchors do not fit, or an anchor does not fit its
+        digest. Also raises what the wrapped optimizer raises.
         """
         saved = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -127,10 +133,16 @@ class WrappingOptimizer(Optimizer):
             if isinstance(anchor := saved["state"].get(key, {}).get("anchor"), Tensor)
         }
         groups = [_complete(ours, theirs, loaded) for ours, theirs in pairs] + saved["param_groups"][len(pairs) :]
-        for group, _ in pairs:
-            for k, param in enumerate(group["params"]):
+        found = []
+        for group, theirs in pairs:
+            for k, (param, key) in enumerate(zip(group["params"], theirs["params"], strict=False)):
                 if param in loaded:
-                    checkpoint.check_saved(param, label_of(group, k), {"anchor": loaded[param]}, None)
+                    of_param = checkpoint.present(saved["state"][key])
+                    check_loadable(
+                        param, label_of(group, k), {name: of_param[name] for name in OURS if name in of_param}
+                    )
+                    found.append((label_of(group, k), of_param, self._anchors.get(param)))
+        digests.check_saved(found)
         self.optimizer.load_state_dict({**saved, "state": _without_anchors(saved["state"]), "param_groups": groups})
         for group in self.param_groups:
             for param in group["params"]:
@@ -172,7 +184,7 @@ def _without_anchors(saved: Mapping[Any, Any]) -> dict[Any, Any]:
     """A saved state without our anchors, as the wrapped optimizer saved it."""
     bare = {}
     for key, of in saved.items():
-        if isinstance(of, dict) and "anchor" in of:
+        if isinstance(of, dict) and any(key in of for key in OURS):
             of = checkpoint.without_anchor(of)
             if not of:
                 continue

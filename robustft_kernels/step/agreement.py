@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backends import digests
 from ..core.bases import Group, GroupSpec
 from ..core.contract import StepTensors
 from ..core.exchange import all_reduce
@@ -21,8 +22,8 @@ Line = tuple[str, str, bool]  # what a parameter is called, what is done with it
 
 
 class Agreement:
-    """Compares names, shapes, placements, methods and which gradients there are, over each mesh. Then measures ‖θ₀‖ of
-    the anchors that are spread, once, as telemetry cannot ask other processes for it.
+    """Compares names, shapes, placements, methods and which gradients there are, over each mesh. Then measures and
+    digests the anchors that are spread, once. Telemetry and checkpoints need not ask other processes for that.
 
     tensors: those that are stepped.
 
@@ -53,6 +54,7 @@ class Agreement:
         if self._compare(unmeasured=not self._measured and self._lacks_sizes()):
             for norm, anchors in self._anchors.items():
                 anchor_sizes.measure(anchors, norm)
+            digests.digests([of for anchors in self._anchors.values() for of in anchors], anew=True)
         self._measured = True
 
     def _lacks_sizes(self) -> bool:

@@ -1,0 +1,66 @@
+// Fingerprint: what a prepared step depends on.
+#pragma once
+
+#include <torch/extension.h>
+
+#include <vector>
+
+namespace robustft {
+
+// The part of a DTensor that is here, and the object that says how it is spread. Any other tensor itself, and null.
+struct Shard {
+  at::Tensor here;
+  py::object spec;
+};
+
+inline Shard shard_of(const at::Tensor& tensor) {
+  if (!tensor.key_set().has(c10::DispatchKey::Python)) return {tensor, {}};
+  const py::object of = py::cast(tensor);
+  if (!py::hasattr(of, "_local_tensor")) return {tensor, {}};
+  return {of.attr("_local_tensor").cast<at::Tensor>(), of.attr("_spec")};
+}
+
+// Everything that a plan depends on: the parameters, the gradients except for their addresses, and which objects the
+// state consists of.
+class Fingerprint {
+ public:
+  void add(const at::Tensor& param) {
+    const Shard shard = shard_of(param);
+    put(int64_t(param.unsafeGetTensorImpl()));
+    put(int64_t(shard.spec.ptr()));
+    put(address_of(shard.here));
+    add_metadata(shard.here);
+    const at::Tensor& grad = param.grad();
+    put(grad.defined());
+    if (!grad.defined()) return;
+    const Shard of_grad = shard_of(grad);
+    // Most gradients have the very object of their parameter. Others have one that is equal, and new at each step.
+    const bool same = of_grad.spec.is(shard.spec) || (of_grad.spec && shard.spec && of_grad.spec.equal(shard.spec));
+    put(same ? 0 : of_grad.spec ? py::hash(of_grad.spec) | 1 : 2);
+    add_metadata(of_grad.here);
+  }
+  void add(PyObject* kept, bool addresses) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(kept, &at, &key, &value);) {
+      put(int64_t(key)), put(int64_t(value));
+      if (addresses && THPVariable_Check(value)) put(address_of(shard_of(THPVariable_Unpack(value)).here));
+    }
+  }
+  py::bytes bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t)}; }
+
+ private:
+  void put(int64_t word) { words_.push_back(word); }
+  static int64_t address_of(const at::Tensor& t) { return t.has_storage() ? int64_t(t.const_data_ptr()) : 0; }
+  void add_metadata(const at::Tensor& t) {
+    put(int64_t(t.scalar_type()) << 32 | int64_t(t.layout()) << 16 | int64_t(t.device().type()));
+    const bool python = t.key_set().has(c10::DispatchKey::Python);
+    put(t.device().index() << 3 | int64_t(python) << 2 | int64_t(t.is_neg()) << 1 | int64_t(t._is_zerotensor()));
+    for (int64_t size : t.sizes()) put(size);
+    if (t.layout() != at::kStrided) return;
+    for (int64_t stride : t.strides()) put(stride);
+  }
+
+  std::vector<int64_t> words_;
+};
+
+}  // namespace robustft
