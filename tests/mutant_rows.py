@@ -173,6 +173,9 @@ MUTANTS = [
     # The Triton kernels, in the interpreter.
     Mutant("Triton: the first moment's correction has the second's beta", "triton_kernels/base.py",
            "(lr / (1 - power(beta1, t))).to(T)", "(lr / (1 - power(beta2, t))).to(T)", STEPS, f"{TRITON} and adamw"),
+    Mutant("Triton: the first moment is reckoned from what it was, whatever its decay", "triton_kernels/base.py",
+           "tl.where(beta1 > 0.5, 1 - beta1, -beta1)", "(1 - beta1)",
+           ("test_precision.py", "test_optimizers.py"), "triton and (forget or decay)"),
     Mutant("Triton: amsgrad takes the last second moment, not the largest", "triton_kernels/base.py",
            "tl.where((v > v_max) | (v != v), v, v_max)", "v", STEPS, f"{TRITON} and amsgrad"),
     Mutant("Triton: a row whose elements cross their anchor is mismeasured", "triton_kernels/measure.py",
@@ -240,6 +243,9 @@ MUTANTS = [
     # The native backend; every row builds it anew.
     Mutant("AdamW: the second moment is not corrected", "csrc/cpu/base.h",
            "T(1 / std::sqrt(1 - std::pow(h.beta2, t)))", "T(1)", STEPS, ORACLE),
+    Mutant("AdamW: the first moment is reckoned from what it was, whatever its decay", "csrc/cpu/base.h",
+           "h.beta1 > 0.5 ? 1 - h.beta1 : -h.beta1", "1 - h.beta1",
+           ("test_precision.py", "test_optimizers.py"), "native and (forget or decay)"),
     Mutant("SPD fires at its first step too", "csrc/cpu/decide.h",
            "m.grad_dot_delta > 0 && m.gain > 0", "m.grad_dot_delta >= 0 && m.gain > 0", STEPS, "native and first_step"),
     Mutant("AdamW: eps is inside the root", "csrc/cpu/base.h",

@@ -52,7 +52,7 @@ def adamw_scalars(table, live, row, t, T: tl.constexpr):
     beta1, beta2 = read_hyper(table, live, row + _A_BETA1), read_hyper(table, live, row + _A_BETA2)
     scalars = (
         (1 - lr * read_hyper(table, live, row + _A_DECAY)).to(T),
-        (1 - beta1).to(T),
+        tl.where(beta1 > 0.5, 1 - beta1, -beta1).to(T),
         beta2.to(T),
         (1 - beta2).to(T),
         (lr / (1 - power(beta1, t))).to(T),
@@ -68,8 +68,8 @@ def adamw(theta, g, m, v, v_max, scalars, STATES: tl.constexpr):
 
     An absent v_max is read as 0, so that v takes its place.
     """
-    decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps = scalars
-    m = m + beta1_rest * (g - m)
+    decay, blend, beta2, beta2_rest, step_size, root_scale, eps = scalars
+    m = tl.where(blend > 0, m, g) + blend * (g - m)  # from the end with the larger weight: g when β₁ = 0
     v = beta2 * v + beta2_rest * g * g
     root = v
     if STATES > 2:
