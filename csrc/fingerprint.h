@@ -15,9 +15,11 @@ struct Shard {
 
 inline Shard shard_of(const at::Tensor& tensor) {
   if (!tensor.key_set().has(c10::DispatchKey::Python)) return {tensor, {}};
+  static PyObject* const names[] = {PyUnicode_InternFromString("_local_tensor"), PyUnicode_InternFromString("_spec")};
   const py::object of = py::cast(tensor);
-  if (!py::hasattr(of, "_local_tensor")) return {tensor, {}};
-  return {of.attr("_local_tensor").cast<at::Tensor>(), of.attr("_spec")};
+  const auto here = py::reinterpret_steal<py::object>(PyObject_GetAttr(of.ptr(), names[0]));
+  if (!here) return PyErr_Clear(), Shard{tensor, {}};
+  return {THPVariable_Unpack(here.ptr()), py::reinterpret_steal<py::object>(PyObject_GetAttr(of.ptr(), names[1]))};
 }
 
 // Everything that a plan depends on: the parameters, the gradients except for their addresses, and which objects the

@@ -127,6 +127,40 @@ def test_frozen_integers_among_the_parameters(make):
     assert torch.equal(given.state[param]["anchor"], torch.zeros(4))
 
 
+class Quantised(torch.Tensor):
+    """A floating-point tensor whose numbers are elsewhere, as torchao's are. It can be detached, and nothing else."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        if f is torch.ops.aten.detach.default:
+            return cls(args[0].shape)
+        raise NotImplementedError(f"{f} of a quantised tensor")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_frozen_quantised_weights_among_the_parameters(make, backend, named):
+    frozen, param = nn.Parameter(Quantised((4, 3)), requires_grad=False), nn.Parameter(torch.ones(4))
+    optimizer = make([("frozen", frozen), ("w", param)] if named else [frozen, param], lr=0.1, backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(4)
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert set(optimizer.state) == {param}
+    assert (param < 1).all()
+    if optimizer.param_groups[0]["anchor"] == "initial":
+        optimizer.reanchor()
+        assert torch.equal(optimizer.state[param]["anchor"], param.detach())
+    frozen.requires_grad_().grad = Quantised((4, 3))
+    before, param.grad = param.detach().clone(), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"is a Quantised, .*; a plain tensor or DTensor is needed"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 def test_weights_written_after_the_anchor_was_taken():
     """A warning names them once. The same numbers again, a checkpoint with anchors, and `reanchor` are no reason."""
 

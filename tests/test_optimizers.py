@@ -58,6 +58,27 @@ def test_none_equals_torch(backend, ours, theirs, kwargs, dtype):
         assert (a - b).abs().max() <= 5 * 4 * eps * b.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.0, 0.0)])
+def test_without_decay_moments_are_torchs(backend, betas, request):
+    """Each gradient is a million times smaller than the one before."""
+    if "triton" in backend:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="Triton rounds old + (g - old)"))
+    mine, other, options = make(), make(), dict(lr=1e-2, betas=betas, weight_decay=0.0)
+    optimizer, plain = rft.AnchoredAdamW(mine, backend=backend, **options), torch.optim.AdamW(other, **options)
+    for t in range(3):
+        give_grads(mine, t)
+        for p, q in zip(mine, other, strict=True):
+            p.grad *= 10.0 ** (6 - 6 * t)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        plain.step()
+        for p, q in zip(mine, other, strict=True):
+            a, b = optimizer.state[p], plain.state[q]
+            assert torch.equal(a["exp_avg"], b["exp_avg"])
+            torch.testing.assert_close(a["exp_avg_sq"], b["exp_avg_sq"], rtol=1e-6, atol=0)
+            assert (p - q).abs().max() <= 3 * 4 * torch.finfo(p.dtype).eps * q.abs().max().clamp(min=1)
+
+
 def test_groups_mix_methods_in_one_launch(backend):
     params = make()
     start = [p.detach().clone() for p in params]

@@ -6,7 +6,8 @@ from torch import nn
 
 import robustft_kernels as rft
 from robustft_kernels.backends import reference, registry
-from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper
+from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper, assert_same_step
+from robustft_kernels.testing.tolerances import ulp
 
 from .test_steps import assert_bits, settled, slow
 
@@ -78,6 +79,38 @@ def test_moments_are_rounded_up_as_often_as_they_should_and_apart(backend, devic
         assert abs(float(of_one.mean()) - chance) < 6 * (chance * (1 - chance) / n) ** 0.5
     for one, other in (up, (up[0][1:], up[0][:-1]), (up[1][1:], up[1][:-1])):
         assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 6 / n**0.5
+
+
+MOMENTS = {"exp_avg": "beta1", "exp_avg_sq": "beta2", "momentum_buffer": "momentum"}  # and what they decay by
+KEEPING = [s for s in SETTINGS if s.hyper.get("momentum") != 0]
+
+
+@pytest.mark.lean(keep=lambda settings, dtype, **_: dtype == torch.float32 and settings in (KEEPING[0], *STOCHASTIC))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 1e-3, 0.7])
+@pytest.mark.parametrize("settings", KEEPING, ids=lambda s: s.name)
+def test_moments_forget_what_was_far_larger(backend, device, settings, decay, dtype, request):
+    """A gradient a billion times smaller than the last. The error is a few roundings of βm and of (1 − β)g, whatever m
+    is. With β = 0 the moment is g itself."""
+    loses = decay == 0 or (decay < 0.5 and settings.state_dtype == torch.float32)
+    if "triton" in backend and loses and settings.base.name == "adamw":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="Triton rounds old + (1 - β₁)(g - old)"))
+    settings = settings.but(**{key: decay for key in MOMENTS.values() if settings.hyper.get(key)}, weight_decay=0)
+    got = Stepper(LEAN_CASES if slow(backend) else CASES, settings, "none", dtype, anchored=False, device=device)
+    got.run("reference", [g * 2.0**20 for g in got.grads()])
+    grads, before = [g * 2.0**-10 for g in got.grads()], got.clone()
+    want = before.clone()
+    want.run_oracle(grads)
+    got.run(backend, grads)
+    assert_same_step(got, want, before, grads)
+    for key in MOMENTS.keys() & {key for key, of in got.states.items() if of}:
+        for a, b, old in zip(got.states[key], want.states[key], before.states[key], strict=True):
+            exact, stored = b.double(), (decay * old).double()
+            near = 4 * ulp(stored, dtype) + 4 * ulp(exact - stored, dtype) + (a.dtype != dtype) * ulp(exact, a.dtype)
+            assert ((a.double() - exact).abs() <= near).all(), key
+    if decay == 0 and settings.base.name == "adamw" and settings.state_dtype == torch.float32:
+        sign = -1 if settings.hyper["maximize"] else 1
+        assert all(torch.equal(m, sign * g.to(m.dtype)) for m, g in zip(got.states["exp_avg"], grads, strict=True))
 
 
 def test_seed_parameter_step_and_place_tell_the_bits(backend, device):

@@ -37,12 +37,12 @@ template <class T>
 struct AdamW {
   static constexpr bool kMoves = true;
   static constexpr int kStates = 3;  // the last may be absent
-  T sign, decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps;
+  T sign, decay, blend, beta2, beta2_rest, step_size, root_scale, eps;
 
   AdamW(const AdamWHyper& h, double t, double sign)
       : sign(T(sign)),
         decay(T(1 - h.lr * h.weight_decay)),
-        beta1_rest(T(1 - h.beta1)),
+        blend(T(h.beta1 > 0.5 ? 1 - h.beta1 : -h.beta1)),
         beta2(T(h.beta2)),
         beta2_rest(T(1 - h.beta2)),
         step_size(T(h.lr / (1 - std::pow(h.beta1, t)))),
@@ -51,7 +51,8 @@ struct AdamW {
 
   ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T> grad, Vec<T>* state, bool amsgrad) const {
     const Vec<T> g = sign * grad;
-    const Vec<T> m = state[0] + beta1_rest * (g - state[0]);
+    // beta1 m + (1 - beta1) g, from the end with the larger weight: exactly g when beta1 is 0.
+    const Vec<T> m = (blend > 0 ? state[0] : g) + blend * (g - state[0]);
     const Vec<T> v = beta2 * state[1] + beta2_rest * g * g;
     state[0] = m, state[1] = v;
     if (amsgrad) state[2] = (v > state[2]) | (v != v) ? v : state[2];  // as torch.maximum: nan wins

@@ -17,7 +17,9 @@ def without_memory(tensor: Tensor) -> str:
     if tensor.device.type == "meta":
         return "on the meta device, without numbers; give it memory and load its weights before the step"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or is_traceable_wrapper_subclass(tensor):
-        return f"a {type(tensor).__name__}, whose numbers are not in its own memory"
+        return (
+            f"a {type(tensor).__name__}, whose numbers are not in its own memory; a plain tensor or DTensor is needed"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "inside a torch.func transform"
     return ""

@@ -18,9 +18,10 @@ from ..core.sharding import version_of
 from ..core.unsharded import shards_of
 from ..step.guard import uninterrupted
 from ..step.launch import label_of
-from .anchored import AnchoredOptimizer, keep_from_compiler, with_shards
+from .anchored import keep_from_compiler, with_shards
 from .around import METHODS_AROUND, SETTINGS, check_settings, rule_around
 from .late import resolved
+from .wrappable import check_wrappable
 from .wrapping import WrappingOptimizer, fresh
 
 SCALER = ("grad_scale", "found_inf")  # what torch.amp.GradScaler sets if _step_supports_amp_scaling
@@ -74,8 +75,9 @@ class Anchored(WrappingOptimizer):
     Raises:
         TypeError: something else than a torch.optim.Optimizer.
         ValueError: another method, an argument or a group's key out of its range, or an anchor that does not fit. Also
-            one of our keys among the wrapped optimizer's own hyper-parameters, or one of FSDP2's unsharded copies among
-            its parameters. The message names it.
+            one of our keys among the wrapped optimizer's own hyper-parameters, one of FSDP2's unsharded copies among
+            its parameters, or an optimizer that evaluates other weights than it steps, such as a Schedule-Free one. The
+            message names it.
         RuntimeError: from `step`, a sparse gradient for "spd". Also a parameter that the wrapped optimizer replaced or
             gave another form: it must write in place.
     """
@@ -92,13 +94,7 @@ class Anchored(WrappingOptimizer):
         backend: str = "auto",
         save_anchors: bool = True,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Anchored wraps a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-        if isinstance(optimizer, AnchoredOptimizer | Anchored):
-            raise ValueError(f"{type(optimizer).__name__} has methods and anchors of its own: set them there")
-        if clashing := [key for key in SETTINGS if key in optimizer.defaults]:
-            name = type(optimizer).__name__
-            raise ValueError(f"{name} has a hyper-parameter {clashing[0]!r} of its own, which its groups need for it")
+        check_wrappable(optimizer)
         registry.check_backend(backend)
         rule_around(method, norm)
         word = anchor is None or isinstance(anchor, str | PathLike)
