@@ -130,7 +130,7 @@ MUTANTS = [
            "half_of(share.spec) if _is_decided(share) else share.spec for", "share.spec for",
            ("test_wrapper.py",), "nothing_is_read"),
     Mutant("the wrapper decides by what the half reads: nothing", "robustft_kernels/optim/around.py",
-           "terms_of(part.share.group, NO_STEP, part.share.spec,", "terms_of(part.share.group, NO_STEP, half_of(part.share.spec),",
+           "NO_STEP, part.share.spec, self._device)", "NO_STEP, half_of(part.share.spec), self._device)",
            ("test_wrapper.py",), "equals_the_fused"),
     Mutant("the host waits for the numbers by which torch decides", "robustft_kernels/step/hyper.py",
            "return value.to(device, torch.float64, non_blocking=True).reshape(())", "return float(value)",
