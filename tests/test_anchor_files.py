@@ -183,7 +183,7 @@ def test_a_step_refuses_anchors_whose_file_was_written(safetensors, tmp_path, ba
         before = copy.deepcopy([[p.detach(), optimizer.state[p]["exp_avg"]] for p in params])
         rewrite(file, how)
         if not planned:
-            optimizer._plan = None
+            optimizer._plans.clear()
         message = "model.safetensors' was written after anchors were mapped"
         for what in (
             lambda o=optimizer, of=params: run(o, of, 1),
