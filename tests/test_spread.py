@@ -65,7 +65,7 @@ def test_a_process_dies_in_a_step(launch, tmp_path, device):
 
 @pytest.mark.full
 def test_a_long_run_over_changing_numbers_of_processes(tmp_path):
-    """500 steps of up to 8 processes, groups that are frozen and thawed, ten checkpoints and resumes. All methods end
+    """500 steps of up to 8 processes, groups that are frozen and thawed, ten checkpoints, nine resumes. All weights end
     within 1e-9 of what one process does, relative to how far a weight has moved."""
     command = [sys.executable, "-m", "tests.soak_program", "--folder", str(tmp_path)]
     done = subprocess.run(

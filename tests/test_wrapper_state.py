@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import robustft_kernels as rft
+from robustft_kernels.optim.around import Around
 from robustft_kernels.optim.wrapper import Anchored
 from tests.test_state import saved_and_loaded
 from tests.test_wrapper import SHAPES, TURNS, Lion, each_backend, far, give_grads, make, run
@@ -208,3 +209,19 @@ def test_anchors_for_all_groups():
     wrapped = Anchored(plain(), anchor={"a": given[0]}, norm="mars_rows")
     assert set(wrapped._anchors) == {a}
     assert [group["norm"] for group in wrapped.param_groups] == ["mars_rows", "mars_rows", None]
+
+
+def test_a_new_tensor_of_a_number_needs_no_new_plan(monkeypatch):
+    """On the CPU, where no backend keeps its address. The number counts at once."""
+    made, init = [], Around.__init__
+    monkeypatch.setattr(Around, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    params = make(shapes=[(5, 7)])
+    wrapped = Anchored(SGD(params, lr=torch.tensor(0.0)), "l2sp", strength=1.0, anchor="zero")
+    run(wrapped, params, 1)
+    before = params[0].detach().clone()
+    wrapped.param_groups[0].update(lr=torch.tensor(0.5), strength=torch.tensor(2.0))
+    params[0].grad = torch.zeros_like(params[0])
+    wrapped.step()
+    assert len(made) == 1
+    assert (params[0] == 0).all()
+    assert before.any()

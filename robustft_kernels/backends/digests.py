@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..core.exchange import over_all_parts
+from ..core.exchange import Exchange
 from ..core.files import file_of
 from ..core.sharding import is_flat_part, is_spread, local, parts_of, same_memory, version_of, whole
 from . import native
@@ -58,7 +58,8 @@ def digests(anchors: Sequence[Tensor], *, anew: bool = False) -> list[Tensor]:
     ]
     if todo:
         new = [anchors[k] for k in todo]
-        sums = over_all_parts(torch.stack([_sums_here(anchor) for anchor in new]), new)
+        here = torch.stack([_sums_here(anchor) for anchor in new])
+        sums = Exchange(new, [1] * len(new), here.device).sum(here)
         for k, of_anchor in zip(todo, sums, strict=True):
             content = torch.cat([of_anchor.view(torch.uint8), _head(anchors[k].dtype, anchors[k].shape)])
             before = known[k]

@@ -45,11 +45,11 @@ class Exchange:
             of_mesh.setdefault(mesh_of(param), []).append(torch.arange(first, first + size, device="cpu"))
             weights += [weight(param)] * size
             first += size
-        # Those of each mesh. None is all.
-        self._rows = [
+        # The numbers of each mesh, and of no mesh. None is all.
+        self._spread = [
             (mesh, torch.cat(rows).to(device) if len(of_mesh) > 1 else None)
             for mesh, rows in of_mesh.items()
-            if mesh is not None and any(len(of) for of in rows)
+            if any(len(of) for of in rows)
         ]
         self._weights = None  # all count
         if any(of != 1 for of in weights):
@@ -61,12 +61,25 @@ class Exchange:
             table *= self._weights.to(table.dtype).reshape(-1, *[1] * (table.dim() - 1))
         return self._reduce(table, "SUM")
 
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of all numbers over all parts. One number a mesh is exchanged."""
+        counted = numbers if self._weights is None else numbers * self._weights
+        total = counted.new_zeros(())
+        for mesh, rows in self._spread:
+            part = (counted if rows is None else counted[rows]).sum()
+            if mesh is not None:
+                all_reduce(part, mesh, "SUM")
+            total = total + part
+        return total
+
     def largest(self, table: Tensor) -> Tensor:
         """The largest numbers of all processes, in place."""
         return self._reduce(table, "MAX")
 
     def _reduce(self, table: Tensor, how: str) -> Tensor:
-        for mesh, rows in self._rows:
+        for mesh, rows in self._spread:
+            if mesh is None:
+                continue
             if rows is None:
                 all_reduce(table, mesh, how)
             else:
@@ -74,15 +87,6 @@ class Exchange:
                 all_reduce(packed, mesh, how)
                 table[rows] = packed
         return table
-
-
-def over_all_parts(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The sums over all parts of each tensor, [tensors, k], from those over the parts that are here, as int64 on the
-    CPU. Sums wrap around."""
-    if not (meshes := meshes_of(tensors)):
-        return sums
-    device = torch.device(meshes[0].device_type)
-    return Exchange(tensors, [1] * len(tensors), device).sum(sums.to(device)).cpu()
 
 
 class Segments:
@@ -125,7 +129,7 @@ class Segments:
 def agree(flag: bool, params: Iterable[Tensor]) -> bool:
     """Whether a flag is set in all processes that have a part of any of these tensors."""
     for mesh in meshes_of(params):
-        value = torch.tensor(float(flag), device=mesh.device_type)
+        value = torch.tensor(float(flag), device="cpu")
         all_reduce(value, mesh, "MIN")
         flag = bool(value)
     return flag
@@ -145,14 +149,18 @@ def meshes_of(params: Iterable[Tensor]) -> "list[DeviceMesh]":
 
 
 def all_reduce(values: Tensor, mesh: "DeviceMesh", how: str) -> None:
-    """An all-reduce over a mesh, in place. A single one does it if the mesh is the whole world or has one dimension."""
+    """An all-reduce over a mesh, in place. A single one does it if the mesh is the whole world or has one dimension.
+    Values on another type of device, such as those of anchors in host memory, are brought to the mesh's and back."""
     import torch.distributed as dist
 
     if mesh.size() == 1:
         return
     op = getattr(dist.ReduceOp, how)
+    there = values if values.device.type == mesh.device_type else values.to(mesh.device_type)
     if mesh.size() == dist.get_world_size():
-        dist.all_reduce(values, op)
-        return
-    for dim in range(mesh.ndim):
-        dist.all_reduce(values, op, group=mesh.get_group(dim))
+        dist.all_reduce(there, op)
+    else:
+        for dim in range(mesh.ndim):
+            dist.all_reduce(there, op, group=mesh.get_group(dim))
+    if there is not values:
+        values.copy_(there)

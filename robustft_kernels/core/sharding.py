@@ -12,11 +12,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+PLAIN = (Tensor, torch.nn.Parameter)  # the types of most tensors, so that others need not be looked for
+
 
 def version_of(tensor: Tensor) -> int:
     """A number that changes when the elements that are here are written in place."""
-    tensors = (tensor, local(tensor)) if is_dtensor(tensor) else (tensor,)  # an op on a DTensor may count in either
-    return sum(0 if of.is_inference() else of._version for of in tensors)
+    version = 0 if tensor.is_inference() else tensor._version
+    return version + version_of(local(tensor)) if is_dtensor(tensor) else version  # an op may count in either
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -30,6 +32,8 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor. Imports nothing to know that."""
+    if type(tensor) in PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

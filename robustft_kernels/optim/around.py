@@ -18,7 +18,7 @@ from ..core.sharding import local, placed_as, spec_of_shards
 from ..step.agreement import Agreement
 from ..step.decide import Terms
 from ..step.fingerprint import fingerprint
-from ..step.hyper import HyperTable, tensors_of, terms_of
+from ..step.hyper import HyperTable, identities_of, terms_of
 from ..step.launch import Share, label_of, shard_of, split_by_reach
 from ..step.no_step import NoStep, half_of, observed, pulled
 from ..step.peers import Part, Peers
@@ -56,16 +56,17 @@ class Around:
         self.launches = [_Launch(of, anchors, backend, device, results) for device, of in by_device.items()]
         tensors = [of for launch in self.launches for of in launch.tensors]
         self._agreement = Agreement(groups, list(map(_spec, groups)), tensors)
-        self.key = self.key_of(groups)
-        self.moved = False
-        self._fingerprint = _fingerprint(groups)
+        self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
+        self.key = self.key_of(groups, self.addresses)
+        self.moved, (_, self._fingerprint) = False, self.key
         params = [param for group in groups for param in group["params"]]
         self._alive = [spec_of_shards(t) for param in params for t in (param, param.grad)]
 
     @staticmethod
-    def key_of(groups: list[Group]) -> Hashable:
-        """What it depends on: parameters, gradients (addresses aside) and rules."""
-        return _structure(groups), _fingerprint(groups)
+    def key_of(groups: list[Group], addresses: bool) -> tuple[Hashable, Hashable]:
+        """What it depends on: parameters, gradients (addresses aside) and rules. `addresses` says whether a backend
+        keeps those of hyper-parameters in tensors."""
+        return _structure(groups, addresses), _fingerprint(groups)
 
     def take_over(self) -> None:
         """Makes ready for a step after one of another plan."""
@@ -117,7 +118,7 @@ class _Launch:
         self._places = [(share.group, k) for share in shares for k in share.places]
         params = [group["params"][k] for group, k in self._places]
         self._forms = [_form(param) for param in params]
-        self._backend = registry.choose_backend(backend, device, {t.dtype for p in params for t in (p, p.grad)})
+        self.backend = registry.choose_backend(backend, device, {t.dtype for p in params for t in (p, p.grad)})
         for param in (param for share in shares if share.spec.anchored for param in share.params):
             anchors[param] = state.beside(param, anchors[param])
         self.tensors = [
@@ -137,7 +138,7 @@ class _Launch:
         groups = [share.group for share in shares]
         # The sweeps read no hyper-parameters of rules that are decided here.
         specs = [half_of(share.spec) if _is_decided(share) else share.spec for share in shares]
-        self._hyper = HyperTable(NO_STEP, groups, specs, device, addresses=self._backend.keeps_addresses)
+        self._hyper = HyperTable(NO_STEP, groups, specs, device, addresses=self.backend.keeps_addresses)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -147,7 +148,7 @@ class _Launch:
         self._pull_as_given = self._sweep(pulled(self._decided))
 
     def _sweep(self, tensors: Sequence[StepTensors], *tables: Tensor) -> NoStep:
-        return NoStep(self._backend, list(map(shard_of, tensors)), self._hyper.table, self._hyper.live, *tables)
+        return NoStep(self.backend, list(map(shard_of, tensors)), self._hyper.table, self._hyper.live, *tables)
 
     def measure(self, grad_scale: Tensor | None) -> None:
         for share in self._shares:
@@ -201,9 +202,7 @@ class _Launch:
 
 def _is_decided(share: Share) -> bool:
     """Whether α is decided in torch, and not by the sweep."""
-    rule = share.spec.rule
-    together = share.reach is Reach.CUT or (share.reach is Reach.ROWS and rule.tied)
-    return rule.waits and bool(rule.compares or together)
+    return share.spec.rule.waits and bool(share.spec.rule.compares or share.together)
 
 
 def rule_around(method: str, norm: str | None) -> Rule:
@@ -255,15 +254,12 @@ def _spec(group: Group) -> GroupSpec:
     return GroupSpec(rule_around(group["method"], group["norm"]), is_anchored(group))
 
 
-def _structure(groups: list[Group]) -> Hashable:
-    """Equal for groups of the same rules and tensors."""
-    structure = []
-    for group in groups:
-        spec = _spec(group)
-        tensors = tensors_of(group, NO_STEP, spec)
-        identities = tuple((name, id(t), t.data_ptr()) for name, t in tensors.items())
-        structure.append((len(group["params"]), spec.rule, group["anchor"], identities))
-    return tuple(structure)
+def _structure(groups: list[Group], addresses: bool) -> Hashable:
+    """Equal for groups of the same rules, and with `addresses` of the same tensors of hyper-parameters."""
+    specs = list(map(_spec, groups))
+    live = [identities_of(group, NO_STEP, spec) for group, spec in zip(groups, specs, strict=True)] if addresses else ()
+    of_groups = [(len(group["params"]), spec.rule, group["anchor"]) for group, spec in zip(groups, specs, strict=True)]
+    return addresses, tuple(of_groups), tuple(live)
 
 
 def _fingerprint(groups: list[Group]) -> Hashable:

@@ -63,7 +63,8 @@ class WrappingOptimizer(Optimizer):
     def _before(self) -> None:
         """Measures what must be known before the wrapped step."""
         groups = self.param_groups
-        last, around = self._plans.current, self._plans.find(Around.key_of(groups))
+        last = self._plans.current
+        around = self._plans.find(Around.key_of(groups, last is not None and last.addresses))
         if around is None:
             self._late.settle(groups, self._anchors)
             here = {param for group in groups for param in group["params"]}

@@ -40,10 +40,11 @@ class Agreement:
                     of_meshes.setdefault(mesh, []).append((label_of(group, k), form, param.grad is not None))
         self._of_meshes = [(mesh, lines, _number_of(lines)) for mesh, lines in of_meshes.items()]
         self._known = self._measured = False
-        self._anchors: dict[str, list[Tensor]] = {"l2": [], "mars": []}
+        self._anchors: dict[tuple[str, torch.device], list[Tensor]] = {}  # by norm, and by where they are kept
         for of in tensors:
             if of.anchor is not None and is_spread(of.anchor):
-                self._anchors["mars" if of.spec.rule.crosses_rows else "l2"].append(of.anchor)
+                norm = "mars" if of.spec.rule.crosses_rows else "l2"
+                self._anchors.setdefault((norm, of.anchor.device), []).append(of.anchor)
 
     def renew(self) -> None:
         """Has the next step compared on a GPU too."""
@@ -52,13 +53,15 @@ class Agreement:
     def check(self) -> None:
         """Raises RuntimeError in all processes of a mesh, naming the first parameter that they disagree about."""
         if self._compare(unmeasured=not self._measured and self._lacks_sizes()):
-            for norm, anchors in self._anchors.items():
+            for (norm, _), anchors in self._anchors.items():
                 anchor_sizes.measure(anchors, norm)
             digests.digests([of for anchors in self._anchors.values() for of in anchors], anew=True)
         self._measured = True
 
     def _lacks_sizes(self) -> bool:
-        return any(anchor_sizes.known_size(of, norm) is None for norm, some in self._anchors.items() for of in some)
+        return any(
+            anchor_sizes.known_size(of, norm) is None for (norm, _), some in self._anchors.items() for of in some
+        )
 
     def _compare(self, *, unmeasured: bool) -> bool:
         """Whether any of the processes has not measured its anchors yet."""
@@ -67,7 +70,6 @@ class Agreement:
             if self._known and mesh.device_type != "cpu":
                 continue
             bounds = torch.tensor([number, -number, float(unmeasured)], dtype=torch.float64, device="cpu")
-            bounds = bounds.to(mesh.device_type)
             all_reduce(bounds, mesh, "MAX")
             most, least, anyone = bounds.tolist()
             if most != number or -least != number:

@@ -33,7 +33,7 @@ def measure(anchors: Sequence[Tensor], norm: str) -> None:
     cut = [anchor for anchor in anchors if norm == "mars" and not has_whole_rows(anchor)]
     for anchor, size in zip(cut, _sizes_of_cut_rows(cut), strict=True):
         _remember(anchor, norm, size)
-    rest = [anchor for anchor in anchors if not any(anchor is of for of in cut)]
+    rest = [anchor for anchor in anchors if norm != "mars" or has_whole_rows(anchor)]
     sums = [_sums(local(anchor), norm) for anchor in rest]
     here = torch.stack([of.amax() if len(of) else of.new_zeros(()) for of in sums]) if rest else None
     if here is not None:

@@ -22,8 +22,8 @@ class StepGuard:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Around all writes of a step that is more than one call of a backend."""
-        self._torn = True
         with uninterrupted():
+            self._torn = True
             yield
             self._torn = False
 

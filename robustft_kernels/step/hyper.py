@@ -1,6 +1,6 @@
 """Hyper-parameters on their way from the groups to the backends. They are read anew at each step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ def _number(value: Any, device: torch.device) -> float | Tensor:
     return float(value)
 
 
-def tensors_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> dict[str, Tensor]:
-    """The hyper-parameters of a group that are tensors."""
-    return {column: value for column, value in hyper_of(group, base, spec).items() if isinstance(value, Tensor)}
+def identities_of(group: Mapping[str, Any], base: Base, spec: GroupSpec) -> Hashable:
+    """Which tensors hold hyper-parameters of a group, and where their memory is."""
+    values = hyper_of(group, base, spec).items()
+    return tuple((column, id(of), of.data_ptr()) for column, of in values if isinstance(of, Tensor))

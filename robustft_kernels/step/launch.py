@@ -49,6 +49,11 @@ class Share:
         """Its parameters."""
         return [self.group["params"][k] for k in self.places]
 
+    @property
+    def together(self) -> bool:
+        """Whether processes decide its α together, and no sweep can."""
+        return self.reach is Reach.CUT or (self.reach is Reach.ROWS and self.spec.rule.tied)
+
 
 def split_by_reach(shares: Sequence[Share]) -> list[Share]:
     """The same shares, but each of parameters with one reach."""

@@ -87,7 +87,7 @@ class Peers:
         decided."""
         alphas = known.clone()
         for part in self.parts:
-            if part.decided and part.share.reach is not Reach.CUT and not self._waits_for_others(part):
+            if part.decided and not part.share.together:
                 alphas[part.at] = decide(part.rule, found[part.at], part.here, terms(part))
         sums, shares, sizes = self._exchange(found, alphas)
         whole: dict[Part, tuple[Tensor, Tensor]] = {}  # of parts that are cut: sums and alphas over all processes
@@ -104,16 +104,13 @@ class Peers:
             if part.by_size:
                 by_size = decide_by_size(part.rule, size, terms(part))
                 size = by_size * size
-            if self._waits_for_others(part):
+            if part.share.together:
                 alphas[part.at] = expanded(by_size, part.here)
                 of_part = torch.stack([by_size, (by_size != 1).double()], 1)
             told.append(torch.cat([size[:, None], of_part], 1))
         return Decision(
             self.parts, found, alphas, whole, told, dict(zip(self._rows, sizes.split(of_rows), strict=True))
         )
-
-    def _waits_for_others(self, part: Part) -> bool:
-        return part.share.reach is Reach.ROWS and part.rule.tied
 
     def _exchange(self, found: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of all segments that are cut, [segments, measures]. Of parameters whose rows are spread: the mean α
@@ -157,10 +154,9 @@ class Decision:
             new = torch.cat([told, tables.told[:, 3:] + told[:, 2:]], 1)
             tables.told.copy_(unless(found_inf, new, tables.told))
 
-    def largest_rows(self, part: Part) -> tuple[Tensor, Sequence[int]]:
-        """Σ|c| of the largest row of each parameter of a part, over all processes. It is infinite if one is not finite.
-        Second, how many rows there are."""
+    def largest_rows(self, part: Part) -> Tensor:
+        """Σ|c| of the largest row of each parameter of a spread part, over all processes. It is infinite if one is not
+        finite."""
         if part in self.sizes:
-            return self.sizes[part], part.counts
-        sums = self.whole[part][0] if part in self.whole else self.found[part.at]
-        return largest(size_of(dict(zip(MEASURES, sums.T, strict=True))), part.counts), part.counts
+            return self.sizes[part]
+        return largest(size_of(dict(zip(MEASURES, self.whole[part][0].T, strict=True))), part.counts)

@@ -15,7 +15,7 @@ from ..core.sharding import is_flat_part, is_spread, local, spec_of_shards
 from .agreement import Agreement
 from .fingerprint import fingerprint
 from .guard import StepGuard
-from .hyper import tensors_of
+from .hyper import identities_of
 from .launch import Launch, Share, label_of
 from .results import Results
 from .sharded import ShardedLaunch
@@ -61,10 +61,9 @@ class Plan:
         self._agreement = Agreement(groups, specs, [of for launch in self.launches for of in launch.tensors])
         self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
         self.key = self.key_of(base, groups, kept, self.addresses)
-        # Kept alive, as their ids could be used again.
-        tensors = [tensors_of(group, base, spec) for group, spec in zip(groups, specs, strict=True)]
+        # Kept alive, as their ids could be used again. Launches keep the tensors that kernels read.
         specs_of_shards = [spec_of_shards(t) for group in groups for p in group["params"] for t in (p, p.grad)]
-        self._alive = [*(tuple(of.values()) for of in kept.values()), *tensors, *specs_of_shards]
+        self._alive = [*(tuple(of.values()) for of in kept.values()), *specs_of_shards]
 
     @staticmethod
     def key_of(base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], addresses: bool) -> Hashable:
@@ -73,9 +72,8 @@ class Plan:
         structure = []
         for group in groups:
             spec = spec_of(group)
-            live = tensors_of(group, base, spec).items() if addresses else ()
-            identities = tuple((name, id(t), t.data_ptr()) for name, t in live)
-            structure.append((spec, group["anchor"], len(group["params"]), identities))
+            live = identities_of(group, base, spec) if addresses else ()
+            structure.append((spec, group["anchor"], len(group["params"]), live))
         params = [param for group in groups for param in group["params"]]
         return addresses, tuple(structure), fingerprint(params, list(kept.values()), addresses)
 

@@ -34,10 +34,10 @@ class ShardedLaunch(Launch):
 
     def _in_order(self, shares: Sequence[Share]) -> Sequence[Share]:
         """Splits shares by reach, and puts first what is decided together."""
-        return sorted(split_by_reach(shares), key=lambda share: not _is_decided(share))
+        return sorted(split_by_reach(shares), key=lambda share: not share.together)
 
     def _tables(self, results: Results) -> Tables:
-        self._peers = Peers(self.shares, sum(map(_is_decided, self.shares)), self.device)
+        self._peers = Peers(self.shares, sum(share.together for share in self.shares), self.device)
         return self._peers.tables(results, self.device)
 
     def _hyper_of(self, base: Base, specs: Sequence[GroupSpec]) -> HyperTable:
@@ -52,7 +52,7 @@ class ShardedLaunch(Launch):
         keep = [share.spec.under(RULES["keep"]) for share in self.shares]
         self._no_step_hyper = super()._hyper_of(NO_STEP, keep)
         self._signed = [of for of in self.tensors if of.spec.rule.surveys == "largest_row" and is_spread(of.param)]
-        together = [of for of in self.tensors if _is_decided(self.shares[of.row])]
+        together = [of for of in self.tensors if self.shares[of.row].together]
         self._place = {of.param: k for k, of in enumerate(self.tensors)}
         self._pull = self._no_step(pulled(together)) if together else None
         if self._learning:
@@ -74,7 +74,7 @@ class ShardedLaunch(Launch):
     def _stepped(self, of: StepTensors, own_row: dict[Tensor, int]) -> StepTensors:
         """A parameter under the rule by which the sweep steps it."""
         rule = of.spec.rule
-        if _is_decided(self.shares[of.row]) or (rule.surveys == "largest_row" and is_spread(of.param)):
+        if self.shares[of.row].together or (rule.surveys == "largest_row" and is_spread(of.param)):
             return observed([of], self.base)[0]
         if of.param in own_row:
             return replace(of.under(RULES[rule.when_learned], self.base), row=own_row[of.param])
@@ -141,9 +141,9 @@ class ShardedLaunch(Launch):
     def _keep_learned(self, decision: Decision, found_inf: Tensor | None) -> None:
         """Keeps what was learned. The radius that is kept is at most the norm of the largest row."""
         for row, places in self._members.items():
-            most, counts = decision.largest_rows(self._peers.parts[row])
-            new = self._learned[places]
-            some = torch.tensor([count > 0 for count in counts], device=CPU).to(self.device)
+            part, new = self._peers.parts[row], self._learned[places]
+            most = decision.largest_rows(part)
+            some = torch.tensor([count > 0 for count in part.counts], device=CPU).to(self.device)
             new[:, 0] = torch.where(some, torch.minimum(new[:, 0], most + EPS), new[:, 0])
             of_row = [self._learning[k] for k in places]
             kept = [of.state[of.spec.rule.learns] for of in of_row]
@@ -168,12 +168,7 @@ class ShardedLaunch(Launch):
     def squared_norm(self) -> Tensor:
         """Σ g² over all shards of all gradients, in float64."""
         norms = torch._foreach_norm(self._grads(), 2, dtype=torch.float64)
-        return self._total.sum(torch.stack(list(norms)).double().square()).sum()
-
-
-def _is_decided(share: Share) -> bool:
-    """Whether processes decide α together, and the sweep does not."""
-    return share.reach is Reach.CUT or (share.reach is Reach.ROWS and share.spec.rule.tied)
+        return self._total.total(torch.stack(list(norms)).double().square())
 
 
 def _count_of(tensors: StepTensors) -> Tensor:

@@ -26,15 +26,14 @@ class RowSurvey:
         whole = [has_whole_rows(param) for param in params]
         # The tensors in an order of our own: first those whose rows are cut.
         self._order = sorted(range(len(params)), key=lambda k: whole[k])
+        self._back = sorted(range(len(params)), key=lambda place: self._order[place])
         params = [params[k] for k in self._order]
         self._here = [ROWS.segments_of(local(of.param).shape) for of in tensors]
         self._n = whole.count(False)
         self._segments = Segments(params[: self._n], [ROWS] * self._n)
         here = [ROWS.segments_of(local(param).shape) for param in params[self._n :]]
-        self._counts = [
-            *self._segments.counts,
-            *here,
-        ]  # of rows that are known here, once those that are cut are summed
+        # Of rows that are known here, once those that are cut are summed.
+        self._counts = [*self._segments.counts, *here]
         first = [first_row(param) if param.dim() > 1 else 0 for param in params[self._n :]]
         self._first = torch.tensor([*[0] * self._n, *first], dtype=torch.float64, device="cpu").to(device)
         self._sums = Exchange(params, [*(2 * count for count in self._segments.counts), *[1] * len(here)], device)
@@ -47,7 +46,7 @@ class RowSurvey:
         cut = self._segments.scattered(cut)
         sums = self._sums.sum(torch.cat([cut.flatten(), of_whole]))
         of_cut = self._slopes(sums[: cut.numel()].view(cut.shape), self._segments.counts)
-        return self._as_given(torch.cat([of_cut, sums[cut.numel() :]]))
+        return torch.cat([of_cut, sums[cut.numel() :]])[self._back]
 
     def _slopes(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         return fold(rows[:, 0] / (rows[:, 1] + EPS), counts, "sum")
@@ -66,7 +65,7 @@ class RowSurvey:
         of_cut = self._segments.parts(on[: sum(self._segments.counts)]).split(self._segments.here)
         of_whole = on[sum(self._segments.counts) :].split(self._counts[self._n :])
         flags = [*of_cut, *of_whole]
-        return [flags[place] for place in self._places()]
+        return [flags[place] for place in self._back]
 
     def _ordered(self, found: Tensor) -> tuple[Tensor, Tensor]:
         """The rows here of tensors whose rows are cut, and of the others."""
@@ -74,12 +73,6 @@ class RowSurvey:
         ordered = [parts[k] for k in self._order]
         none = found[:0]
         return torch.cat([none, *ordered[: self._n]]), torch.cat([none, *ordered[self._n :]])
-
-    def _places(self) -> list[int]:
-        return sorted(range(len(self._order)), key=lambda place: self._order[place])
-
-    def _as_given(self, of_tensors: Tensor) -> Tensor:
-        return of_tensors[self._places()]
 
     def _largest(self, values: Tensor) -> Tensor:
         """The largest value of each tensor in all processes."""
