@@ -1,6 +1,7 @@
 """What the programs of test_spread.py share. It runs them in several processes, by gloo on the CPU, by NCCL on GPUs."""
 
 import argparse
+import faulthandler
 import os
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ def spawn(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 
 def _process(rank: int, main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     if args.device == "cuda":
         torch.cuda.set_device(rank)
