@@ -10,6 +10,7 @@ interpreter. For these, @pytest.mark.lean(keep=...) leaves the rows whose keep(*
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def pytest_configure(config):
 
 
 def quicken_interpreter():
-    """Triton's interpreter patches triton.language at each call of a device function. Once per launch is enough."""
+    """Triton's interpreter patches triton.language at each call of a device function. Once per launch is enough.
+    It also looks for integers that overflow, as no compiled kernel does; the hash of stochastic rounding has many."""
     if rft.backends()["triton"]:
         return
     import triton.language as tl
@@ -52,6 +54,7 @@ def quicken_interpreter():
             patch(package, *args)
 
     interpreter._patch_builtin = patch_once
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ class Table:
             stochastic=any(e.of.dithered for e in entries),
             anchored=(all(e.of.anchor is not None for e in entries), any(e.of.anchor is not None for e in entries)),
             has_grads=bool(grads),
-            lanes=(32 if self.by_rows else 8) * LANES if INTERPRETED else LANES,
+            lanes=(64 if self.by_rows else 8) * LANES if INTERPRETED else LANES,
         )
         counts = torch.tensor([e.chunks for e in entries], device="cpu")
         self.chunks = int(counts.sum())
