@@ -161,8 +161,9 @@ def test_frozen_quantised_weights_among_the_parameters(make, backend, named):
     assert torch.equal(param, before)
 
 
-def test_weights_written_after_the_anchor_was_taken():
-    """A warning names them once. The same numbers again, a checkpoint with anchors, and `reanchor` are no reason."""
+def test_weights_written_after_the_optimizer_was_made():
+    """They are the anchors, and one warning says so. The same numbers again, a checkpoint with anchors, and `reanchor`
+    are no reason. After a state of torch.optim the anchors stay."""
 
     def step(write):
         model = nn.Linear(4, 4)
@@ -176,9 +177,11 @@ def test_weights_written_after_the_anchor_was_taken():
             optimizer.step()
         return model, optimizer, [str(w.message) for w in seen]
 
-    *_, seen = step(lambda model, _: model.weight.add_(1))
+    model, optimizer, seen = step(lambda model, _: [p.fill_(2) for p in model.parameters()])
     assert len(seen) == 1
-    assert "the weights of parameter 'weight' were written after their anchor was taken" in seen[0]
+    assert "the weights of parameter 'weight' were written after the optimizer was made" in seen[0]
+    assert all((of["anchor"] == 2).all() for of in optimizer.state.values())
+    assert all(0 < of.deviation < 0.1 for of in optimizer.telemetry().values())
     *_, seen = step(lambda model, _: model.weight.copy_(model.weight.clone()))
     assert not seen
     start = []
@@ -205,8 +208,10 @@ def test_weights_written_after_the_anchor_was_taken():
         model.load_state_dict(other.state_dict())
         optimizer.load_state_dict(torch.optim.AdamW(other.named_parameters()).state_dict())
 
-    *_, seen = step(from_torch)
-    assert len(seen) == 2
+    model, optimizer, seen = step(from_torch)
+    assert len(seen) == 1
+    assert "Anchors are the weights as they were then, before a state of torch.optim was loaded" in seen[0]
+    assert all(of.deviation > 0.1 for of in optimizer.telemetry().values())
 
 
 def test_a_parameter_appended_to_a_group_takes_its_anchor():
@@ -237,6 +242,21 @@ def test_a_parameter_that_takes_anothers_place_takes_its_anchor():
     optimizer.step()
     assert torch.equal(optimizer.state[new]["anchor"], torch.full((4,), 3.0))
     assert set(optimizer.state) == {new}
+
+
+@pytest.mark.parametrize("options", [dict(anchor="zero"), dict(method="none")], ids=str)
+def test_what_an_early_look_made_leaves_with_its_parameter(options):
+    """Without anchors, nothing is taken over from it. What a step has used stays, as in torch.optim."""
+    old = nn.Parameter(torch.ones(4))
+    optimizer = rft.AnchoredAdamW([old], lr=0.1, **options)
+    for stepped in (False, True):
+        optimizer.state_dict()
+        new = nn.Parameter(old.detach().clone())
+        optimizer.param_groups[0]["params"][0] = new
+        new.grad = torch.ones(4)
+        optimizer.step()
+        assert set(optimizer.state) == ({old, new} if stepped else {new})
+        old = new
 
 
 @pytest.mark.parametrize("make", [rft.AdamSPD, OPTIMIZERS["around"]])

@@ -150,7 +150,9 @@ class AnchoredOptimizer(KeepingOptimizer):
         if plan is None:
             self._check_files()
             self._late.settle(self.param_groups, AnchorsOfState(self.state))
-            results = self._results.only({param for group in self.param_groups for param in group["params"]})
+            here = {param for group in self.param_groups for param in group["params"]}
+            self._drop_unused(here)
+            results = self._results.only(here)
             if results is not self._results:  # parameters have left, and plans would keep them alive
                 self._plans.clear()
             self._results = results

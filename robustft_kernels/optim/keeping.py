@@ -1,6 +1,6 @@
 """What an optimizer keeps for its parameters: how it is shown, saved and loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 from weakref import WeakMethod
 
@@ -52,6 +52,13 @@ class KeepingOptimizer(Optimizer):
                 backend = registry.choose_backend(self.backend, param.device, {param.dtype})
                 steps_on = param.device if backend.keeps_addresses else torch.device("cpu")
                 state.fill_state(param, self.state[param], self.base, spec, steps_on)
+
+    def _drop_unused(self, here: Set[Tensor]) -> None:
+        """Drops what a look has made for parameters that are no longer `here`, and that no step has used."""
+        for param in [param for param in self.state if param not in here]:
+            kept = self.state[param]
+            if "anchor" not in kept and "step" in kept and not kept["step"]:
+                del self.state[param]
 
     def _show_digests(self) -> None:
         """Makes what a parameter does not keep yet, and puts the digests that are saved beside the anchors."""
@@ -143,8 +150,7 @@ class KeepingOptimizer(Optimizer):
         )
         try:
             super().load_state_dict(state_dict)
-            if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
-                self._late.forget()
+            self._late.loaded(state_dict["param_groups"])
             self._guard.broke_off(False)
         finally:
             for hook in hooks:

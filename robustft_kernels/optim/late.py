@@ -19,16 +19,25 @@ from ..core.sharding import local, version_of
 from ..core.state import keep_anchor
 from ..step.launch import label_of
 
+TAKEN = "Anchors are the weights as they are now, at the first step; to have others, give them as anchor="
+KEPT = (
+    "Anchors are the weights as they were then, before a state of torch.optim was loaded; if those are not θ₀, call "
+    "reanchor() or give anchor="
+)
+
 
 class LateAnchors:
     """What is settled before the first step of a parameter.
 
     - A parameter without an anchor takes one, from the weights as they are. It had no memory before, or is new in its
       group. If it stands at the place of another of its shape, as after `fully_shard`, it takes over that one's anchor.
-    - Weights that were written after their copy was taken are an error in most programs, so a warning names them.
+    - "initial" are the weights at the first step. Where they were written after the optimizer was made, as by programs
+      that load weights last, the copy is taken anew. If a state of torch.optim was loaded too, a run goes on, and the
+      copy stays. A warning says once which it was.
     """
 
     def __init__(self) -> None:
+        self._goes_on = self._told = False
         self._versions = WeakTensorKeyDictionary()  # of weights whose copy no step has used yet
         # Of parameters that were added: the index of the group, that in the group, and whether they had an anchor.
         self._known = WeakTensorKeyDictionary()
@@ -43,6 +52,7 @@ class LateAnchors:
 
     def retake(self, groups: list[Group]) -> dict[Tensor, Tensor]:
         """New anchors, the weights as they are now, for all groups that have any."""
+        self._goes_on = self._told = False
         taken: dict[Tensor, Tensor] = {}
         for row, group in enumerate(groups):
             if is_anchored(group):
@@ -53,9 +63,11 @@ class LateAnchors:
                 self.note(row, group, taken)
         return taken
 
-    def forget(self) -> None:
-        """Notes that a checkpoint of ours was loaded. The anchors are then what they should be."""
-        self._versions = WeakTensorKeyDictionary()
+    def loaded(self, groups: list[Group]) -> None:
+        """Notes that a checkpoint with these groups was loaded. The anchors of ours are what they should be."""
+        if any("method" in group for group in groups):
+            self._versions = WeakTensorKeyDictionary()
+        self._goes_on = True
 
     def settle(self, groups: list[Group], known: MutableMapping[Tensor, Tensor]) -> None:
         """`settle_one` for all parameters with a gradient."""
@@ -78,8 +90,10 @@ class LateAnchors:
         if param not in known:
             known[param] = self._taken(groups, row, k, known)
             self._known[param] = row, k, True
-        elif param in self._versions:
-            self._compare(group, k, known[param])
+        elif param in self._versions and self._written(param, known[param]):
+            if not self._goes_on:
+                known[param] = copies([param], group)[0]
+            self._tell(label_of(group, k))
         self._versions.pop(param, None)
 
     def _taken(self, groups: list[Group], row: int, k: int, known: MutableMapping[Tensor, Tensor]) -> Tensor:
@@ -112,18 +126,21 @@ class LateAnchors:
     def _stood_at(self, other: Tensor, row: int, k: int, param: Tensor) -> bool:
         return other.shape == param.shape and self._known.get(other, ())[:2] == (row, k)
 
-    def _compare(self, group: Group, k: int, anchor: Tensor) -> None:
-        param = group["params"][k]
+    def _written(self, param: Tensor, anchor: Tensor) -> bool:
+        """Whether a parameter holds other numbers than when its copy was taken."""
         if self._versions[param] == version_of(param):
-            return
-        if not torch.equal(local(anchor).to(param.device, param.dtype), local(param)):
+            return False
+        return not torch.equal(local(anchor).to(param.device, param.dtype), local(param))
+
+    def _tell(self, label: str) -> None:
+        if not self._told:
             warnings.warn(
-                f"robustft_kernels: the weights of {label_of(group, k)} were written after their anchor was taken, and "
-                "steps will pull them back to what they were before; make the optimizer after the weights are loaded, "
-                "or call reanchor()",
+                f"robustft_kernels: the weights of {label} were written after the optimizer was made. "
+                f"{KEPT if self._goes_on else TAKEN}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        self._told = True
 
 
 def resolved(spec: Anchor, group: Group, *, anchored: bool, **options: Any) -> tuple[str, dict[Tensor, Tensor]]:

@@ -40,8 +40,8 @@ class AnchoredAdamW(AnchoredOptimizer):
         k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius. 1 holds most, 0 lets radii only grow.
         radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
         anchor: θ₀. It is one of
-            - "initial": a copy of the weights now; see `reanchor` for later. A parameter without memory (meta, lazy)
-              is copied at its first step.
+            - "initial": a copy of the weights now, or at their first step if they are written before it, or have no
+              memory (meta, lazy) until then; see `reanchor` for later.
             - "zero": for adapters. It needs no memory and no reads.
             - A list of tensors parallel to `params`.
             - A mapping from parameter name to tensor.

@@ -55,7 +55,7 @@ class Anchored(WrappingOptimizer):
             lr, with the lr of each group of the wrapped optimizer.
         radius: γ > 0 of "project", in units of the weights. Like `strength` and lr, it may be a tensor.
         anchor: θ₀. It is one of
-            - "initial": a copy of the weights now.
+            - "initial": a copy of the weights now, or at their first step if they are written before it.
             - "zero": it needs no memory and no reads.
             - A list of tensors parallel to the parameters of all groups that have no anchor of their own.
             - A mapping from parameter name to tensor, or the path of a safetensors file. Either needs a wrapped

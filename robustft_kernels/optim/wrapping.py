@@ -154,8 +154,7 @@ class WrappingOptimizer(Optimizer):
         self._plans.clear()
         self._results = Results()
         self._guard.broke_off(False)
-        if any("method" in group for group in state_dict["param_groups"]):  # or it is torch.optim's
-            self._late.forget()
+        self._late.loaded(state_dict["param_groups"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
