@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
 RESULTS ?= benchmarks/results/gpu.json
 
 .PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants \
-	test-integrations lint bench bench-check peers codegen test-gpu bench-gpu clean
+	test-integrations test-ptx lint bench bench-check peers codegen test-gpu bench-gpu clean
 
 install: .venv/.installed
 
@@ -50,6 +50,10 @@ test-full: install
 # Small faults, one at a time, in a copy of the sources: `make test` must catch each. Some 40 minutes on two cores.
 test-mutants: install
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+# The compiled GPU kernels, run on the CPU (tests/ptx). Some 10 minutes, with a C++ compiler.
+test-ptx: install
+	$(PYTEST) tests/test_ptx.py $(ARGS)
 
 # timm asks for a torchvision, which would ask for a torch of its own; both stay in a folder that few commands see.
 .cache/timm: | install

@@ -1,0 +1,15 @@
+"""Runs the compiled GPU kernels on a CPU: the PTX that a GPU's driver would get, thread by thread.
+
+Triton's interpreter shows that the source is right. This shows what the compiler made of it: which thread reads and
+writes what, and when. It finds races, barriers that are missing, accesses that are misaligned or out of bounds, waits
+without an end, and results that depend on the order in which threads come.
+
+- translate.py and instructions.py: PTX to C++, a function for each kind of instruction.
+- machine.h: the threads, their order, and what is watched. arithmetic.h: the numbers.
+- program.py: a kernel, compiled by the C++ compiler and called.
+- device.py: Triton's driver, and a backend "ptx" that makes steps by it.
+- __main__.py: what is run (make test-ptx). faults.py: small faults in the PTX, which it must see.
+
+It does not show speed, nor what ptxas makes of the PTX. Memory is sequentially consistent: a wrong memory order shows
+as a race alone. Approximate instructions are off by as much as the manual allows, at most.
+"""

@@ -1,0 +1,100 @@
+"""A program, run by test_ptx.py and `make test-ptx`. It exits with 1 if anything is not as it should be.
+
+python -m tests.ptx translate                   all kernels that ship can be translated
+python -m tests.ptx steps [--pick TEXT ...]     the rows of steps.py whose name has these texts equal the oracle
+python -m tests.ptx schedules [--count 10]      threads that come in other orders leave the same bits
+python -m tests.ptx faults [--pick TEXT ...]    the faults of faults.py are seen
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import codegen
+
+from . import faults, steps
+from .device import install
+from .harmless import harmful
+from .program import Schedule
+from .translate import translate
+
+
+def told(failures: list[str], what: str) -> bool:
+    """Prints what failed. Returns whether nothing did."""
+    print(f"{'FAILED' if failures else 'ok'}: {what}", *failures, sep="\n    ", flush=True)
+    return not failures
+
+
+def check_translation(_: argparse.Namespace) -> bool:
+    """Every kernel of every variant that `benchmarks.codegen` lists."""
+    failures, done = [], 0
+    for which, kernel, target in codegen.jobs():
+        if target == "sm_90":
+            shipped = codegen.VARIANTS[which]
+            try:
+                translate(codegen.compiled(shipped, kernel, codegen.TARGETS[target]).asm["ptx"])
+            except Exception as error:  # each says what it is about
+                failures.append(f"{shipped.name}, {kernel}: {type(error).__name__}: {error}")
+            done += 1
+    return told(failures, f"{done - len(failures)} of {done} kernels translate")
+
+
+def check_steps(options: argparse.Namespace) -> bool:
+    """Each row equals the oracle, and no thread does what it should not."""
+    device, fine = install(), True
+    rows = [row for row in steps.ROWS if all(text in row.name for text in options.pick)]
+    for row in rows:
+        failures = harmful(steps.check(device, row))
+        fine &= told(failures, f"{row.name}: {', '.join(device.launched)}")
+    return fine and bool(rows)
+
+
+def check_schedules(options: argparse.Namespace) -> bool:
+    """The bits of a step do not depend on which thread and which program comes first."""
+    device, fine = install(), True
+    rows = [row for row in steps.ROWS if row.settings == "adamw" and row.dtype == torch.float32 and row.how == "a step"]
+    rows = [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True]
+    for row in rows:
+        failures, first = [], None
+        for seed in range(options.count):
+            device.schedule = Schedule(seed, preempt=(0.0, 0.02, 0.2)[seed % 3], resident=(2, 3, 8)[seed % 3])
+            device.seen.clear()
+            bits = [of.clone() for of in steps.step(row).tensors()]
+            first = first or bits
+            if not all(torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125)) for a, b in zip(first, bits, strict=True)):
+                failures.append(f"seed {seed}: other bits")
+            failures += harmful(device.seen)
+        fine &= told(failures, f"{row.name}: the bits of {options.count} schedules")
+    return fine and bool(rows)
+
+
+def check_faults(options: argparse.Namespace) -> bool:
+    """Most faults are seen, and so the tool has power."""
+    device = install()
+    caught, survived = [], []
+    for fault in faults.all_of(device):
+        if all(text in fault.name for text in options.pick):
+            seen = fault.seen(device)
+            (caught if seen else survived).append(fault.name)
+            print(f"{'caught' if seen else 'SURVIVED'}: {fault.name}: {seen[0] if seen else ''}", flush=True)
+    enough = len(caught) >= 3 * len(survived) and bool(caught)
+    return told([] if enough else survived, f"{len(caught)} of {len(caught) + len(survived)} faults are seen")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.partition("\n")[0])
+    checks: dict[str, Callable[[argparse.Namespace], bool]] = {
+        "translate": check_translation, "steps": check_steps, "schedules": check_schedules, "faults": check_faults,
+    }  # fmt: skip
+    parser.add_argument("what", choices=checks)
+    parser.add_argument("--pick", nargs="*", default=[])
+    parser.add_argument("--count", type=int, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    return 0 if checks[options.what](options) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Races inside one program that do no harm, and why.
+
+All threads of a program load a scalar, and the first one stores a new value there. Another thread may come late and
+load that. It makes nothing of it: what it has loaded goes into the value to be stored alone, and it does not store.
+What reads the place later has a barrier before it, or is another launch.
+"""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+from robustft_kernels.triton_kernels import sweeps
+
+PLACE = r"(\w+\.py):(\d+)(?: from (\d+))? [\w.:]+ \((read|write)\)"
+RACE = re.compile(rf"race: {PLACE} with {PLACE}, threads of one program")
+FUNCTIONS = {
+    "count_step": "the step count and one more",
+    "count_selected": "how often a segment was selected, and perhaps one more",
+    "conclude": "the learned radius, brought under the largest row",
+}
+
+
+def harmful(seen: list[str]) -> list[str]:
+    """What was seen, without those races."""
+    return [line for line in seen if not _harmless(line)]
+
+
+def _harmless(line: str) -> bool:
+    match = RACE.fullmatch(line)
+    if not match:
+        return False
+    one, other = match.groups()[:4], match.groups()[4:]
+    read, write = (one, other) if one[3] == "read" else (other, one)
+    if (read[3], write[3]) != ("read", "write") or read[0] != write[0]:
+        return False
+    near = any(abs(int(number) - int(write[1])) <= 1 for number in read[1:3] if number)
+    return near and function_at(write[0], int(write[1])) in FUNCTIONS
+
+
+@cache
+def _functions(file: str) -> list[tuple[int, int, str]]:
+    tree = ast.parse(Path(sweeps.__file__).with_name(file).read_text())
+    return [(of.lineno, of.end_lineno or 0, of.name) for of in tree.body if isinstance(of, ast.FunctionDef)]
+
+
+def function_at(file: str, line: int) -> str:
+    """The function of a kernel's source that this line is in."""
+    return next((name for first, last, name in _functions(file) if first <= line <= last), "")

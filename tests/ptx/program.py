@@ -1,0 +1,91 @@
+"""A kernel, compiled for this CPU."""
+
+import ctypes
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from .translate import Kernel, translate
+
+HERE = Path(__file__).parent
+HEADERS = ("arithmetic.h", "races.h", "machine.h")
+CACHE = HERE.parents[1] / ".cache" / "ptx"
+# Without contraction, as the PTX says itself what is fused.
+COMPILER = (
+    "g++", "-std=c++20", "-O1", "-g0", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC",
+    "-shared",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order threads come.
+
+    seed: of the order. preempt: the probability that another comes at a plain access. resident: how many programs run
+    at a time. limit: of accesses, for a launch without an end.
+    """
+
+    seed: int = 0
+    preempt: float = 0.02
+    resident: int = 8
+    limit: int = 10**8
+
+
+class Program:
+    """The kernel of a PTX module as a function of this process. Its C++ is compiled once, and kept in a cache."""
+
+    def __init__(self, ptx: str) -> None:
+        self.kernel = translate(ptx)
+        self._library = ctypes.CDLL(str(_compiled(self.kernel)))
+
+    def __call__(
+        self,
+        programs: int,
+        shared: int,
+        parameters: Sequence[int],
+        ranges: Iterable[tuple[int, int]],
+        schedule: Schedule,
+    ) -> list[str]:
+        """Launches so many programs, each with so many bytes of shared memory. ranges: of the addresses that it may
+        touch. Returns what was seen that should not be."""
+        words = [*parameters, *[0] * (len(self.kernel.parameters) - len(parameters))]
+        spans = [address for span in ranges for address in span]
+        report = ctypes.create_string_buffer(1 << 18)
+        self._library.run(
+            programs, shared, (ctypes.c_uint64 * len(words))(*words), ctypes.c_uint64(schedule.seed),
+            ctypes.c_double(schedule.preempt), schedule.resident, (ctypes.c_uint64 * len(spans))(*spans),
+            len(spans) // 2, ctypes.c_uint64(schedule.limit), report, len(report),
+        )  # fmt: skip
+        return report.value.decode().splitlines()
+
+
+def source_of(kernel: Kernel) -> str:
+    """A file of C++ with the kernel and a function `run` that launches it."""
+    sites = ", ".join(f'"{site}"' for site in kernel.sites)
+    return f"""#include "machine.h"
+static const char* const sites[] = {{{sites or '""'}}};
+static void kernel(Thread& me, const u64* parameters) {{
+{kernel.source}
+}}
+extern "C" u64 run(u32 programs, u32 shared, const u64* parameters, u64 seed, double preempt, u32 resident,
+                   const u64* ranges, u32 count, u64 limit, char* report, u32 size) {{
+  return launch(kernel, {kernel.threads}, sites, programs, shared, parameters, seed, preempt, resident, ranges, count,
+                limit, report, size);
+}}
+"""
+
+
+def _compiled(kernel: Kernel) -> Path:
+    source = source_of(kernel)
+    asked = [source, *(HERE.joinpath(name).read_text() for name in HEADERS), *COMPILER]
+    library = CACHE / f"{kernel.name}-{sha256(''.join(asked).encode()).hexdigest()[:24]}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        text = library.with_suffix(".cpp")
+        text.write_text(source)
+        fresh = library.with_suffix(".new")
+        subprocess.run([*COMPILER, f"-I{HERE}", str(text), "-o", str(fresh)], check=True)
+        fresh.rename(library)
+    return library
