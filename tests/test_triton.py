@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from robustft_kernels.triton_kernels.table import SPARES, DeviceRow
 from torch import nn
 
 import robustft_kernels as rft
 from robustft_kernels.backends import registry
+from robustft_kernels.backends import triton as triton_backend
 from robustft_kernels.testing import CASES, SETTINGS, Stepper
 
 from .test_steps import assert_bits, settled
@@ -158,6 +160,52 @@ def test_anchored_state_moves_between_backends(device):
     first.load_state_dict(second.state_dict())
     first.step()
     assert first.state[param]["step"] == 3
+
+
+def test_each_captured_send_has_a_buffer_of_its_own(monkeypatch):
+    """A GPU is feigned. Graphs replay their copies later, so what one sent must not be overwritten by the next."""
+    monkeypatch.setattr(DeviceRow, "_slot", lambda row: (torch.zeros(row.device.numel(), dtype=torch.int64), Done()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    row, capturing = DeviceRow(4, torch.device("cpu")), False
+    row._cuda = True
+
+    def send(value):
+        buffer = row.host()
+        buffer.fill_(value)
+        row.send()
+        return buffer
+
+    send(-1)  # outside, which makes the spare buffers
+    capturing = True
+    sent = [send(k) for k in range(SPARES)]
+    assert [int(buffer[0]) for buffer in sent] == list(range(SPARES))
+    with pytest.raises(RuntimeError, match="make a step outside between captures"):
+        row.host()
+    capturing = False
+    send(-1)
+    capturing = True
+    send(SPARES)
+    assert [int(buffer[0]) for buffer in sent] == list(range(SPARES))
+
+
+class Done:
+    """An event that has passed."""
+
+    def query(self):
+        return True
+
+    def record(self):
+        pass
+
+
+def test_a_slow_host_is_told_once(device, monkeypatch):
+    stepper = Stepper(CASES[:4], SETTINGS[0], "spd", torch.float32, device=device)
+    monkeypatch.setattr(triton_backend, "MISSING", "no compiler")
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    triton_backend._tell_of_slow_host.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"the C\+\+ extension is absent \(no compiler\)"):
+        triton_backend.prepare(stepper.table(), tickets=False)
+    triton_backend.prepare(stepper.table(), tickets=True)  # a second warning would be an error
 
 
 def test_first_arguments_that_fit_nothing(device):

@@ -182,37 +182,46 @@ class Table:
         self._row.send()
 
 
+SPARES = 8  # buffers for the sends of CUDA graphs; a step sends once for each class of dtypes, and twice if it clips
+
+
 class DeviceRow:
     """A row of int64 on the device. The host rewrites it without waiting for the copies under way. For this it has a
-    ring of pinned buffers, each with an event that tells when its copy is done. The ring grows when none is free."""
+    ring of pinned buffers, each with an event that tells when its copy is done. The ring grows when none is free.
+
+    A send that a CUDA graph captures keeps its buffer, since its copy runs again at each replay. No memory can be
+    pinned under capture, so `SPARES` buffers are kept ready, and replaced by the next step outside of a capture.
+    """
 
     def __init__(self, words: int, device: torch.device) -> None:
         self.device = torch.zeros(words, dtype=torch.int64, device=device)
         self._cuda = device.type == "cuda"
         self._ring = [self._slot() for _ in range(2)]
-        self._spare = self._slot()
+        self._spares = [self._slot()[0] for _ in range(SPARES if self._cuda else 0)]
         self._sent: Tensor | None = None
         self._captured: list[Tensor] = []
         self.sends = 0
 
     def host(self) -> Tensor:
-        """The buffer to write before `send`."""
-        if self._cuda and torch.cuda.is_current_stream_capturing():
-            return self._spare[0]
-        if self._captured and self._captured[-1] is self._spare[0]:
-            self._spare = self._slot()
+        """The buffer to write before `send`. Raises RuntimeError under capture if none is left."""
+        if self._capturing():
+            if not self._spares:
+                raise RuntimeError(
+                    f"robustft: CUDA graphs have captured {SPARES} sends of a step's numbers since the last step "
+                    "outside of a capture, and no pinned buffer is left; make a step outside between captures"
+                )
+            return self._spares[-1]
+        while self._cuda and len(self._spares) < SPARES:
+            self._spares.append(self._slot()[0])
         if self._cuda and not self._ring[0][1].query():
             self._ring.insert(0, self._slot())
         return self._ring[0][0]
 
     def send(self) -> None:
-        """Copies that buffer to the device, in stream order, unless the device has the same already.
-
-        A graph under capture keeps its own buffer, since its copy runs again at each replay.
-        """
-        if self._cuda and torch.cuda.is_current_stream_capturing():
-            self.device.copy_(self._spare[0], non_blocking=True)
-            self._captured.append(self._spare[0])
+        """Copies that buffer to the device, in stream order, unless the device has the same already."""
+        if self._capturing():
+            self._captured.append(self._spares.pop())
+            self.device.copy_(self._captured[-1], non_blocking=True)
             self._sent = None
             self.sends += 1
             return
@@ -225,6 +234,9 @@ class DeviceRow:
         self._sent = buffer
         self._ring.append(self._ring.pop(0))
         self.sends += 1
+
+    def _capturing(self) -> bool:
+        return self._cuda and torch.cuda.is_current_stream_capturing()
 
     def _slot(self) -> tuple[Tensor, torch.cuda.Event | None]:
         words = self.device.numel()

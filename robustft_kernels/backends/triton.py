@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
-from functools import partial
+import warnings
+from functools import cache, partial
 
 import torch
 
 from ..core.contract import Run, StepTable
 from .backend import KERNEL_DTYPES, Backend
-from .native import addresses
+from .native import MISSING, addresses
 
 
 def interpreted() -> bool:
@@ -30,8 +31,20 @@ def prepare(table: StepTable, *, tickets: bool) -> Run:
     fit."""
     from ..triton_kernels.launch import PreparedStep
 
+    if MISSING and not interpreted():
+        _tell_of_slow_host()
     run: Run = PreparedStep(table, addresses=addresses, tickets=tickets)
     return run
+
+
+@cache
+def _tell_of_slow_host() -> None:
+    warnings.warn(
+        f"robustft_kernels: the C++ extension is absent ({MISSING}). Steps on the GPU work without it, but the host "
+        "needs many times longer to start each one",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _form(name: str, tickets: bool) -> Backend:

@@ -40,7 +40,8 @@ def _harmless(line: str) -> bool:
 
 @cache
 def _functions(file: str) -> list[tuple[int, int, str]]:
-    tree = ast.parse(Path(sweeps.__file__).with_name(file).read_text())
+    path = Path(sweeps.__file__).with_name(file)
+    tree = ast.parse(path.read_text() if path.exists() else "")  # some lines are Triton's own
     return [(of.lineno, of.end_lineno or 0, of.name) for of in tree.body if isinstance(of, ast.FunctionDef)]
 
 
