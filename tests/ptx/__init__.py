@@ -5,11 +5,13 @@ writes what, and when. It finds races, barriers that are missing, accesses that 
 without an end, and results that depend on the order in which threads come.
 
 - translate.py and instructions.py: PTX to C++, a function for each kind of instruction.
-- machine.h: the threads, their order, and what is watched. arithmetic.h: the numbers.
+- machine.h: the threads, their order and memory. races.h: who knows of whose accesses. arithmetic.h: the numbers.
 - program.py: a kernel, compiled by the C++ compiler and called.
-- device.py: Triton's driver, and a backend "ptx" that makes steps by it.
-- __main__.py: what is run (make test-ptx). faults.py: small faults in the PTX, which it must see.
+- device.py: the machine in the place of a GPU. The Triton backends then make their steps on it.
+- steps.py: the steps that are compared with the oracle. harmless.py: races that do no harm, and why.
+- faults.py: small faults in the PTX, which the checks must see.
+- __main__.py: the checks (make test-ptx).
 
 It does not show speed, nor what ptxas makes of the PTX. Memory is sequentially consistent: a wrong memory order shows
-as a race alone. Approximate instructions are off by as much as the manual allows, at most.
+as a race alone. Approximate instructions are off from the exact result by up to what the manual allows.
 """
