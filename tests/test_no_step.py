@@ -8,7 +8,7 @@ import torch
 from robustft_kernels.backends import reference, registry
 from robustft_kernels.core.bases import NO_STEP, arithmetic_of
 from robustft_kernels.core.methods import METHOD_HYPER, RULES, rule_of
-from robustft_kernels.step.decide import decide, expanded
+from robustft_kernels.step.decide import decide, expanded, fold
 from robustft_kernels.step.no_step import NoStep, observed, pulled
 from robustft_kernels.testing import DTYPES, ROW_CASES, SETTINGS, Stepper
 
@@ -154,3 +154,12 @@ def test_two_halves_are_a_whole(backend, device, settings, method, norm):
     for name in ("params", "steps"):
         assert all(map(torch.equal, getattr(half, name), getattr(whole, name))), name
     assert all(map(torch.equal, half.states["master"], whole.states["master"]))
+
+
+def test_counts_are_sent_to_the_device_once(monkeypatch):
+    """On a GPU the host would wait for each."""
+    values, counts = torch.arange(6, dtype=torch.float64), [3, 0, 3]
+    want = fold(values, counts, "sum"), expanded(values[:3], counts)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert all(map(torch.equal, want, (fold(values, counts, "sum"), expanded(values[:3], list(counts)))))
+    assert want[0].tolist() == [3, 0, 12]

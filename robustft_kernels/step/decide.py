@@ -6,6 +6,7 @@ a segment, and the hyper-parameters by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -121,13 +122,17 @@ def largest(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 def fold(values: Tensor, counts: Sequence[int], how: str) -> Tensor:
     """One value a tensor, folded from its segments' values in their order. 0 for a tensor without any."""
-    return torch.segment_reduce(values, how, lengths=_lengths(values, counts), initial=0, unsafe=True)
+    lengths = lengths_on(values.device, tuple(counts))
+    return torch.segment_reduce(values, how, lengths=lengths, initial=0, unsafe=True)
 
 
 def expanded(by_tensor: Tensor, counts: Sequence[int]) -> Tensor:
     """The value of each tensor, repeated for each of its segments."""
-    return by_tensor.repeat_interleave(_lengths(by_tensor, counts), output_size=sum(counts))
+    return by_tensor.repeat_interleave(lengths_on(by_tensor.device, tuple(counts)), output_size=sum(counts))
 
 
-def _lengths(values: Tensor, counts: Sequence[int]) -> Tensor:
-    return torch.tensor(counts, dtype=torch.int64, device="cpu").to(values.device, non_blocking=True)
+@lru_cache(maxsize=256)
+def lengths_on(device: torch.device, counts: tuple[int, ...]) -> Tensor:
+    """The counts as int64 on a device. They are kept there, as steps ask for the same ones, and a copy would make the
+    host wait. Not to be written."""
+    return torch.tensor(counts, dtype=torch.int64, device="cpu").to(device)

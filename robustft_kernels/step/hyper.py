@@ -38,6 +38,7 @@ class HyperTable:
         self.table = torch.zeros(len(groups) + len(own), len(base.hyper), dtype=torch.float64, device="cpu")
         self.live: dict[int, Tensor] = {}
         self._rows: list[list[float]] = []
+        self._sent: Tensor | None = None  # what the groups' rows of the table are on the device
         for row, values in enumerate(self._read() if addresses else ()):
             for column, value in enumerate(values.values()):
                 if _is_readable(value, device):
@@ -65,7 +66,7 @@ class HyperTable:
             for row, values in enumerate(self._read())
         ]
         if rows != self._rows:
-            self._rows = rows
+            self._rows, self._sent = rows, None
             self.table[: len(rows)] = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self.table[len(rows) :] = self.table[self._own]
 
@@ -77,7 +78,9 @@ class HyperTable:
     def numbers(self, column: str) -> Tensor:
         """One hyper-parameter of each group, float64 on the device. The host does not wait for those in tensors."""
         k, width = self._base.hyper.index(column), len(self._base.hyper)
-        values = self.table[: len(self._groups), k].to(self._device, non_blocking=True)
+        if self._sent is None:
+            self._sent = self.table[: len(self._groups)].to(self._device, non_blocking=True)
+        values = self._sent[:, k]
         live = {row: self.live[row * width + k] for row in range(len(values)) if row * width + k in self.live}
         if live:
             values = values.clone()

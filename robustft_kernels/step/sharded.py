@@ -13,9 +13,9 @@ from ..core.contract import Run, StepTensors, empty_results
 from ..core.exchange import Exchange, Reach
 from ..core.methods import MEASURES, METHOD_HYPER, RULES
 from ..core.sharding import is_spread, local
-from .decide import EPS, LEARN, Terms, expanded
+from .decide import EPS, LEARN, Terms, expanded, lengths_on
 from .hyper import HyperTable
-from .launch import CPU, Launch, Share, shard_of, split_by_reach
+from .launch import Launch, Share, shard_of, split_by_reach
 from .no_step import NoStep, deltas_of, observed, pulled, rows_of
 from .peers import Decision, Part, Peers
 from .results import Results, Tables, unless
@@ -143,7 +143,7 @@ class ShardedLaunch(Launch):
         for row, places in self._members.items():
             part, new = self._peers.parts[row], self._learned[places]
             most = decision.largest_rows(part)
-            some = torch.tensor([count > 0 for count in part.counts], device=CPU).to(self.device)
+            some = lengths_on(self.device, tuple(part.counts)) > 0
             new[:, 0] = torch.where(some, torch.minimum(new[:, 0], most + EPS), new[:, 0])
             of_row = [self._learning[k] for k in places]
             kept = [of.state[of.spec.rule.learns] for of in of_row]

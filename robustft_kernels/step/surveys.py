@@ -9,7 +9,7 @@ from ..core.contract import StepTensors
 from ..core.exchange import Exchange, Segments
 from ..core.methods import MEASURES, RULES
 from ..core.sharding import first_row, has_whole_rows, local
-from .decide import EPS, expanded, fold
+from .decide import EPS, expanded, fold, lengths_on
 
 DOT, BEFORE = MEASURES.index("grad_dot_delta"), MEASURES.index("before")
 ROWS = RULES["observe_rows"]
@@ -57,9 +57,10 @@ class RowSurvey:
         cut, rows = self._ordered(found[:, [BEFORE]])
         sizes = torch.cat([self._segments.whole(cut), rows])[:, 0].nan_to_num(nan=-1.0)
         most = self._largest(sizes)
-        starts = torch.tensor(self._counts, device="cpu").cumsum(0).sub(torch.tensor(self._counts, device="cpu"))
+        counts = lengths_on(sizes.device, tuple(self._counts))
+        starts = counts.cumsum(0) - counts
         places = torch.arange(len(sizes), dtype=torch.float64, device=sizes.device)
-        places += self._expanded(self._first - starts.to(places))
+        places += self._expanded(self._first - starts)
         first = -self._largest(torch.where(sizes == self._expanded(most), -places, -torch.inf))
         on = (places == self._expanded(first)).double()
         of_cut = self._segments.parts(on[: sum(self._segments.counts)]).split(self._segments.here)
@@ -76,7 +77,7 @@ class RowSurvey:
 
     def _largest(self, values: Tensor) -> Tensor:
         """The largest value of each tensor in all processes."""
-        counts = torch.tensor(self._counts, device="cpu").to(values.device)
+        counts = lengths_on(values.device, tuple(self._counts))
         here = torch.segment_reduce(values, "max", lengths=counts, initial=-torch.inf, unsafe=True)
         return self._maxima.largest(here)
 
