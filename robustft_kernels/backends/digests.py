@@ -7,6 +7,7 @@ up over shards. So each process reads what it has, and all have the same digest 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import and_
 from typing import Any
 
 import torch
@@ -46,16 +47,17 @@ def digest(anchor: Tensor) -> Tensor:
 def digests(anchors: Sequence[Tensor], *, anew: bool = False) -> list[Tensor]:
     """The digest of each anchor. They are computed once, as long as nobody writes the anchor.
 
-    For anchors that are spread over processes, there is one all-reduce a mesh, for all that are not known yet.
+    For anchors that are spread over processes, there is one all-reduce a mesh. If one of them is not known yet, it is
+    for all: a process whose shard is empty cannot know that others were written.
 
-    anew: compute those of spread anchors in any case. A process whose shard is empty cannot know that others were
-        written.
+    anew: compute those of spread anchors in any case.
     """
     versions = [version_of(anchor) for anchor in anchors]
     known: list[_Known | None] = [_known.get(anchor) for anchor in anchors]
-    todo = [
-        k for k, of in enumerate(known) if of is None or of.version != versions[k] or (anew and is_spread(anchors[k]))
-    ]
+    spread = [is_spread(anchor) for anchor in anchors]
+    unknown = [of is None or of.version != version for of, version in zip(known, versions, strict=True)]
+    anew |= any(map(and_, spread, unknown))
+    todo = [k for k in range(len(anchors)) if unknown[k] or (anew and spread[k])]
     if todo:
         new = [anchors[k] for k in todo]
         here = torch.stack([_sums_here(anchor) for anchor in new])
@@ -86,6 +88,12 @@ def shown(anchor: Tensor, param: Tensor) -> Tensor:
     content = copy_for(anchor, param)
     _known[anchor].shown = content, content._version
     return content
+
+
+def is_known(anchor: Tensor) -> bool:
+    """Whether the digest of an anchor is known in this process, and nobody has written the anchor here."""
+    of: _Known | None = _known.get(anchor)
+    return of is not None and of.version == version_of(anchor)
 
 
 def is_of(told: Tensor | None, anchor: Tensor) -> bool:

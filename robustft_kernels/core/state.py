@@ -168,7 +168,7 @@ def check_loadable(param: Tensor, label: str, saved: Mapping[str, Any]) -> None:
             )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_numbers(a: Tensor, b: Tensor) -> bool:
     """Whether two anchors have the same dtype, place and elements. One whose file was written has none."""
     if any(not file.is_intact() for file in files_of((a, b))):
         return False
@@ -190,7 +190,7 @@ def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tens
             loaded[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key in LEARNED:
             loaded[key] = value.to(param.device, torch.float64, copy=True)
-        elif key == "anchor" and present is not None and _equal(value, present):
+        elif key == "anchor" and present is not None and same_numbers(value, present):
             loaded[key] = present
         elif key == "anchor":
             loaded[key] = keep_anchor(param, value, None, spec.anchor_device, copy=True)

@@ -61,11 +61,15 @@ class KeepingOptimizer(Optimizer):
                 del self.state[param]
 
     def _show_digests(self) -> None:
-        """Makes what a parameter does not keep yet, and puts the digests that are saved beside the anchors."""
+        """Makes what a parameter does not keep yet, the digest of its anchor too. A digest that is there is not taken
+        anew, since not every process knows that an anchor was written; `state_dict` does that."""
         self._complete_state()
-        for param, anchor in self._digested().items():
-            kept = self.state[param]
-            if not digests.is_of(kept.get("anchor_digest"), anchor):  # or each look would void the plan
+        if any("anchor" in of and "anchor_digest" not in of for of in self.state.values()):
+            self._digested()
+        for param, kept in self.state.items() if self.save_anchors else ():
+            anchor = kept.get("anchor")
+            # One that is right stays, or each look would void the plan.
+            if anchor is not None and digests.is_known(anchor) and not digests.is_of(kept.get("anchor_digest"), anchor):
                 kept["anchor_digest"] = digests.copy_for(anchor, param)
 
     def _digested(self) -> dict[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ..backends import digests
 from ..core import checkpoint
 from ..core.bases import Group
-from ..core.state import check_loadable, copy_beside
+from ..core.state import check_loadable, copy_beside, same_numbers
 from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plans import Plans
@@ -148,7 +148,8 @@ class WrappingOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param in loaded:
-                    self._anchors[param] = copy_beside(param, loaded[param])
+                    if param not in self._anchors or not same_numbers(loaded[param], self._anchors[param]):
+                        self._anchors[param] = copy_beside(param, loaded[param])
                 elif group["anchor"] == "zero":
                     self._anchors.pop(param, None)
         self._plans.clear()
