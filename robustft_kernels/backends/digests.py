@@ -55,7 +55,7 @@ def digests(anchors: Sequence[Tensor], *, anew: bool = False) -> list[Tensor]:
     versions = [version_of(anchor) for anchor in anchors]
     known: list[_Known | None] = [_known.get(anchor) for anchor in anchors]
     spread = [is_spread(anchor) for anchor in anchors]
-    unknown = [of is None or of.version != version for of, version in zip(known, versions, strict=True)]
+    unknown = [not is_known(anchor) for anchor in anchors]
     anew |= any(map(and_, spread, unknown))
     todo = [k for k in range(len(anchors)) if unknown[k] or (anew and spread[k])]
     if todo:

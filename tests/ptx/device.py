@@ -73,7 +73,9 @@ class WatchedTable(table.Table):
         yield from (*self._given, *self._relaid.values(), *self._numbers)
 
 
-class _Utils:
+class Utils:
+    """What Triton asks of a driver's device."""
+
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
         return name, name, 64, 0, 1024
 
@@ -81,8 +83,10 @@ class _Utils:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
 
-class _Driver:
-    utils = _Utils()
+class Driver:
+    """Triton's driver of an sm_90 that holds CPU tensors."""
+
+    utils = Utils()
 
     def launcher_cls(self, source: Any, metadata: Any) -> None:
         return None
@@ -100,15 +104,20 @@ class _Driver:
         return torch.device("cpu")
 
 
+def feign(of: Driver) -> None:
+    """Makes the Triton backends serve CPU tensors, through a driver without a GPU."""
+    driver.set_active(of)
+    for name in ("triton", "triton_tickets"):
+        registry.BACKENDS[name] = replace(registry.BACKENDS[name], missing=lambda: "", device_type=lambda: "cpu")
+    table.gpu_of = lambda _: ("cuda", 90)
+
+
 def install() -> Device:
     """Puts a device in place of a GPU."""
     if knobs.runtime.interpret:
         raise RuntimeError("Triton is in its interpreter; unset TRITON_INTERPRET")
     device = Device()
-    driver.set_active(_Driver())
-    for name in ("triton", "triton_tickets"):
-        registry.BACKENDS[name] = replace(registry.BACKENDS[name], missing=lambda: "", device_type=lambda: "cpu")
-    table.gpu_of = lambda _: ("cuda", 90)
+    feign(Driver())
     launch.launch, launch.Table = device.launch, WatchedTable
     return device
 
