@@ -66,6 +66,7 @@ STACK = {
         "exchange",
         "sharding",
         "unsharded",
+        "staging",
         "ranges",
         "methods",
     ),

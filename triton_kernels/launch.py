@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.bases import state_dtype_of, state_shape_of
 from ..core.contract import StepTable, StepTensors
 from ..core.methods import LEARNED
+from ..core.staging import staged
 from ..core.state import same_layout
 from . import norm, row_sweeps, sweeps
 from .table import Addresses, Entry, Table, entries_of
@@ -123,7 +124,8 @@ class _Tickets:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         tasks = schedule(table.ends, table.pulled, table.chunks, LAG * PROGRAMS * processors)
         self.programs = min(PROGRAMS * processors, len(tasks))
-        self.schedule = torch.tensor([len(tasks), len(table.tensors), *tasks], dtype=torch.int32, device=device)
+        words = torch.tensor([len(tasks), len(table.tensors), *tasks], dtype=torch.int32, device="cpu")
+        self.schedule = staged(words, device)
         self.cursor = torch.zeros(2, dtype=torch.int32, device=device)
         self.ready = torch.zeros(len(table.tensors), dtype=torch.int32, device=device)
 

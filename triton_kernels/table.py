@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core.bases import Base, arithmetic_of
 from ..core.contract import StepTensors
 from ..core.methods import RULES
+from ..core.staging import staged
 from ..core.state import same_layout
 from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, WIDTH
 from .measure import MEASURES
@@ -145,9 +146,9 @@ class Table:
         firsts = (counts.cumsum(0) - counts).tolist()
         for row, entry, first in zip(rows, entries, firsts, strict=True):
             row[: len(COLUMNS)] = torch.tensor(entry.columns(first, rules), device="cpu")
-        self.tensors = rows.to(device)
+        self.tensors = staged(rows, device)
         owners = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32, device="cpu"), counts)
-        self.owners = owners.to(device)
+        self.owners = staged(owners, device)
         words = max(MEASURES.value, SURVEYED.value) * self.chunks
         self.partials = torch.full((words,), torch.nan, dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(entries), dtype=torch.int32, device=device)
@@ -250,4 +251,4 @@ def _live(hyper: Tensor, live: Mapping[int, Tensor], device: torch.device) -> Te
     addresses = torch.zeros(hyper.numel(), dtype=torch.int64, device="cpu")
     for at, tensor in live.items():
         addresses[at] = tensor.data_ptr() + (tensor.dtype == torch.float64)
-    return addresses.to(device)
+    return staged(addresses, device)

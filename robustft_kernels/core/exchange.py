@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .methods import Rule
 from .sharding import first_row, has_whole_rows, is_dtensor, is_spread, local, mesh_of, weight
+from .staging import staged
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,13 +48,13 @@ class Exchange:
             first += size
         # The numbers of each mesh, and of no mesh. None is all.
         self._spread = [
-            (mesh, torch.cat(rows).to(device) if len(of_mesh) > 1 else None)
+            (mesh, staged(torch.cat(rows), device) if len(of_mesh) > 1 else None)
             for mesh, rows in of_mesh.items()
             if any(len(of) for of in rows)
         ]
         self._weights = None  # all count
         if any(of != 1 for of in weights):
-            self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu").to(device)
+            self._weights = staged(torch.tensor(weights, dtype=torch.float64, device="cpu"), device)
 
     def sum(self, table: Tensor) -> Tensor:
         """The sums over all parts, in place, of float64 or int64. Replicas count once."""
@@ -107,7 +108,7 @@ class Segments:
             first = start + (first_row(param) if rule.by_rows and param.dim() > 1 else 0)
             places.append(torch.arange(first, first + n, device="cpu"))
             start += whole
-        self._places = torch.cat([*places, torch.zeros(0, dtype=torch.int64, device="cpu")]).to(device)
+        self._places = staged(torch.cat([*places, torch.zeros(0, dtype=torch.int64, device="cpu")]), device)
         self._exchange = Exchange(params, self.counts, device)
 
     def scattered(self, parts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..core.bases import Base, Group, spec_of
 from ..core.memory import without_memory
 from ..core.methods import Rule
 from ..core.sharding import is_flat_part, is_spread, local, spec_of_shards
+from ..core.staging import capturing
 from .agreement import Agreement
 from .fingerprint import fingerprint
 from .guard import StepGuard
@@ -109,13 +110,13 @@ class Plan:
 
         Raises RuntimeError, before anything is written, if processes with shards do not make the same step.
         """
-        capturing = _capturing()
+        in_capture = capturing()
         self._agreement.check()
         grad_norm = None
         if max_grad_norm is not None and self.launches:
             grad_scale, grad_norm = self._clip(grad_scale, max_grad_norm)
         for launch in self.launches:
-            if capturing and launch.device.type == "cuda":
+            if in_capture and launch.device.type == "cuda":
                 launch.check_capturable()
             launch.begin(grad_scale, found_inf)
         if len(self.launches) == 1 and self.launches[0].at_once:
@@ -124,7 +125,7 @@ class Plan:
             with self._guard.writing():
                 for launch in self.launches:
                     launch.finish()
-        self.captured |= capturing
+        self.captured |= in_capture
         return grad_norm
 
     def _clip(self, grad_scale: Tensor | None, max_grad_norm: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -140,16 +141,11 @@ class Plan:
 
 
 def _refuse_capture() -> None:
-    if _capturing():
+    if capturing():
         raise RuntimeError(
             "this step needs another plan than the last one, which cannot be made while a CUDA graph is captured; take "
             "a step with the same parameters, and gradients for the same of them, before the capture"
         )
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_whole(param: Tensor, label: str, rule: Rule) -> None:
