@@ -1,7 +1,9 @@
 """Builds the native CPU sweeps where torch and a C++ compiler are at hand; installs without them otherwise."""
 
+import os
 import platform
 import sys
+from multiprocessing.pool import ThreadPool
 
 from setuptools import find_packages, setup
 
@@ -50,8 +52,23 @@ def native_extension():
                 )
                 self.extensions = []  # or an editable install looks for what was not built
 
+        def build_extension(self, extension):
+            if not self.use_ninja:  # setuptools compiles one source after another
+                self.compiler.compile = at_once(self.compiler.compile)
+            super().build_extension(extension)
+
     extension = CppExtension("robustft_kernels._native", SOURCES, extra_compile_args={"cxx": FLAGS + OPENMP})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+def at_once(compile_all):
+    """The same function of sources, which it compiles on as many cores as there are."""
+
+    def compile_at_once(sources, **options):
+        with ThreadPool(os.cpu_count()) as threads:
+            return sum(threads.map(lambda source: compile_all([source], **options), sources), [])
+
+    return compile_at_once
 
 
 def say_missing(what):
@@ -59,6 +76,7 @@ def say_missing(what):
 
 
 setup(
+    license="MIT",
     packages=[*find_packages(include=["robustft_kernels*"]), "robustft_kernels.triton_kernels"],
     package_dir={"robustft_kernels.triton_kernels": "triton_kernels"},
     **native_extension(),

@@ -12,7 +12,7 @@ from robustft_kernels.finetune.projection import deviation
 from robustft_kernels.optim.wrapper import Anchored
 from robustft_kernels.step import anchor_sizes
 from robustft_kernels.telemetry import Telemetry, draw, log
-from tests.test_projection import NoReads
+from tests.no_reads import NoReads
 from tests.test_wrapper import TURNS, give_grads, make, run
 
 each_backend = pytest.mark.parametrize("served_by", [n for n in ("native", "reference") if not rft.backends()[n]])

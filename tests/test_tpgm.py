@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from robustft_kernels.finetune.projection import NORMS, deviation
 from robustft_kernels.finetune.tpgm import TPGM
-from tests.test_projection import NoReads, norms_of, oracle
+from tests.no_reads import NoReads
+from tests.test_projection import norms_of, oracle
 
 F = nn.functional
 

@@ -8,7 +8,7 @@ from torch.optim import LBFGS, SGD, AdamW
 import robustft_kernels as rft
 from robustft_kernels.optim.wrapper import Anchored
 from robustft_kernels.step.no_step import NoStep
-from tests.test_projection import NoReads
+from tests.no_reads import NoReads
 
 SHAPES = [(), (3,), (5, 7), (120, 130), (40000,), (8, 4, 3, 3), (0,), (3, 0)]
 # Away from the anchor, or back while the momentum still leads away.
