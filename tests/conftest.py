@@ -31,8 +31,10 @@ def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         quicken_interpreter()
-    elif missing := rft.backends()["triton"]:
+    elif missing := registry.BACKENDS["triton"].missing():
         pytest.exit(f"nothing to test on a GPU: {missing}", returncode=0)
+    elif fault := registry.BACKENDS["triton"].trial(None):
+        pytest.exit(fault, returncode=1)
     else:
         torch.set_default_device("cuda")
 

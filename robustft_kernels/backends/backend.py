@@ -18,6 +18,8 @@ class Backend:
     missing: why it is not ready on this machine, or "".
     device_type: the type of device whose tensors it serves. "" is any.
     dtypes: those that it serves. The empty set is any.
+    trial: why it cannot run on a device of that type, found by running it there once, or "". None is the current
+        device.
     keeps_addresses: whether a prepared step refers to memory by address, on the device. It then counts steps there, and
         reads hyper-parameters from tensors there. It is void when a tensor of the state has moved.
     at_once: whether a prepared step is one call that no signal interrupts.
@@ -29,6 +31,7 @@ class Backend:
     missing: Callable[[], str]
     device_type: Callable[[], str] = lambda: ""
     dtypes: frozenset[torch.dtype] = frozenset()
+    trial: Callable[[torch.device | None], str] = lambda _: ""
     keeps_addresses: bool = False
     at_once: bool = False
     not_chosen: Callable[[], str] = lambda: ""

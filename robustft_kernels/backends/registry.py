@@ -19,9 +19,10 @@ BACKENDS: dict[str, Backend] = {  # the fastest first
 def backends() -> dict[str, str]:
     """Each backend's name, the fastest first. The value is "" if it is ready here, else why it is not.
 
-    "triton_tickets" is the form of "triton" that makes both sweeps in one launch.
+    "triton_tickets" is the form of "triton" that makes both sweeps in one launch. If torch sees a GPU, Triton is tried
+    on the current one, which starts CUDA.
     """
-    return {name: backend.missing() for name, backend in BACKENDS.items()}
+    return {name: backend.missing() or backend.trial(None) for name, backend in BACKENDS.items()}
 
 
 def objection_to(name: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
@@ -34,7 +35,7 @@ def objection_to(name: str, device: torch.device, dtypes: set[torch.dtype]) -> s
         return f"it serves {serves.upper()} tensors, not {device.type}"
     if backend.dtypes and (others := dtypes.difference(backend.dtypes)):
         return f"it does not serve {', '.join(sorted(map(str, others)))}"
-    return ""
+    return backend.trial(device)
 
 
 def check_backend(name: str) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -24,6 +25,50 @@ def missing() -> str:
     if not interpreted() and not torch.cuda.is_available():
         return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     return ""
+
+
+def trial(device: torch.device | None = None) -> str:
+    """Why a kernel cannot run on a GPU, or "". An empty kernel is compiled and launched there, once a process for
+    each GPU.
+
+    This starts CUDA, so it is asked only when tensors on a GPU are to be served, or by `backends()`. It allocates
+    nothing and does not wait. None is the current GPU.
+    """
+    if interpreted() or torch.compiler.is_compiling() or (device is not None and device.type != "cuda"):
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # as in a forked process
+        return f"CUDA does not start ({_first_line(error)})"
+    return _try_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+@cache
+def _try_on(index: int) -> str:
+    try:
+        with torch.cuda.device(index):
+            _launch_nothing()
+    except Exception as error:
+        return (
+            f"Triton cannot run a kernel on cuda:{index} ({_first_line(error)}). It needs a C compiler and Python's "
+            "headers: install gcc or clang, or name a compiler in CC"
+        )
+    return ""
+
+
+def _launch_nothing() -> None:
+    from ..triton_kernels import launch  # noqa: F401 - whether they can be imported, too
+
+    triton: Any = importlib.import_module("triton")
+    triton.jit(_nothing)[(1,)](enable_fp_fusion=False)
+
+
+def _nothing():  # type: ignore[no-untyped-def]
+    """A kernel without arguments, which does nothing."""
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def prepare(table: StepTable, *, tickets: bool) -> Run:
@@ -54,6 +99,7 @@ def _form(name: str, tickets: bool) -> Backend:
         missing,
         lambda: "cpu" if interpreted() else "cuda",
         KERNEL_DTYPES,
+        trial=trial,
         keeps_addresses=True,
         not_chosen=lambda: "its interpreter is for tests" if interpreted() else "",
     )
