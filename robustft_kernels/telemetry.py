@@ -7,7 +7,6 @@ from math import isnan, nan
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +104,7 @@ def draw(
     Source: the kind of TPGM (Tian et al., CVPR 2023), Figures 2 and 4.
     """
     try:
+        import numpy as np
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -169,19 +169,19 @@ class _Subject:
     numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def told(self, numbers: dict[str, Any]) -> Telemetry:
-        """Its telemetry, from the same numbers as numpy arrays."""
-        first = {key: float(values[0]) if len(values) else nan for key, values in numbers.items()}
+        """Its telemetry, from the same numbers on the host."""
+        first = {key: values[0].tolist() if len(values) else nan for key, values in numbers.items()}
         deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
         alpha, selected, selections = 1.0, 0.0, 0.0
         if len(told := numbers.get("told", ())):
-            deviation, alpha, selected, selections = map(float, told)
+            deviation, alpha, selected, selections = told.tolist()
         elif len(alphas := numbers.get("alphas", ())):
             found = dict(zip(RESULTS, numbers["results"].reshape(-1, len(RESULTS)).T, strict=True))
-            alpha, selected = float(alphas.mean()), float((alphas != 1).mean())
-            selections = float(found["selected"].mean())
+            alpha, selected = alphas.mean().tolist(), (alphas != 1).double().mean().tolist()
+            selections = found["selected"].mean().tolist()
             if self.measured:
-                sizes = np.maximum(found["before"] + found["gain"], 0)
-                deviation = float(((np.sqrt(sizes) if self.norm == "l2" else sizes) * alphas).max())
+                sizes = (found["before"] + found["gain"]).clamp(min=0)
+                deviation = ((sizes.sqrt() if self.norm == "l2" else sizes) * alphas).max().tolist()
         elif self.measured:
             deviation = 0.0  # it has no rows
         whole = first.get("anchor", 0.0)
@@ -251,7 +251,7 @@ def _measure(subjects: list[_Subject]) -> None:
 def _read(subjects: list[_Subject]) -> Iterator[dict[str, Any]]:
     """The numbers of one device, brought to the host in one transfer."""
     on_device = [number for subject in subjects for number in subject.numbers.values()]
-    on_host = torch.cat(on_device).cpu().numpy() if on_device else None
+    on_host = torch.cat(on_device).cpu() if on_device else None
     end = 0
     for subject in subjects:
         numbers = {}

@@ -7,7 +7,6 @@ some two of these meet. So `covering` picks rows that meet every pair that can e
 from itertools import combinations
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from robustft_kernels import METHODS
@@ -53,8 +52,8 @@ def covering(turn, table=TABLE):
     numbers = {}
     met_by = [[numbers.setdefault(demand, len(numbers)) for demand in row.demands()] for row in table]
     widest = max(map(len, met_by))
-    met_by = np.array([met + met[:1] * (widest - len(met)) for met in met_by])
-    open_, chosen = np.ones(len(numbers), bool), []
+    met_by = torch.tensor([met + met[:1] * (widest - len(met)) for met in met_by], device="cpu")
+    open_, chosen = torch.ones(len(numbers), dtype=torch.bool, device="cpu"), []
     while open_.any():
         chosen.append(int(open_[met_by].sum(1).argmax()))
         open_[met_by[chosen[-1]]] = False

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,26 @@ from ..core.contract import StepTable, StepTensors
 from ..core.methods import LEARNED, MEASURES, RESULTS, rule_of
 from .cases import Case, Settings
 
+try:
+    import numpy as np
+except ImportError:
+    np = None  # type: ignore[assignment]
+
 SEED = 123456789
+
+
+class Numbers:
+    """What is used of a numpy generator, on a machine without numpy. Its normals depend on the instruction set, and
+    are others than numpy's."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device="cpu", dtype=getattr(torch, dtype))
+
+    def integers(self, high: int) -> int:
+        return int(torch.randint(high, (), generator=self._generator, device="cpu"))
 
 
 class Stepper:
@@ -37,7 +55,7 @@ class Stepper:
     ) -> None:
         self.device = device = device or torch.get_default_device()
         self.settings, self.rule = settings, rule_of(method, norm)
-        self.random = np.random.default_rng(seed)  # torch's normals depend on the instruction set
+        self.random = Numbers(seed) if np is None else np.random.default_rng(seed)
         self.cases = cases
         self.anchored = bool(anchored)
         anchor_dtype = anchored if isinstance(anchored, torch.dtype) else dtype
@@ -92,7 +110,7 @@ class Stepper:
         ]
 
     def _randn(self, case: Case) -> Tensor:
-        return torch.from_numpy(np.asarray(self.random.standard_normal(case.shape, np.float32)))
+        return torch.as_tensor(self.random.standard_normal(case.shape, "float32"), device="cpu")
 
     def grads(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The next gradients of a fixed stream. By turns they lead strongly away from the anchor or gently back. So the
