@@ -155,15 +155,22 @@ def test_a_backend_asked_for_by_name_serves_or_raises():
             registry.choose_backend("native", torch.device("cpu"), {torch.float8_e5m2})
 
 
+class Other(torch.nn.Parameter):
+    """A type of parameter that is not torch's."""
+
+
 @pytest.mark.parametrize("addresses", [True, False])
-@pytest.mark.parametrize("by", ["native", "python"])
+@pytest.mark.parametrize("by", ["native", "python", "python, other types"])
 def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, monkeypatch):
     if by == "native" and native.MISSING:
         pytest.skip(native.MISSING)
-    if by == "python":
+    if by != "native":
         monkeypatch.setattr(native, "MISSING", "for this test")
     params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
-    kept = [{"anchor": torch.zeros(4, 6), "note": 3}, {}, {}]
+    kept = [{"anchor": torch.zeros(4, 6)}, {}, {}]
+    if by == "python, other types":
+        params.append(Other(torch.randn(4, 6)))
+        kept[0]["note"] = 3
     params[0].grad = torch.randn(4, 6)
     first = fingerprint(params, kept, addresses)
     params[0].grad = torch.randn(4, 6)
@@ -173,6 +180,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, mon
     changes = [
         lambda: setattr(params[0], "grad", None),
         lambda: setattr(params[1], "grad", torch.randn(4, 6)),
+        lambda: setattr(params[1], "grad", torch._efficientzerotensor((4, 6))),
         lambda: setattr(params[0], "grad", torch.randn(6, 4).t()),
         lambda: setattr(params[0], "grad", torch.randn(4, 6)),  # another gradient, in other strides
         lambda: setattr(params[2], "data", torch.randn(4, 6)),
@@ -182,6 +190,7 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, mon
         lambda: kept[0].update(anchor=torch.zeros(4, 6)),
         lambda: kept[1].update(exp_avg=torch.zeros(4, 6)),
         lambda: kept[0].clear(),
+        lambda: setattr(params[0], "data", params[0].data._neg_view()),
         lambda: params.reverse(),
         lambda: params.pop(),
     ]

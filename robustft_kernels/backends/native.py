@@ -1,5 +1,6 @@
 """The door to the native backend: the sweeps of csrc, on CPU tensors."""
 
+import ctypes
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def addresses(tensors: list[Tensor], out: Tensor) -> None:
     if _native is not None:
         _native.addresses(tensors, out)
     else:
-        out.copy_(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu"))
+        assert out.is_contiguous()
+        assert out.dtype == torch.int64
+        (ctypes.c_int64 * out.numel()).from_address(out.data_ptr())[:] = list(map(Tensor.data_ptr, tensors))
 
 
 def digest(flat: Tensor, sizes: list[int], steps: list[int], first: int) -> Tensor | None:

@@ -86,7 +86,7 @@ def prepare(table: StepTable, *, tickets: bool) -> Run:
 def _tell_of_slow_host() -> None:
     warnings.warn(
         f"robustft_kernels: the C++ extension is absent ({MISSING}). Steps on the GPU work without it, but the host "
-        "needs many times longer to start each one",
+        "needs two to four times as long to start each one",
         RuntimeWarning,
         stacklevel=2,
     )

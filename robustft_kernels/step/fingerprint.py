@@ -1,13 +1,23 @@
 """What a plan depends on, in a form that two steps can compare."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import native
-from ..core.sharding import local, placement_of
+from ..core.sharding import PLAIN, local, placement_of
+
+PLAIN_TYPES, STRIDED = frozenset(PLAIN), frozenset((torch.strided,))
+COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
+    *map(attrgetter, ("dtype", "device", "shape")),
+    Tensor.stride,
+    Tensor.is_neg,
+    Tensor._is_zerotensor,
+)
 
 
 def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool) -> Hashable:
@@ -19,15 +29,31 @@ def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: boo
     """
     if not native.MISSING:
         return native.fingerprint(params, kept, addresses)
-    of_params = tuple(
-        (id(p), local(p).data_ptr(), _metadata(p), p.grad is not None and _metadata(p.grad)) for p in params
+    grads = [p.grad for p in params]
+    values = [*chain.from_iterable(map(dict.values, kept))]
+    return (
+        tuple(map(id, params)),
+        _addresses(params),
+        _metadata_of(params),
+        tuple([grad is None for grad in grads]),
+        _metadata_of([grad for grad in grads if grad is not None]),
+        tuple(chain.from_iterable(kept)),
+        tuple(map(id, values)),
+        addresses and _addresses(values),
     )
-    of_state = tuple((key, id(value), addresses and _address(value)) for of in kept for key, value in of.items())
-    return of_params, of_state
 
 
-def _address(value: object) -> int:
-    return local(value).data_ptr() if isinstance(value, Tensor) else 0
+def _addresses(values: Sequence[Any]) -> tuple[int, ...]:
+    if PLAIN_TYPES.issuperset(map(type, values)):
+        return tuple(map(Tensor.data_ptr, values))
+    return tuple(local(value).data_ptr() if isinstance(value, Tensor) else 0 for value in values)
+
+
+def _metadata_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """`_metadata` of each. For plain tensors by columns: no Python runs for each of them, so it takes half the time."""
+    if PLAIN_TYPES.issuperset(map(type, tensors)) and STRIDED.issuperset(map(attrgetter("layout"), tensors)):
+        return tuple(tuple(map(column, tensors)) for column in COLUMNS)
+    return tuple(map(_metadata, tensors))
 
 
 def _metadata(tensor: Tensor) -> tuple[Any, ...]:
