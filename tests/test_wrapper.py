@@ -47,14 +47,15 @@ class Lion(torch.optim.Optimizer):
 
 def make(dtype=torch.float32, shapes=SHAPES):
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    return [nn.Parameter(torch.randn(s, generator=generator, device="cpu").to(dtype)) for s in shapes]
 
 
 def give_grads(params, t, maximize=False):
     """Gradients do not depend on what the parameters are now. Once these have moved, ⟨g,d⟩ is far from 0."""
     for k, p in enumerate(params):
         fixed, noise = torch.Generator().manual_seed(k), torch.Generator().manual_seed(1000 * t + k)
-        away = torch.randn(p.shape, generator=fixed) + 0.1 * torch.randn(p.shape, generator=noise)
+        away = torch.randn(p.shape, generator=fixed, device="cpu")
+        away += 0.1 * torch.randn(p.shape, generator=noise, device="cpu")
         p.grad = (TURNS[t % len(TURNS)] * (-away if maximize else away)).to(p)
 
 
