@@ -139,6 +139,29 @@ class Stepper:
         return float(sum(of.selected * size for of, size in pairs) / sum(self._field.sizes))
 
 
+def entered(
+    contenders: Mapping[str, Contender], shapes: Shapes, dtype: torch.dtype, device: torch.device, fire: float = 0.5
+) -> tuple[Field, dict[str, Stepper], dict[str, str]]:
+    """A field with the contenders on it, each after its first step, and why the others are not there."""
+    on = Field(shapes, dtype, device, fire)
+    entrants: dict[str, Stepper] = {}
+    absent: dict[str, str] = {}
+    for name, contender in contenders.items():
+        if why := contender.missing():
+            absent[name] = why
+            continue
+        try:
+            entrant = Stepper(contender, on)
+            entrant.prepare()
+            entrant.step()  # many fail only here
+        except Exception as error:
+            absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        else:
+            entrants[name] = entrant
+    on.turn()
+    return on, entrants, absent
+
+
 def copy_of(n: int, device: torch.device) -> Work:
     """A copy of n bytes by the device, or of fewer if those are enough to tell its bandwidth."""
     n = min(n, 2**29)
@@ -147,25 +170,25 @@ def copy_of(n: int, device: torch.device) -> Work:
     return Work(lambda: target.copy_(source), moved=2 * n)
 
 
-def _ratios(of: list[float], to: list[float]) -> list[float]:
+def ratios(of: list[float], to: list[float]) -> list[float]:
     return [a / b for a, b in zip(of, to, strict=True)]
 
 
 @dataclass
 class Ring:
     """Where contests take place. benchmark: pytest-benchmark's fixture. seconds: how long a contest is to take.
-    patience: how many seconds to wait until other programs let the machine go."""
+    patience: how many seconds to wait until other programs let the machine go. at_most: so many rounds."""
 
     benchmark: Any
     device: torch.device
     seconds: float
     smoke: bool
     patience: float
+    at_most: int = ROUNDS[1]
 
     def rounds(self, seconds: float) -> int:
         """How many, if one takes so many seconds."""
-        low, high = ROUNDS
-        return 2 if self.smoke else min(high, max(low, int(self.seconds / seconds)))
+        return 2 if self.smoke else min(self.at_most, max(ROUNDS[0], int(self.seconds / seconds)))
 
     def contest(
         self,
@@ -213,7 +236,7 @@ class Ring:
             threads=torch.get_num_threads(),
             contenders={
                 name: {
-                    "ratio": [round(q, 4) for q in quartiles(_ratios(of.wall, times[baseline].wall))],
+                    "ratio": [round(q, 4) for q in quartiles(ratios(of.wall, times[baseline].wall))],
                     "seconds": median(of.wall),
                     "host": median(of.host),
                     **({} if (moved := entrants[name].moved()) is None else {"bytes": moved}),
@@ -234,23 +257,8 @@ class Ring:
         **told: Any,
     ) -> None:
         """A contest of optimizers on one list of shapes. Those that cannot run here are named with the reason."""
-        on = Field(SMOKE if self.smoke else shapes, dtype, self.device, fire)
-        entrants: dict[str, Entrant] = {}
-        absent: dict[str, str] = {}
-        for name, contender in contenders.items():
-            if why := contender.missing():
-                absent[name] = why
-                continue
-            try:
-                entrant = Stepper(contender, on)
-                entrant.prepare()
-                entrant.step()  # many fail only here
-            except Exception as error:
-                absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-            else:
-                entrants[name] = entrant
-        on.turn()
+        on, entrants, absent = entered(contenders, SMOKE if self.smoke else shapes, dtype, self.device, fire)
         n, about = sum(on.sizes), entrants[watched]
-        entrants[COPY] = copy_of(4 * n, self.device)
-        info = self.contest(entrants, watched, n, baseline, absent=absent, tensors=len(on.sizes), **told)
+        all_ = {**entrants, COPY: copy_of(4 * n, self.device)}
+        info = self.contest(all_, watched, n, baseline, absent=absent, tensors=len(on.sizes), **told)
         info.update(dtype=str(dtype).removeprefix("torch."), fired=about.fired())

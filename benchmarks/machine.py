@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,40 @@ import torch
 from robustft_kernels.backends import native
 
 BUSY = 0.2  # cores that others may use
+ROOT = Path(__file__).parent.parent
+SOURCES = ("robustft_kernels", "triton_kernels", "csrc", "benchmarks", "tests")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What must stand beside a number for it to mean anything."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    facts: dict[str, Any] = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
+    facts: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
         import triton
 
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         return {**facts, "device": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
     name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return {**facts, "device": name or platform.machine(), "cores": os.cpu_count(), "isa": native.ISA}
+
+
+def commit() -> str:
+    """What git calls the sources, or their digest if this is no repository."""
+    return said("git", "describe", "--always", "--dirty") or f"none, sources {_digest()}"
+
+
+def said(*command: str) -> str:
+    """What a program prints, or "" if it is not there or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return ""
+    return "" if run.returncode else run.stdout.strip()
+
+
+def _digest() -> str:
+    names = [name for folder in SOURCES for name in (ROOT / folder).rglob("*")]
+    files = sorted(name for name in names if name.suffix in (".py", ".cpp", ".h", ".inc"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 class Others:

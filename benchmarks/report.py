@@ -6,28 +6,15 @@ python -m benchmarks.report NEW.json --keep benchmarks/results/cpu.json --page d
 import argparse
 from collections.abc import Callable
 from itertools import product
-from math import isnan
 from pathlib import Path
 from textwrap import fill
 
 from . import pictures
 from .contenders import BASELINE
 from .contest import COPY
+from .markdown import number, table, told
 from .results import Results, Row, eager_over_ours, read, write
 from .shapes import MODELS
-
-
-def told(quartiles: list[float]) -> str:
-    low, middle, high = quartiles
-    return f"{middle:.2g} ({low:.2g}–{high:.2g})" if middle >= 10 else f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def number(value: float, form: str = "{:.2f}") -> str:
-    return "–" if isnan(value) else form.format(value)
 
 
 def peers(results: Results, dtype: str) -> str:
