@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,15 @@ def test_every_share_fits_the_time():
     names = [stage.name for stage in bringup.stages("cuda", False)]
     assert names == ["facts", "build", "smoke", "table", "gpu", "timings"]
     assert sum(stage.share for stage in bringup.stages("cuda", False)) == 9 * 60
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_runs_on_a_gpu_installs_nothing():
+    command = ["make", "-n", "-C", str(ROOT), "bringup", "test-gpu", "bench-gpu"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "-m pytest --device cuda" in told
+    assert "tests/test_gpu.py" in told
+    assert "pip" not in told.split()
 
 
 def test_the_metadata_suits_setuptools_75():

@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .items import SHARD, TINY
+from .items import ROOT, SHARD, TINY
 from .stages import Finding, Stage, run
 
-TABLE = ["tests/test_steps.py", "tests/test_precision.py", "tests/test_triton.py"]
-GPU = ["tests/test_gpu.py"]
+TABLE = ["tests/test_triton.py", "tests/test_precision.py", "tests/test_steps.py"]  # the longest last
+GPU = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_gpu*.py"))
 QUICK = "test_a_prepared_step_repeats or test_schedule or (test_step_equals_oracle and reference)"
 
 
@@ -44,7 +44,7 @@ def tests(files: list[str], device: str, shares: int, tiny: bool) -> list[tuple[
 
 def stages(device: str, tiny: bool) -> list[Stage]:
     cores = os.cpu_count() or 1
-    few, many = (1, 1) if tiny else (max(1, min(4, cores // 2)), max(1, min(8, cores // 2)))
+    few, many = (1, 1) if tiny else (max(1, min(4, cores // 2)), max(1, min(12, cores * 3 // 4)))
     smoke = [(program("smoke", device, str(k), str(many)), {}) for k in range(many)]
     return [
         Stage("facts", [(program("facts", device), {})], 30, names=True),
