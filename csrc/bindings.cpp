@@ -328,6 +328,12 @@ py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept, 
   return all.bytes();
 }
 
+py::bytes forms(const Tensors& tensors, bool addresses) {
+  Fingerprint all;
+  for (const Tensor& tensor : tensors) all.add_form(tensor, addresses);
+  return all.bytes();
+}
+
 }  // namespace
 }  // namespace robustft
 
@@ -346,6 +352,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prepare_sgd", [](const py::object& table) { return SGDStep(sweeps().sgd, table); });
   m.def("prepare_no_step", [](const py::object& table) { return NoStepStep(sweeps().no_step, table); });
   m.def("fingerprint", &fingerprint);
+  m.def("forms", &forms);
   m.def("digest", &digest_of);
   m.def("addresses", &addresses);
 #define ROBUSTFT_NAME(name) #name,

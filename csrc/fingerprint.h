@@ -48,6 +48,12 @@ class Fingerprint {
       if (addresses && THPVariable_Check(value)) put(address_of(shard_of(THPVariable_Unpack(value)).here));
     }
   }
+  // Where a plain tensor is, and in which form. Without its address, the form alone.
+  void add_form(const at::Tensor& tensor, bool address) {
+    put(tensor.dim());
+    put(address ? address_of(tensor) : 0);
+    add_metadata(tensor);
+  }
   py::bytes bytes() const { return {reinterpret_cast<const char*>(words_.data()), words_.size() * sizeof(int64_t)}; }
 
  private:

@@ -38,6 +38,7 @@ STACK = {
     "testing": ("tolerances", "stepper", "cases"),
     "step": (
         "plan",
+        "sweep_cache",
         "plans",
         "guard",
         "sharded",

@@ -47,4 +47,9 @@ def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: boo
     return None if _native is None else _native.fingerprint(params, kept, addresses)
 
 
+def forms(tensors: list[Tensor], addresses: bool) -> bytes | None:
+    """What step.fingerprint describes, in C++. None without the extension."""
+    return None if _native is None else _native.forms(tensors, addresses)
+
+
 BACKEND = Backend("native", prepare, lambda: MISSING, lambda: "cpu", KERNEL_DTYPES, at_once=True)

@@ -1,4 +1,5 @@
-"""Whether a tensor's numbers are in its memory, so that kernels that read addresses can take it."""
+"""Whether a tensor's numbers are in its memory, so that kernels that read addresses can take it. And that memory
+itself."""
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ def without_memory(tensor: Tensor) -> str:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "inside a torch.func transform"
     return ""
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """A dense tensor of the same memory that does not keep it alive. Not to be read or written after it is freed."""
+    size = tensor.numel() * tensor.element_size()
+    # torch's own CUDA graph trees make such storages for their inputs.
+    storage = torch._C._construct_storage_from_data_pointer(tensor.data_ptr(), tensor.device, size)
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class LearnedRadii:
             loaded = [copy_beside(p, anchor) for p, anchor in zip(self._params, saved, strict=True)]
         elif state_dict["anchor"] == "zero":
             kind, loaded = "zero", None
-        self._adam, self._anchor, self._anchors, self._alphas = adam, kind, loaded, None
+        self._adam, self._anchor, self._anchors, self._alphas = self._in_place(adam), kind, loaded, None
         self._started, self.calls = bool(state_dict["started"]), int(state_dict["calls"])
         self._feed = Feed(int(state_dict["taken"]))
 
@@ -137,9 +137,19 @@ class LearnedRadii:
                 f"the radius of parameter {name!r} is no longer finite, because the loss or its gradient is not; "
                 "nothing has been changed"
             )
-        self._adam, self._feed, self._started = adam, feed, True
+        self._adam, self._feed, self._started = self._in_place(adam), feed, True
         self._alphas = self._ball.alphas(radii, norms)
         return norms
+
+    def _in_place(self, adam: torch.optim.Adam) -> torch.optim.Adam:
+        """The same with its radii in the memory of ours, which CUDA graphs may have captured."""
+        ours, radii = _radii_of(self._adam), _radii_of(adam)
+        adam.param_groups[0]["params"] = [ours]
+        if radii in adam.state:
+            adam.state[ours] = adam.state.pop(radii)
+        with torch.no_grad():
+            ours.copy_(radii)
+        return adam
 
     def _averaged(self, dots: Tensor) -> Tensor:
         """The mean over the replicas, each of which has its own batches."""

@@ -12,6 +12,7 @@ from ..core.names import bare_name
 from ..core.ranges import NOT_NEGATIVE, POSITIVE, check_number
 from ..core.sharding import local
 from ..core.state import is_dense
+from ..step.sweep_cache import SweepCache
 from .evaluation import Feed
 from .prefixes import matching, names_of
 from .projection import Ball
@@ -106,7 +107,8 @@ class TPGM(LearnedRadii):
         _check_params(self._params, self.names)
         self.norm, self.radius_penalty, self.tv = norm, radius_penalty, tv
         self.clamp, self.f_proj, self.every_step, self.save_anchors = clamp, f_proj, every_step, save_anchors
-        self._ball = Ball(self._params, norm)
+        # One sweep for each gradient that an update reduces, and a few for all parameters.
+        self._ball = Ball(self._params, norm, SweepCache(len(self._params) + 16))
         device = self._params[0].device
         pairs = self._neighbours(groups, names)
         self._neighbour_pairs = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).T
@@ -178,7 +180,11 @@ class TPGM(LearnedRadii):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """θ ← θ₀ + min(1, γ/n)·c in place, with the radii as they are. Never waits for the device."""
+        """θ ← θ₀ + min(1, γ/n)·c in place, with the radii as they are. Never waits for the device.
+
+        A CUDA graph can capture a second call. Each replay then reads the radii of that time, also those that an update
+        has learned since. After `load_state_dict`, capture it anew.
+        """
         self._project(None)
 
 

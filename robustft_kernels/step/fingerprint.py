@@ -43,6 +43,16 @@ def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: boo
     )
 
 
+def forms(tensors: Sequence[Tensor], *, addresses: bool = True) -> Hashable:
+    """Equal for two lists exactly when their tensors are alike: in shape, strides, dtype and device, and with
+    `addresses` in where their memory is. None if one of them is not a plain tensor."""
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        return None
+    if not native.MISSING:
+        return native.forms(list(tensors), addresses)
+    return addresses and _addresses(tensors), _metadata_of(tensors)
+
+
 def _addresses(values: Sequence[Any]) -> tuple[int, ...]:
     if PLAIN_TYPES.issuperset(map(type, values)):
         return tuple(map(Tensor.data_ptr, values))

@@ -20,9 +20,11 @@ class Plans(Generic[T]):
     """Plans by what they were made from.
 
     current: the one that was used last.
+    room: how many are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = ROOM) -> None:
+        self._room = room
         self._by_key: OrderedDict[Hashable, T] = OrderedDict()
         self.current: T | None = None
 
@@ -39,7 +41,7 @@ class Plans(Generic[T]):
         """Adds a plan, which is then the current one. Drops the one whose last use is longest ago, if there are
         many."""
         self._by_key[plan.key] = self.current = plan
-        if len(self._by_key) > ROOM:
+        if len(self._by_key) > self._room:
             self._by_key.popitem(last=False)
 
     def clear(self) -> None:
