@@ -102,7 +102,7 @@ test-gpu:
 	$(HERE) -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py tests/test_triton.py \
 		tests/test_spread.py $(wildcard tests/test_gpu*.py) $(ARGS)
 
-# What `bench` measures, on a GPU. Without what draws its page, the timings of `bringup` take its place.
+# What `bench` measures, on a GPU. Without what draws its page, steps and timings of `bringup` take its place.
 bench-gpu:
 	mkdir -p results
 	$(HERE) -m benchmarks.bringup.build
@@ -110,8 +110,8 @@ bench-gpu:
 		$(BENCH) --device cuda --benchmark-json=results/bench-gpu.json $(ARGS); \
 		test ! -f results/bench-gpu.json || $(HERE) -m benchmarks.report results/bench-gpu.json \
 			--keep $(RESULTS) --page docs/benchmarks-gpu.md; \
-	else echo "pytest-benchmark and matplotlib are needed for docs/benchmarks-gpu.md; here are the timings alone"; \
-		$(HERE) -m benchmarks.bringup --only timings; fi
+	else echo "pytest-benchmark and matplotlib are needed for docs/benchmarks-gpu.md; here are a few steps and timings"; \
+		$(HERE) -m benchmarks.bringup --only smoke timings --out results/bench-gpu; fi
 
 clean:
 	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so
