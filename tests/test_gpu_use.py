@@ -149,7 +149,7 @@ def test_a_step_is_made_on_the_stream_that_calls_it(device, backend):
         caller = callers[t % 3]
         maker.wait_stream(last)
         with on(maker):
-            for _ in range(20):
+            for _ in range(100):
                 noise @ noise.T
             for p, g in zip(late, values[t], strict=True):
                 p.grad.copy_(g)
@@ -234,14 +234,14 @@ def test_a_checkpoint_moves(device, backend, ours, way, mapped):
     """It goes on with the same bits on the same device, and with the same numbers on another."""
     source, target = (torch.device("cpu") if of == "CPU" else device for of in way.split(" to "))
     params = make(source, sizes=SIZES[:2])
-    optimizer = ours(params, lr=1e-2, backend=backend if source == device else "auto")
+    optimizer = ours(params, lr=1e-2, backend=backend if source == device else "reference")
     run(optimizer, params, steps=3)
     file = io.BytesIO()
     torch.save({"model": params, "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     loaded = torch.load(file, map_location=target if mapped else None, weights_only=True)
     moved = [nn.Parameter(p.detach().to(target)) for p in loaded["model"]]
-    resumed = ours(moved, lr=3.0, backend=backend if target == device else "auto")
+    resumed = ours(moved, lr=3.0, backend=backend if target == device else "reference")
     resumed.load_state_dict(loaded["optimizer"])
     for p, q in zip(params, moved, strict=True):
         kept = optimizer.state[p]
@@ -252,7 +252,7 @@ def test_a_checkpoint_moves(device, backend, ours, way, mapped):
                 assert key in ("step", "anchor_digest") or resumed.state[q][key].device == q.device, key
     run(optimizer, params, steps=3, start=3)
     run(resumed, moved, steps=3, start=3)
-    if source == target and optimizer.backend == resumed.backend:
+    if source == target:
         assert_bits(moved, params)
     for p, q in zip(params, moved, strict=True):
         torch.testing.assert_close(q.cpu(), p.cpu(), rtol=1e-5, atol=1e-6)
@@ -319,6 +319,7 @@ def test_steps_inside_backward(device, backend):
         assert_bits(train(inside, optimizer, device), want)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of torch's own
 def test_a_compiled_step(device, backend):
     eager, compiled = net(device), net(device)
     want = train(eager, rft.AdamSPD(eager.parameters(), lr=1e-2, backend=backend), device)
