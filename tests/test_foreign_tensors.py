@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import robustft_kernels as rft
+from robustft_kernels.core import memory
 
 OPTIMIZERS = {
     "spd": rft.AdamSPD,
@@ -366,3 +367,12 @@ def test_a_row_of_nan_is_not_the_largest(backend):
         warnings.simplefilter("ignore")
         optimizer.step()
     assert weight[1:].tolist() == [[1.0, 1.0], [4.0, 4.0]]
+
+
+def test_memory_without_an_owner(device):
+    for of in (torch.randn(3, 4, device=device).T, torch.ones((), dtype=torch.bfloat16, device=device)):
+        other = memory.unowned(of)
+        assert (other.shape, other.stride(), other.dtype, other.device) == (of.shape, of.stride(), of.dtype, of.device)
+        of.add_(1)
+        assert torch.equal(other, of)
+    assert memory.unowned(torch.ones(0, 3, device=device)).shape == (0, 3)

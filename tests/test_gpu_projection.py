@@ -13,7 +13,7 @@ from torch import nn
 import robustft_kernels as rft
 from robustft_kernels.core.methods import NORMS
 
-from .test_projection import norms_of, oracle
+from .plain_projection import norms_of, oracle
 
 SHAPES = ((300, 40), (5,), (), (0, 3), (40_001,), (7, 20_000))
 

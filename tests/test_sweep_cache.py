@@ -12,7 +12,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import robustft_kernels as rft
 from robustft_kernels.backends import native, registry
-from robustft_kernels.core import memory
 from robustft_kernels.core.exchange import Segments
 from robustft_kernels.core.methods import NORMS, RULES
 from robustft_kernels.finetune import projection
@@ -20,15 +19,15 @@ from robustft_kernels.step import no_step, sweep_cache
 from robustft_kernels.step.fingerprint import forms
 from robustft_kernels.step.sweep_cache import SweepCache
 
-from .test_projection import by_rows, norms_of, oracle
+from .plain_projection import by_rows, norms_of, oracle
 
 SHAPES = ((5, 7), (12,), (), (0, 3), (2, 3, 4))
 
 
 @pytest.fixture(autouse=True)
 def _empty(monkeypatch):
-    for name in ("SWEEPS", "SWEEPS_OF_COPIES"):
-        monkeypatch.setattr(projection, name, SweepCache())
+    monkeypatch.setattr(projection, "SWEEPS", SweepCache())
+    monkeypatch.setattr(projection, "SWEEPS_OF_COPIES", SweepCache())
     monkeypatch.setattr(projection.Ball.__init__, "__defaults__", (projection.SWEEPS,))
 
 
@@ -359,15 +358,6 @@ def test_forms_are_told_apart(monkeypatch):
 
 class Other(torch.Tensor):
     pass
-
-
-def test_memory_without_an_owner(device):
-    for of in (torch.randn(3, 4, device=device).T, torch.ones((), dtype=torch.bfloat16, device=device)):
-        other = memory.unowned(of)
-        assert (other.shape, other.stride(), other.dtype, other.device) == (of.shape, of.stride(), of.dtype, of.device)
-        of.add_(1)
-        assert torch.equal(other, of)
-    assert memory.unowned(torch.ones(0, 3, device=device)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("bad", [lambda p, a: (p, [*a[:-1], a[-1].flatten()]), lambda p, a: (p, a[:-1])])
