@@ -41,9 +41,11 @@ def pytest_configure(config):
 
 def quicken_interpreter():
     """Triton's interpreter patches triton.language at each call of a device function. Once per launch is enough.
-    It also looks for integers that overflow, as no compiled kernel does; the hash of stochastic rounding has many."""
+    It also looks for integers that overflow, as no compiled kernel does; the hash of stochastic rounding has many.
+    Triton 3.6's is mended for newer numpy."""
     if rft.backends()["triton"]:
         return
+    import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -55,7 +57,13 @@ def quicken_interpreter():
         if tl.core.is_builtin(getattr(package, probes[package])):
             patch(package, *args)
 
+    def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     interpreter._patch_builtin = patch_once
+    if triton.__version__.startswith("3.6."):  # it takes int() of an array, which numpy refuses since 2.4
+        interpreter._patch_lang_tensor = patch_tensor
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
