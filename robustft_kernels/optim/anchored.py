@@ -247,5 +247,9 @@ def with_shards(params: Any) -> Any:
 def keep_from_compiler(cls: type[Optimizer]) -> None:
     """Makes torch.compile call an optimizer's step, hooks included, as it is. That is one graph break, and there is no
     trace that a schedule could invalidate."""
-    if not getattr(cls.step, "_torchdynamo_disable", False):
-        cls.step = torch.compiler.disable(cls.step, reason="it is a fused kernel already")  # type: ignore[method-assign]
+    if getattr(cls.step, "_torchdynamo_disable", False):
+        return
+    step: Any = torch.compiler.disable(cls.step, reason="it is a fused kernel already")
+    if not hasattr(step, "_torchdynamo_wrapper_id"):  # in torch 2.10, torch.compile loses `self` by the way back
+        del step._torchdynamo_orig_callable
+    cls.step = step  # type: ignore[method-assign]
