@@ -12,7 +12,7 @@ from torch.func import functional_call
 from robustft_kernels.finetune.projection import NORMS, deviation
 from robustft_kernels.finetune.tpgm import TPGM
 from tests.no_reads import NoReads
-from tests.test_projection import norms_of, oracle
+from tests.plain_projection import norms_of, oracle
 
 F = nn.functional
 
