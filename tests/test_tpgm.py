@@ -380,3 +380,17 @@ def test_order_of_the_parameters_changes_nothing():
         tpgm.update(loss_of(model), batches, steps=5)
         results.append(tpgm.radii)
     assert all(torch.equal(radius, results[1][name]) for name, radius in results[0].items())
+
+
+def test_tpgm_keeps_its_radii_where_a_graph_has_captured_them():
+    """Adam is copied for an update and when a checkpoint is loaded."""
+    weight = nn.Parameter(torch.ones(3))
+    tpgm = TPGM([("w", weight)], anchor="zero", init=0.5)
+    (radii,) = tpgm._adam.param_groups[0]["params"]
+    saved = tpgm.state_dict()
+    for _ in range(2):
+        tpgm.update(lambda _: weight.square().sum(), [0], steps=2)
+    assert radii == tpgm.radii["w"] != 0.5
+    assert tpgm._adam.state[radii]["step"] == 4
+    tpgm.load_state_dict(saved)
+    assert radii == tpgm.radii["w"] == 0.5
