@@ -47,10 +47,10 @@ def stages(device: str, tiny: bool) -> list[Stage]:
     few, many = (1, 1) if tiny else (max(1, min(4, cores // 2)), max(1, min(12, cores * 3 // 4)))
     smoke = [(program("smoke", device, str(k), str(many)), {}) for k in range(many)]
     return [
-        Stage("facts", [(program("facts", device), {})], 30, names=True),
-        Stage("build", [(program("build"), {})], 90, patience=600, names=True),
+        Stage("facts", [(program("facts", device), {})], 20, names=True),
+        Stage("build", [(program("build"), {})], 110, patience=600, names=True),
         Stage("smoke", smoke, 60, patience=45, names=True),
-        Stage("table", tests(TABLE, device, many, tiny), 120, patience=90),
+        Stage("table", tests(TABLE, device, many, tiny), 110, patience=90),
         Stage("gpu", tests(GPU, device, few, tiny), 90, patience=120),
         Stage("timings", [(program("timings", device), {})], 150, patience=75, names=True),
     ]
