@@ -14,7 +14,7 @@ import torch
 
 import robustft_kernels as rft
 from benchmarks.bringup import __main__ as bringup
-from benchmarks.bringup import facts, items, page, timings
+from benchmarks.bringup import build, facts, items, page, timings
 from benchmarks.bringup.stages import Finding, Stage, run
 
 ROOT = Path(__file__).parent.parent
@@ -229,6 +229,27 @@ assert len(covering(0)) > 50
 """
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def built(monkeypatch, said, path="/bin"):
+    """What the build comes to without an extension, when setup.py says that."""
+    monkeypatch.setattr(build, "fresh", lambda: False)
+    monkeypatch.setattr(build, "missing", lambda: "the C++ extension cannot be imported")
+    monkeypatch.setattr(build.shutil, "which", {"/bin": lambda name: f"/bin/{name}", "": lambda name: None}[path])
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: SimpleNamespace(stderr=said))
+    return build.build()
+
+
+def test_a_build_says_why_there_is_no_extension(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"setup\.py: it goes on WITHOUT the native backend: CompileError"):
+        built(monkeypatch, "noise\nit goes on WITHOUT the native backend: CompileError\nnoise")
+    with pytest.raises(RuntimeError, match=r"setup\.py: ValueError: invalid pyproject"):
+        built(monkeypatch, "Traceback\nValueError: invalid pyproject")
+    left_out = built(monkeypatch, "", path="")
+    assert left_out["outcome"] == "skipped"
+    finding = Finding("build", "ok", 1.0, {"skipped": 1}, {"C++ extension": left_out})
+    record = {"device": "cpu", "minutes": 9.0, "began": "now", "stages": {"build": vars(finding)}}
+    assert "- build, C++ extension: skipped: no C++ compiler" in page.page_of(record)
 
 
 class Event:

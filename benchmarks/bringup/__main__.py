@@ -51,7 +51,7 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         Stage("build", [(program("build"), {})], 110, patience=600, names=True),
         Stage("smoke", smoke, 60, patience=45, names=True),
         Stage("table", tests(TABLE, device, many, tiny), 110, patience=90),
-        Stage("gpu", tests(GPU, device, few, tiny), 90, patience=120),
+        Stage("gpu", tests(GPU[:1] if tiny else GPU, device, few, tiny), 90, patience=120),
         Stage("timings", [(program("timings", device), {})], 150, patience=75, names=True),
     ]
 

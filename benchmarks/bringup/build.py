@@ -3,6 +3,8 @@
 python -m benchmarks.bringup.build        needs torch, setuptools and a C++ compiler
 """
 
+import os
+import shutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -32,12 +34,17 @@ def fresh() -> bool:
 
 
 def build() -> dict[str, Any]:
-    """Raises RuntimeError with the reason if there is no extension afterwards."""
+    """Raises RuntimeError with the reason if a compiler is there, and yet no extension afterwards."""
     if fresh() and not missing():
         return {"did": "nothing, since it is there"}
-    run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace", "--force"], cwd=ROOT)
+    if not any(map(shutil.which, compilers := (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        return {"outcome": "skipped", "why": f"no C++ compiler: none of {', '.join(compilers)}"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+    run = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    print(run.stderr, file=sys.stderr)
     if why := missing():
-        raise RuntimeError(f"setup.py ended with {run.returncode}. {why}")
+        told = [line for line in run.stderr.splitlines() if "WITHOUT" in line] or run.stderr.splitlines()[-1:]
+        raise RuntimeError(f"setup.py: {' '.join(told) or why}")
     return {"did": "built it"}
 
 

@@ -65,7 +65,7 @@ def page_of(record: dict[str, Any]) -> str:
         parts[-1] += " that the program runs, and nothing about speed."
     parts += ["## Machine", _facts(stages), "## Stages", _stages(stages)]
     if problems := _problems(stages):
-        parts += ["## What failed", problems]
+        parts += ["## What failed or was left out", problems]
     if timings:
         parts += [
             "## Time of a step",
@@ -99,6 +99,10 @@ def _stages(stages: dict[str, Any]) -> str:
 
 def _problems(stages: dict[str, Any]) -> str:
     found = [(name, *of) for name, stage in stages.items() for of in stage["problems"].items()]
+    for name, stage in stages.items():
+        found += [
+            (name, item, f"skipped: {of['why']}") for item, of in stage["items"].items() if of["outcome"] == "skipped"
+        ]
     return "\n".join(f"- {stage}, {item}: {' '.join(why.split())}" for stage, item, why in found)
 
 
