@@ -45,11 +45,16 @@ def tests(files: list[str], device: str, shares: int, tiny: bool) -> list[tuple[
 def stages(device: str, tiny: bool) -> list[Stage]:
     cores = os.cpu_count() or 1
     few, many = (1, 1) if tiny else (max(1, min(4, cores // 2)), max(1, min(12, cores * 3 // 4)))
-    smoke = [(program("smoke", device, str(k), str(many)), {}) for k in range(many)]
     return [
         Stage("facts", [(program("facts", device), {})], 20, names=True),
         Stage("build", [(program("build"), {})], 110, patience=600, names=True),
-        Stage("smoke", smoke, 60, patience=45, names=True),
+        Stage(
+            "smoke",
+            [(program("smoke", device, str(k), str(many)), {}) for k in range(many)],
+            60,
+            patience=45,
+            names=True,
+        ),
         Stage("table", tests(TABLE, device, many, tiny), 110, patience=90),
         Stage("gpu", tests(GPU[:1] if tiny else GPU, device, few, tiny), 90, patience=120),
         Stage("timings", [(program("timings", device), {})], 150, patience=75, names=True),

@@ -136,7 +136,7 @@ def _sweeps(timings: dict[str, Any]) -> str:
         for kernel, sweep in of["sweeps"].items():
             speed = sweep["bytes"] / sweep["seconds"][1] / 1e9
             peak = number(sweep.get("of peak", float("nan")), "{:.0%}")
-            fired = f"{of['fired']:.0%}"
+            fired = number(of.get("fired", float("nan")), "{:.0%}")
             rows.append(
                 [
                     on,

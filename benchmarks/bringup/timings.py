@@ -27,7 +27,7 @@ from benchmarks.machine import free_memory
 from benchmarks.shapes import MODELS, SMOKE, Shapes, numel
 
 from .facts import peak
-from .items import Log, tiny
+from .items import WORDS, Log, tiny
 
 F32, BF16 = torch.float32, torch.bfloat16
 LISTS: dict[str, tuple[Shapes, torch.dtype, dict[str, Any]]] = {
@@ -116,18 +116,19 @@ class Clock:
 def marked(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """The launches of our Triton kernels: name, mark before, mark after."""
     marks: list[tuple[str, Any, Any]] = []
-    original = launch.launch
+    owner, name = (launch.Launch, "__call__") if hasattr(launch, "Launch") else (launch, "launch")
+    original = getattr(owner, name)
 
-    def launched(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    def launched(of: Any, *args: Any, **kwargs: Any) -> None:
         begin = clock.mark()
-        original(kernel, *args, **kwargs)
-        marks.append((kernel.__name__, begin, clock.mark()))
+        original(of, *args, **kwargs)
+        marks.append((getattr(of, "_kernel", of).__name__, begin, clock.mark()))
 
-    launch.launch = launched
+    setattr(owner, name, launched)
     try:
         yield marks
     finally:
-        launch.launch = original
+        setattr(owner, name, original)
 
 
 def on_device(entrants: dict[str, Entrant], clock: Clock, host: dict[str, float], steps: int) -> dict[str, list[float]]:
@@ -186,23 +187,25 @@ def measure(shapes: Shapes, dtype: torch.dtype, options: dict[str, Any], device:
     info = Pedantic()
     ring = Ring(info, device, SECONDS, small, patience=0, at_most=steps)
     watched = OURS if OURS in entrants else BASELINE
-    all_: dict[str, Entrant] = {**entrants, COPY: copy_of(4 * n, device)}
+    all_: dict[str, Entrant] = dict(entrants)
+    all_[COPY] = copy_of(4 * n, device)
     told = ring.contest(all_, watched, n, absent={**absent, **failed}, tensors=len(on.sizes), dtype=str(dtype)[6:])
 
     clock, host = Clock(device), {name: of["host"] for name, of in told["contenders"].items()}
     for name, seconds in (alone := on_device(all_, clock, host, steps)).items():
         over = quartiles(ratios(seconds, alone[BASELINE]))
         told["contenders"][name].update(device=median(seconds), device_ratio=[round(q, 4) for q in over])
-    told["sweeps"] = {}
-    of_peak = 0.0 if small else peak()
+    told["sweeps"], of_peak = {}, 0.0 if small else peak()
     for name in (OURS, ONE_LAUNCH):
         if name in entrants:
-            seconds_of = sweeps_of(entrants[name], clock, host[name], steps)
-            fired = entrants[name].fired()
-            told["sweeps"].update(sweeps_told(seconds_of, taken[name], on, fired, of_peak))
-            told["fired"] = round(fired, 4)
+            try:
+                seconds_of = sweeps_of(entrants[name], clock, host[name], steps)
+                told["fired"] = round(entrants[name].fired(), 4)
+                told["sweeps"].update(sweeps_told(seconds_of, taken[name], on, told["fired"], of_peak))
+            except Exception as error:  # the rest is worth keeping
+                failed[f"sweeps of {name}"] = f"{type(error).__name__}: {error}"
     if failed:
-        told.update(outcome="failed", why="; ".join(f"{name}: {why}" for name, why in failed.items()))
+        told.update(outcome="failed", why="; ".join(f"{name}: {why}" for name, why in failed.items())[:WORDS])
     return told
 
 
