@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.methods import MEASURES, RULES, Rule
+from ..core.staging import staged
 
 Number = float | Tensor  # one number, or a tensor with one for each segment
 Measured = Mapping[str, Tensor]
@@ -135,4 +136,4 @@ def expanded(by_tensor: Tensor, counts: Sequence[int]) -> Tensor:
 def lengths_on(device: torch.device, counts: tuple[int, ...]) -> Tensor:
     """The counts as int64 on a device. They are kept there, as steps ask for the same ones, and a copy would make the
     host wait. Not to be written."""
-    return torch.tensor(counts, dtype=torch.int64, device="cpu").to(device)
+    return staged(torch.tensor(counts, dtype=torch.int64, device="cpu"), device)

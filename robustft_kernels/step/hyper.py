@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.bases import Base, GroupSpec, hyper_of
 from ..core.methods import METHOD_HYPER
+from ..core.staging import staged
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -79,7 +80,7 @@ class HyperTable:
         """One hyper-parameter of each group, float64 on the device. The host does not wait for those in tensors."""
         k, width = self._base.hyper.index(column), len(self._base.hyper)
         if self._sent is None:
-            self._sent = self.table[: len(self._groups)].to(self._device, non_blocking=True)
+            self._sent = staged(self.table[: len(self._groups)], self._device)
         values = self._sent[:, k]
         live = {row: self.live[row * width + k] for row in range(len(values)) if row * width + k in self.live}
         if live:

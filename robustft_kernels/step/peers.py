@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core.exchange import Exchange, Reach, Segments
 from ..core.methods import MEASURES, Rule
 from ..core.sharding import local
+from ..core.staging import staged
 from .decide import Terms, decide, decide_by_size, expanded, fold, largest, size_of
 from .launch import Share
 from .results import Results, Tables, unless, write
@@ -68,7 +69,7 @@ class Peers:
         self._sums = Exchange([*cut, *rows], sizes, device)
         self._maxima = Exchange(rows, [1] * len(rows), device)
         counts = [count for part in self._rows for count in part.counts]
-        self._counts_of_rows = torch.tensor(counts, dtype=torch.float64, device="cpu").to(device)
+        self._counts_of_rows = staged(torch.tensor(counts, dtype=torch.float64, device="cpu"), device)
         self.decided = sum(sum(part.here) for part in self.parts if part.decided)  # segments here
 
     def tables(self, results: Results, device: torch.device) -> Tables:

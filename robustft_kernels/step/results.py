@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.contract import empty_results
 from ..core.methods import MEASURES
+from ..core.staging import staged
 
 
 class Found(NamedTuple):
@@ -44,7 +45,7 @@ class Tables:
         segments = sum(place.segments for place in places)
         rows = [torch.arange(place.first, place.first + place.segments, device="cpu") for place in places]
         rows += [torch.tensor([place.told], device="cpu") for place in places if place.told is not None]
-        self.index = torch.cat([*rows, torch.zeros(0, dtype=torch.int64, device="cpu")]).to(device)
+        self.index = staged(torch.cat([*rows, torch.zeros(0, dtype=torch.int64, device="cpu")]), device)
         results, alphas = empty_results(len(self.index), device)
         self.results, self.alphas, self.told = results[:segments], alphas[:segments], results[segments:]
         self.lent = False

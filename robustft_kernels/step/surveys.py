@@ -9,6 +9,7 @@ from ..core.contract import StepTensors
 from ..core.exchange import Exchange, Segments
 from ..core.methods import MEASURES, RULES
 from ..core.sharding import first_row, has_whole_rows, local
+from ..core.staging import staged
 from .decide import EPS, expanded, fold, lengths_on
 
 DOT, BEFORE = MEASURES.index("grad_dot_delta"), MEASURES.index("before")
@@ -35,7 +36,7 @@ class RowSurvey:
         # Of rows that are known here, once those that are cut are summed.
         self._counts = [*self._segments.counts, *here]
         first = [first_row(param) if param.dim() > 1 else 0 for param in params[self._n :]]
-        self._first = torch.tensor([*[0] * self._n, *first], dtype=torch.float64, device="cpu").to(device)
+        self._first = staged(torch.tensor([*[0] * self._n, *first], dtype=torch.float64, device="cpu"), device)
         self._sums = Exchange(params, [*(2 * count for count in self._segments.counts), *[1] * len(here)], device)
         self._maxima = Exchange(params, [1] * len(params), device)
 
