@@ -99,7 +99,7 @@ bringup:
 
 test-gpu:
 	$(HERE) -m benchmarks.bringup.build
-	$(HERE) -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py tests/test_triton.py \
+	$(HERE) -m pytest --device cuda -rs tests/test_steps.py tests/test_precision.py $(wildcard tests/test_triton*.py) \
 		tests/test_spread.py $(wildcard tests/test_gpu*.py) $(ARGS)
 
 # What `bench` measures, on a GPU. Without what draws its page, steps and timings of `bringup` take its place.

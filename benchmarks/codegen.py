@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 from robustft_kernels.triton_kernels import norm, row_sweeps, sweeps
+from robustft_kernels.triton_kernels.chunk import CALLERS
 from robustft_kernels.triton_kernels.variant import Dtypes, Variant, options_of, variant_of
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -66,6 +67,7 @@ class Shipped:
     options: a gradient scaler, and hyper-parameters in tensors. mixed: only some tensors have an anchor and the last of
     the states. coupled: rules with a linear penalty are among the others. rows: the kernels for segments that are rows.
     low: bfloat16 moments. master: float32 master weights. norm: the kernel for the norm of the gradients.
+    narrow: gradients at any address.
     """
 
     base: Base
@@ -80,6 +82,7 @@ class Shipped:
     low: bool = False
     master: bool = False
     norm: bool = False
+    narrow: bool = False
 
     @property
     def name(self) -> str:
@@ -89,7 +92,7 @@ class Shipped:
             return f"norm of {NAMES[self.param]} gradients"
         extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options
         extras += ", mixed" * self.mixed + ", coupled" * self.coupled
-        extras += ", bf16 moments" * self.low + ", master" * self.master
+        extras += ", bf16 moments" * self.low + ", master" * self.master + ", gradients anywhere" * self.narrow
         return f"{'rows, ' * self.rows}{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
 
     @property
@@ -114,7 +117,7 @@ class Shipped:
             return {name: getattr(row_sweeps, name) for name in ("row_survey", "row_step", "row_pull")}
         return {name: getattr(sweeps, name) for name in ("step_sweep", "pull_sweep", "ticket_sweep")}
 
-    def variant(self) -> Variant:
+    def variant(self, kernel: str) -> Variant:
         return variant_of(
             self.base,
             Dtypes(
@@ -128,6 +131,8 @@ class Shipped:
             rules=ROW_RULES if self.rows else TENSOR_RULES + LINEAR_RULES * self.coupled,
             stochastic=self.stochastic,
             anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
+            one_launch=kernel == "ticket_sweep",
+            unaligned=frozenset({"grad"} if self.narrow else ()),
         )
 
 
@@ -176,36 +181,44 @@ VARIANTS += [
     Shipped(SGD, 1, BF16, BF16, low=True, master=True),
     Shipped(ADAMW, 2, BF16, BF16, low=True, master=True, rows=True),
     Shipped(ADAMW, 2, F32, F32, low=True, rows=True),
+    Shipped(ADAMW, 2, F32, F32, narrow=True),
+    Shipped(ADAMW, 2, BF16, BF16, narrow=True),
+    Shipped(ADAMW, 2, BF16, BF16, low=True),
 ]
 VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F64)]
 
 
 def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it ahead of time."""
-    variant, function = shipped.variant(), shipped.kernels[kernel]
-    options = options_for(variant, target)
+    variant, function = shipped.variant(kernel), shipped.kernels[kernel]
+    options = options_for(variant, kernel, target)
     absent = () if shipped.options else ("live", "grad_scale", "found_inf")
     names = function.arg_names
     signature = {name: "constexpr" if name == "V" or name in absent else ARGUMENTS[name] for name in names}
     constants = {
         (i,): variant if name == "V" else None for i, name in enumerate(names) if signature[name] == "constexpr"
     }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name] != "constexpr" and name not in CALLERS
+    }
     return triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=options)
 
 
-def options_for(variant: Variant, target: GPUTarget) -> dict[str, Any]:
+def options_for(variant: Variant, kernel: str, target: GPUTarget) -> dict[str, Any]:
     """How the variant is compiled for the target."""
-    return options_of(variant, (target.backend, target.arch if target.backend == "cuda" else 0))
+    gpu = (target.backend, target.arch if target.backend == "cuda" else 0)
+    return options_of(variant, gpu, one_launch=kernel == "ticket_sweep")
 
 
 def configuration(which: int, kernel: str, target: str) -> list[Any]:
     """What a job is compiled for, as text."""
     shipped = VARIANTS[which]
-    variant = shipped.variant()
+    variant = shipped.variant(kernel)
     fields = {name: _told(value) for name, value in vars(variant).items() if name != "CODE"}
     arguments = [ARGUMENTS.get(name, "") for name in shipped.kernels[kernel].arg_names]
-    return [kernel, target, shipped.options, fields, arguments, options_for(variant, TARGETS[target])]
+    return [kernel, target, shipped.options, fields, arguments, options_for(variant, kernel, TARGETS[target])]
 
 
 def _told(value: Any) -> str:
@@ -244,8 +257,23 @@ def facts(job: tuple[int, str, str]) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.[\w.:]*\.(?:f|bf)(?:16|32|64)", binary.asm["ptx"])),
         "accesses": dict(Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", binary.asm["ptx"]))),
+        "approximate": len(re.findall(r"\b(?:div|rcp|sqrt|rsqrt)\.(?:approx|full)", binary.asm["ptx"])),
+        "barriers": sum(loop.count("bar.sync") for loop in vector_loops(binary.asm["ptx"])),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+\S", sass, flags=re.M)),
     }
+
+
+def vector_loops(ptx: str) -> list[str]:
+    """The innermost loops that access global memory by vectors."""
+    lines = ptx.splitlines()
+    labels = {m[1]: at for at, line in enumerate(lines) if (m := re.match(r"(\$\w+):", line))}
+    ends = [
+        (labels[m[1]], at) for at, line in enumerate(lines) if (m := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line))
+    ]
+    loops = [(begin, end) for begin, end in ends if begin <= end]
+    inner = [loop for loop in loops if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+    bodies = ["\n".join(lines[begin:end]) for begin, end in inner]
+    return [body for body in bodies if re.search(r"\b(?:ld|st)\.global[\w.:]*\.v\d", body)]
 
 
 def _cuobjdump(*args: str) -> str:

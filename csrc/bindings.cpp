@@ -299,12 +299,13 @@ using AdamWStep = PreparedStep<AdamWHyper>;
 using SGDStep = PreparedStep<SGDHyper>;
 using NoStepStep = PreparedStep<NoStepHyper>;
 
-void addresses(const Tensors& tensors, const Tensor& out) {
+int64_t addresses(const Tensors& tensors, const Tensor& out) {
   TORCH_CHECK(out.device().is_cpu() && out.scalar_type() == at::kLong && out.is_contiguous() &&
                   out.numel() == int64_t(tensors.size()),
               "robustft: addresses go to a contiguous int64 CPU tensor of ", tensors.size());
-  int64_t* to = out.data_ptr<int64_t>();
-  for (const Tensor& tensor : tensors) *to++ = int64_t(tensor.const_data_ptr());
+  int64_t *to = out.data_ptr<int64_t>(), all = 0;
+  for (const Tensor& tensor : tensors) all |= *to++ = int64_t(tensor.const_data_ptr());
+  return all;
 }
 
 // The two sums as an int64 tensor. `flat` is a part of a tensor without gaps, and the rest are the indices of its

@@ -90,8 +90,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """Every ready backend except the second form of the Triton one. test_triton.py holds that to the bits of the first
-    form."""
+    """Every ready backend except the second form of the Triton one, which test_triton.py holds to the oracle."""
     if "backend" in metafunc.fixturenames:
         device = torch.device(metafunc.config.getoption("--device"))
         names = [name for name in registry.BACKENDS if name != "triton_tickets"]

@@ -1,5 +1,5 @@
-"""A program, run by test_triton.py. It makes optimizer steps through Triton's own host side. The driver has no GPU, and
-notes what it is told to launch."""
+"""A program, run by test_triton_host.py. It makes optimizer steps through Triton's own host side. The driver has no
+GPU, and notes what it is told to launch."""
 
 import torch
 import triton

@@ -48,7 +48,7 @@ def test_bits_repeat_50_times(form, dtype, name):
     settings = next(settings for settings in SETTINGS if settings.name == name)
     start = settled(LARGE, settings, "spd", dtype)
     grads, first = start.grads(), start.clone()
-    first.run("triton", grads)
+    first.run(form, grads)
     assert (first.alphas < 1).any()
     noise, beside = torch.randn(2000, 2000), torch.cuda.Stream()
     for _ in range(50):

@@ -34,6 +34,22 @@ def read_hyper(table, live, at):
 
 
 @triton.jit
+def exact_root(x):
+    """√x, rounded to nearest. For float32, `tl.sqrt` is an approximation that takes subnormals for 0."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def exact_ratio(x, y):
+    """x/y, rounded to nearest. For float32, `/` is off by up to two units in the last place."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
 def power(beta, t):
     """βᵗ in float64, by squaring. It takes few registers, and at most two roundings for each binary digit of t."""
     result = tl.full((), 1.0, tl.float64)
@@ -52,11 +68,11 @@ def adamw_scalars(table, live, row, t, T: tl.constexpr):
     beta1, beta2 = read_hyper(table, live, row + _A_BETA1), read_hyper(table, live, row + _A_BETA2)
     scalars = (
         (1 - lr * read_hyper(table, live, row + _A_DECAY)).to(T),
-        (1 - beta1).to(T),
+        tl.where(beta1 > 0.5, 1 - beta1, -beta1).to(T),
         beta2.to(T),
         (1 - beta2).to(T),
         (lr / (1 - power(beta1, t))).to(T),
-        1 / tl.sqrt((1 - power(beta2, t)).to(T)),
+        (1 / tl.sqrt(1 - power(beta2, t))).to(T),
         read_hyper(table, live, row + _A_EPS).to(T),
     )
     return (1 - 2 * tl.load(table + row + _A_MAXIMIZE)).to(T), scalars
@@ -68,13 +84,14 @@ def adamw(theta, g, m, v, v_max, scalars, STATES: tl.constexpr):
 
     An absent v_max is read as 0, so that v takes its place.
     """
-    decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps = scalars
-    m = m + beta1_rest * (g - m)
+    decay, blend, beta2, beta2_rest, step_size, root_scale, eps = scalars
+    # β₁m + (1 − β₁)g, from the end with the larger weight: exactly g when β₁ is 0
+    m = tl.where(blend > 0, m, g) + blend * (g - m)
     v = beta2 * v + beta2_rest * g * g
     root = v
     if STATES > 2:
         root = tl.where((v > v_max) | (v != v), v, v_max)  # nan wins, as in torch.maximum
-    return decay * theta - step_size * (m / (tl.sqrt(root) * root_scale + eps)), m, v, root
+    return decay * theta - step_size * exact_ratio(m, exact_root(root) * root_scale + eps), m, v, root
 
 
 @triton.jit

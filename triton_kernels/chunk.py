@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 CHUNK = 16384  # elements that share one partial, and one program
+SHORT_CHUNK = 4096  # in the one-launch form, so that little is under way between a step and its pull
 LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
 TILE = 8  # rows that are worked on together, a warp each
 INTERPRETED = triton.knobs.runtime.interpret
+CALLERS = ["grad_scale", "found_inf"]  # arguments of kernels that are another tensor at each step
 
 # The columns of the int64 table of tensors. Addresses come first, 0 if absent. Layout and settings follow.
 COLUMNS = (
@@ -49,8 +51,10 @@ def present(address, n, HAVE: tl.constexpr):
 
 
 @triton.jit
-def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr):
-    """Elements as numbers of the arithmetic type, zero when masked. VECTOR: the address is a multiple of 16.
+def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr,
+         EVICT: tl.constexpr = ""):  # fmt: skip
+    """Elements as numbers of the arithmetic type, zero when masked. ALIGNED: the address is a multiple of 16. EVICT: as
+    in `tl.load`.
 
     This hint must be on the pointer. On the integer it is lost.
     """
@@ -58,22 +62,22 @@ def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, VECTOR: t
         bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + offsets, mask=mask, other=0)
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     pointer = address.to(tl.pointer_type(DTYPE))
-    if VECTOR:
+    if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(T)
+    return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(T)
 
 
 @triton.jit
-def store(address, offsets, mask, values, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+def store(address, offsets, mask, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr = ""):
     """Stores numbers in memory. DTYPE must hold them exactly, as `as_stored` sees to."""
     if _BY_BITS and DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True) >> 16
         tl.store(address.to(tl.pointer_type(tl.uint16)) + offsets, bits.to(tl.uint16), mask=mask)
         return
     pointer = address.to(tl.pointer_type(DTYPE))
-    if VECTOR:
+    if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    tl.store(pointer + offsets, values.to(DTYPE), mask=mask)
+    tl.store(pointer + offsets, values.to(DTYPE), mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -95,31 +99,43 @@ def mix(x):
 
 
 @triton.jit
-def weights_at(tensor, V: tl.constexpr):
-    """The addresses of a tensor's weights, in one number. A power of two that divides it divides each of them."""
-    address = tl.load(tensor + PARAM)
-    if V.MASTERED:  # otherwise even the load of a 0 would cost registers
-        address |= tl.load(tensor + WORKING)
-    return address
+def aligned(tensor, grad, V: tl.constexpr):
+    """Whether what the variant takes to be multiples of 16 are. It is looked at anew, since a caller's tensors move."""
+    addresses = grad * 0
+    if V.PARAM_ALIGNED:
+        addresses |= tl.load(tensor + PARAM)
+        if V.MASTERED:  # otherwise even the load of a 0 would cost registers
+            addresses |= tl.load(tensor + WORKING)
+    if V.GRAD_ALIGNED:
+        addresses |= grad
+    if V.ANCHOR_ALIGNED:
+        addresses |= tl.load(tensor + ANCHOR)
+    if V.STATE_ALIGNED:
+        addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
+        if V.TRACKS:
+            addresses |= tl.load(tensor + DELTA)
+    return addresses % 16 == 0
 
 
 @triton.jit
-def load_weights(param, working, offsets, mask, WIDE: tl.constexpr, V: tl.constexpr):
+def load_weights(param, working, offsets, mask, V: tl.constexpr):
     """What a step begins from. A master weight counts as long as it rounds to the working weight. If someone else has
     written the working weight, the step begins from that."""
-    theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
+    theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
     if V.MASTERED:
-        shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, WIDE)
+        shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
         theta = tl.where(as_stored(theta, V.WORKING_DTYPE, V.ARITHMETIC) == shown, theta, shown)
     return theta
 
 
 @triton.jit
-def store_weights(param, working, offsets, mask, values, WIDE: tl.constexpr, V: tl.constexpr):
+def store_weights(param, working, offsets, mask, values, V: tl.constexpr):
     """Stores weights, as `as_stored` makes them, with their master."""
-    store(param, offsets, mask, values, V.PARAM_DTYPE, WIDE)
+    store(param, offsets, mask, values, V.PARAM_DTYPE, V.PARAM_ALIGNED)
     if V.MASTERED:
-        store(working, offsets, mask, as_stored(values, V.WORKING_DTYPE, V.ARITHMETIC), V.WORKING_DTYPE, WIDE)
+        store(
+            working, offsets, mask, as_stored(values, V.WORKING_DTYPE, V.ARITHMETIC), V.WORKING_DTYPE, V.PARAM_ALIGNED
+        )
 
 
 STEP_KEY, PULL_KEY, MOMENTS_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -140,10 +156,14 @@ def rounding_keys(tensor, t):
 
 
 @triton.jit
-def random_bits(offsets, key):
-    """32 bits for each element. The counter is the element's place in memory."""
-    low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
-    return mix(mix(low ^ key) + mix(key + high))
+def random_bits(offsets, start, key):
+    """32 bits for each element. The counter is the element's place in memory.
+
+    start: a place before each, by less than 2³² elements. One for many elements spares half of the work.
+    """
+    low, high = offsets.to(tl.uint32), (start >> 32).to(tl.uint32)
+    carried = low < start.to(tl.uint32)
+    return mix(mix(low ^ key) + tl.where(carried, mix(key + high + 1), mix(key + high)))
 
 
 @triton.jit
@@ -156,11 +176,11 @@ def dither(values, chance):
 
 
 @triton.jit
-def keep_moments(s0, s1, s2, offsets, keys, V: tl.constexpr):
+def keep_moments(s0, s1, s2, offsets, start, keys, V: tl.constexpr):
     """Moments as they can be stored. In bfloat16 the first two are rounded stochastically. To nearest, small changes
     would be lost."""
     if V.STATE_DTYPE != V.ARITHMETIC:
-        bits = random_bits(offsets, keys[MOMENTS_KEY])
+        bits = random_bits(offsets, start, keys[MOMENTS_KEY])
         s0, s1 = dither(s0, bits >> 16), dither(s1, bits & 0xFFFF)
         s2 = as_stored(s2, V.STATE_DTYPE, V.ARITHMETIC)
     return s0, s1, s2

@@ -1,6 +1,7 @@
 """The launches of a step: what the Triton backends make of a table."""
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,16 +14,48 @@ from ..core.methods import LEARNED
 from ..core.staging import staged
 from ..core.state import same_layout
 from . import norm, row_sweeps, sweeps
+from .chunk import INTERPRETED
 from .table import Addresses, Entry, Table, entries_of
 from .variant import DTYPES, Dtypes, options_of
 
-PROGRAMS = 4  # on each SM, in the one-launch form
-LAG = 2  # in that form: rounds of all programs from a segment's last chunk in sweep 1 to its first in sweep 2
+PROGRAMS = 3  # on each SM, in the one-launch form
+LAG = 1  # in that form: rounds of all programs from a segment's last chunk in sweep 1 to its first in sweep 2
 
 
-def launch(kernel: Any, programs: int, *args: Any, table: Table) -> None:
-    """Every launch of this backend goes through here."""
-    kernel[(programs,)](*args, V=table.variant, **options_of(table.variant, table.gpu))
+def started_by(kernel: Any, programs: int, fixed: Sequence[Tensor | None], given: Sequence[Tensor | None], table: Table
+               ) -> Callable[..., None]:  # fmt: skip
+    """What starts a kernel with its fixed arguments, when called with the given ones. Every launch comes from here.
+
+    Triton looks a compiled kernel up by the types of all arguments. Here that is done once. Each start passes
+    addresses, of tensors that `fixed` must keep.
+    """
+    variant = table.variant
+    if INTERPRETED:
+        return lambda *given: kernel[(programs,)](*fixed, *given, V=variant)
+    options = options_of(variant, table.gpu, one_launch=kernel is sweeps.ticket_sweep)
+    compiled = kernel.warmup(*fixed, *given, V=variant, grid=(programs,), **options)
+    start = compiled[(programs, 1, 1)]
+    addresses = [None if t is None else t.data_ptr() for t in fixed]
+
+    def run(*given: Tensor | None) -> None:
+        start(*addresses, *(None if t is None else t.data_ptr() for t in given), variant)
+
+    return run
+
+
+class Launch:
+    """A kernel and what a table has for it. Calls bring the caller's tensors: `grad_scale` and `found_inf`, or None."""
+
+    def __init__(self, kernel: Any, programs: int, *fixed: Tensor | None, table: Table) -> None:
+        self.kernel, self._programs, self._fixed, self._table = kernel, programs, fixed, table
+        self._started: dict[Any, Callable[..., None]] = {}
+
+    def __call__(self, *given: Tensor | None) -> None:
+        kind = (self._table.variant, *(None if t is None else t.dtype for t in given))
+        start = self._started.get(kind)
+        if start is None:
+            start = self._started[kind] = started_by(self.kernel, self._programs, self._fixed, given, self._table)
+        start(*given)
 
 
 class PreparedStep:
@@ -39,9 +72,9 @@ class PreparedStep:
         for k, of in enumerate(table.tensors):
             _check(k, of)
         self._table, self._params = table, [of.param for of in table.tensors]
-        self._entries = entries_of(table.base, table.tensors, table.firsts)
-        self._addresses, self._tickets = addresses, tickets
-        self._classes: list[tuple[Table, _Tickets | None]] | None = None
+        self._entries = entries_of(table.base, table.tensors, table.firsts, tickets)
+        self._addresses, self._one_launch = addresses, tickets
+        self._classes: list[_Class] | None = None
         device = table.results.device
         self._guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -51,14 +84,9 @@ class PreparedStep:
         with self._guard:
             if self._classes is None:
                 self._classes = self._build(grads)
-            for table, tickets in self._classes:
-                table.upload(grads, self._table.hyper, self._addresses)
-                if table.by_rows:
-                    self._sweep_rows(table, grad_scale, found_inf)
-                elif tickets is None:
-                    self._sweep(table, grad_scale, found_inf)
-                else:
-                    self._draw(table, tickets, grad_scale, found_inf)
+            for of in self._classes:
+                of.table.upload(grads, self._table.hyper, self._addresses)
+                of.step(grad_scale, found_inf)
         torch.autograd.graph.increment_version(self._params)
 
     def squared_norm(self, grads: list[Tensor]) -> Tensor:
@@ -66,16 +94,14 @@ class PreparedStep:
         with self._guard:
             if self._classes is None:
                 self._classes = self._build(grads)
-            for t, _ in self._classes:
-                t.upload(grads, self._table.hyper, self._addresses)
-                launch(
-                    norm.norm_sweep, t.chunks, t.tensors, t.grads, t.owners, t.partials, t.counter, t.squared, table=t
-                )
-            return torch.stack([t.squared for t, _ in self._classes]).sum()
+            for of in self._classes:
+                of.table.upload(grads, self._table.hyper, self._addresses)
+                of.norm()
+            return torch.stack([of.table.squared for of in self._classes]).sum()
 
-    def _build(self, grads: list[Tensor]) -> list[tuple[Table, "_Tickets | None"]]:
+    def _build(self, grads: list[Tensor]) -> list["_Class"]:
         step = self._table
-        classes: dict[tuple[Dtypes, bool], list[Entry]] = {}
+        classes: dict[tuple[Dtypes, bool, frozenset[str]], list[Entry]] = {}
         for entry, grad in zip(self._entries, grads or self._params, strict=True):
             param = entry.of.param
             if grad.dtype not in DTYPES or grad.device != param.device or grad.shape != param.shape:
@@ -83,37 +109,44 @@ class PreparedStep:
                     f"robustft: grad of {_place(entry.index, entry.of)} must be of shape {tuple(param.shape)} on "
                     f"{param.device} and of {_names(DTYPES)}, got {_described(grad)}"
                 )
-            classes.setdefault((entry.dtypes(grad.dtype), entry.by_rows), []).append(entry)
-        tables = [Table(step.base, dtypes, of, grads, step.hyper, step.live) for (dtypes, _), of in classes.items()]
-        return [(table, _Tickets(table) if self._tickets and not table.by_rows else None) for table in tables]
+            classes.setdefault((entry.dtypes(grad.dtype), entry.by_rows, entry.unaligned), []).append(entry)
+        return [
+            _Class(step, Table(step.base, dtypes, of, grads, step.hyper, step.live), self._one_launch)
+            for (dtypes, _, _), of in classes.items()
+        ]
 
-    def _sweep(self, t: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        launch(
-            sweeps.step_sweep, t.chunks, t.tensors, t.grads, t.owners, t.hyper, t.live, t.partials, t.counters,
-            self._table.results, self._table.alphas, grad_scale, found_inf, table=t,
-        )  # fmt: skip
-        if t.pulled:
-            launch(sweeps.pull_sweep, t.pulled, t.tensors, t.owners, self._table.alphas, found_inf, table=t)
 
-    def _sweep_rows(self, t: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if t.surveyed:
-            launch(
-                row_sweeps.row_survey, t.chunks, t.tensors, t.grads, t.owners, t.hyper, t.live, t.partials, t.counters,
-                t.largest, grad_scale, found_inf, table=t,
+class _Class:
+    """The launches over one class of tensors."""
+
+    def __init__(self, step: StepTable, table: Table, one_launch: bool) -> None:
+        t = self.table = table
+        rows, head = t.by_rows, (t.tensors, t.grads, t.owners)
+        numbers, outcome = (t.hyper, t.live, t.partials, t.counters), (step.results, step.alphas)
+        self._found = []  # the launches that take `found_inf` alone, after those that take `grad_scale` too
+        self._scaled = []
+        self.norm = Launch(norm.norm_sweep, t.chunks, *head, t.partials, t.counter, t.squared, table=t)
+        if rows and t.surveyed:
+            self._scaled.append(Launch(row_sweeps.row_survey, t.chunks, *head, *numbers, t.largest, table=t))
+        if rows:
+            self._scaled.append(Launch(row_sweeps.row_step, t.chunks, *head, *numbers, t.largest, *outcome, table=t))
+        elif one_launch:
+            of = _Tickets(t)
+            self._scaled.append(
+                Launch(sweeps.ticket_sweep, of.programs, of.schedule, of.cursor, *head, *numbers, of.ready, *outcome,
+                       table=t)
             )  # fmt: skip
-        launch(
-            row_sweeps.row_step, t.chunks, t.tensors, t.grads, t.owners, t.hyper, t.live, t.partials, t.counters,
-            t.largest, self._table.results, self._table.alphas, grad_scale, found_inf, table=t,
-        )  # fmt: skip
-        if t.pulled:
-            launch(row_sweeps.row_pull, t.pulled, t.tensors, t.owners, self._table.alphas, found_inf, table=t)
+        else:
+            self._scaled.append(Launch(sweeps.step_sweep, t.chunks, *head, *numbers, *outcome, table=t))
+        if t.pulled and (rows or not one_launch):
+            pull = row_sweeps.row_pull if rows else sweeps.pull_sweep
+            self._found.append(Launch(pull, t.pulled, t.tensors, t.owners, step.alphas, table=t))
 
-    def _draw(self, t: Table, tickets: "_Tickets", grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        launch(
-            sweeps.ticket_sweep, tickets.programs, tickets.schedule, tickets.cursor, t.tensors, t.grads, t.owners,
-            t.hyper, t.live, t.partials, t.counters, tickets.ready, self._table.results, self._table.alphas, grad_scale,
-            found_inf, table=t,
-        )  # fmt: skip
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for launch in self._scaled:
+            launch(grad_scale, found_inf)
+        for launch in self._found:
+            launch(found_inf)
 
 
 class _Tickets:

@@ -10,13 +10,12 @@ from .measure import sums
 @triton.jit
 def square_span(grad, begin, n, VECTOR: tl.constexpr, V: tl.constexpr):
     """The accumulators of Σ g² over n elements from `begin`, VECTOR at a time in each thread."""
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR  # tells the compiler what divides n
     squares = tl.zeros([V.LANES], V.ARITHMETIC)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
-        g = load(grad, begin + lane, lane < n, V.GRAD_DTYPE, V.ARITHMETIC, WIDE)
+        g = load(grad, begin + lane, lane < n, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED)
         squares += sums(g * g, V.LANES)
     return squares
 
@@ -32,8 +31,8 @@ def norm_sweep(tensors, grads, owners, partials, counter, squared, V: tl.constex
     share = (numel + 16 * chunks - 1) // (16 * chunks) * 16
     begin = (chunk - tl.load(tensor + FIRST)) * share
     n = tl.maximum(tl.minimum(numel - begin, share), 0).to(tl.int32)
-    if (grad % 16 == 0) & (n % V.VECTOR == 0):
-        squares = square_span(grad, begin, n, V.VECTOR, V)
+    if ((grad % 16 == 0) | (not V.GRAD_ALIGNED)) & (n % V.GRAD_VECTOR == 0):
+        squares = square_span(grad, begin, n, V.GRAD_VECTOR, V)
     else:
         squares = square_span(grad, begin, n, 1, V)
     tl.store(partials + chunk, tl.sum(squares.to(tl.float64), 0))

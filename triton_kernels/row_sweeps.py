@@ -10,7 +10,7 @@ delta, or the largest row.
 import triton
 import triton.language as tl
 
-from .chunk import CHUNKS, FIRST, LEARNED, NUMEL, ROW, ROWS, RULE, SEGMENT, WIDTH, rounding_keys
+from .chunk import CALLERS, CHUNKS, FIRST, LEARNED, NUMEL, ROW, ROWS, RULE, SEGMENT, WIDTH, rounding_keys
 from .decide import ROW_EPS, among
 from .measure import BEFORE, GAIN, MEASURES, RESULTS, each, of_size, size_of
 from .rows import fold_rows, piece, pull_rows, step_rows, survey_rows, wide
@@ -128,7 +128,7 @@ def conclude(tensor, hyper, live, partials, results, alphas, V: tl.constexpr):
     count_step(tensor, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest, grad_scale, found_inf,
                V: tl.constexpr):  # fmt: skip
     """Sweep 0: one program for each chunk. A tensor's last program learns from the slope, or names the largest row."""
@@ -150,7 +150,7 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
     which = tl.full((), 0.0, tl.float64)
     TALL: tl.constexpr = V.TILE
     if parts > 1:
-        if wide(tensor, grad, V) & (n % V.VECTOR == 0):
+        if wide(tensor, grad, n, V):
             a, b = survey_rows(tensor, grad, row, 1, begin, n, factor, 1, V.VECTOR, V)
         else:
             a, b = survey_rows(tensor, grad, row, 1, begin, n, factor, 1, 1, V)
@@ -159,7 +159,7 @@ def row_survey(tensors, grads, owners, hyper, live, partials, counters, largest,
         lanes = tl.arange(0, TALL)
         for first in range(0, count, TALL):
             rows = count - first
-            if wide(tensor, grad, V):
+            if wide(tensor, grad, n, V):
                 a, b = survey_rows(tensor, grad, row + first, rows, 0, n, factor, TALL, V.VECTOR, V)
             else:
                 a, b = survey_rows(tensor, grad, row + first, rows, 0, n, factor, TALL, 1, V)
@@ -218,7 +218,7 @@ def learn(tensor, rule, slope, t, hyper, live, V: tl.constexpr):
                     tl.store(at + j, new[j])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, results, alphas, grad_scale, found_inf,
              V: tl.constexpr):  # fmt: skip
     """Sweep 1: one program for each chunk. Does nothing when found_inf is set."""
@@ -231,7 +231,7 @@ def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, r
     grad = tl.load(grads + i)
     largest_row = tl.load(largest + i)
     _row, _count, _begin, n, _parts = piece(chunk, tensor, V)
-    if wide(tensor, grad, V) & (n % V.VECTOR == 0):
+    if wide(tensor, grad, n, V):
         step_piece(chunk, tensor, grad, hyper, live, partials, largest_row, results, alphas, grad_scale, V.VECTOR, V)
     else:
         step_piece(chunk, tensor, grad, hyper, live, partials, largest_row, results, alphas, grad_scale, 1, V)
@@ -241,7 +241,7 @@ def row_step(tensors, grads, owners, hyper, live, partials, counters, largest, r
         conclude(tensor, hyper, live, partials, results, alphas, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def row_pull(tensors, owners, alphas, found_inf, V: tl.constexpr):
     """Sweep 2: one program for each chunk that may be pulled. Those are the first of the table. The last of them goes
     first, since sweep 1 left it in the cache."""
@@ -257,7 +257,7 @@ def row_pull(tensors, owners, alphas, found_inf, V: tl.constexpr):
         rows = count - first
         alpha = tl.load(alphas + tl.load(tensor + SEGMENT) + row + first + i, mask=i < rows, other=1.0)
         if tl.min(tl.where(alpha != 1, 0, 1)) == 0:
-            if wide(tensor, 0, V) & (n % V.VECTOR == 0):
+            if wide(tensor, tl.full((), 0, tl.int64), n, V):
                 pull_rows(tensor, row + first, rows, begin, n, alpha, keys, V.TILE, V.VECTOR, V)
             else:
                 pull_rows(tensor, row + first, rows, begin, n, alpha, keys, V.TILE, 1, V)

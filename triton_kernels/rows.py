@@ -19,6 +19,7 @@ from .chunk import (
     STEP_KEY,
     STRIDE,
     WORKING,
+    aligned,
     as_stored,
     dither,
     keep_moments,
@@ -28,7 +29,6 @@ from .chunk import (
     random_bits,
     store,
     store_weights,
-    weights_at,
 )  # fmt: skip
 from .measure import each, measure_rows, plus, row_sums, totals
 from .pull import pull
@@ -51,7 +51,8 @@ def piece(chunk, tensor, V: tl.constexpr):
 
 @triton.jit
 def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
-    """The offsets of a block of TILE rows, and which of its columns exist.
+    """The offsets of a block of TILE rows, the places before them that `random_bits` takes, and which of its columns
+    exist.
 
     s is the stride of dimension 0. Element e of row i, counted in the order of memory, lies at
     (e // s)·(s·rows) + i·s + e % s. This holds for any dense layout. If VECTOR is above 1, rows are contiguous and
@@ -64,16 +65,19 @@ def places(tensor, row, begin, at, n, TILE: tl.constexpr, VECTOR: tl.constexpr, 
         stride = stride // VECTOR * VECTOR  # tells the compiler what divides it
     else:
         e = e // stride * (stride * tl.load(tensor + ROWS)) + e % stride
-    return ((row + tl.arange(0, TILE)) * stride)[:, None] + e[None, :], lane < n
+    start = ((row + tl.arange(0, TILE)) * stride)[:, None]
+    offsets = start + e[None, :]
+    if VECTOR == 1:
+        start = offsets
+    return offsets, start, lane < n
 
 
 @triton.jit
-def wide(tensor, grad, V: tl.constexpr):
-    """Whether every row of a tensor begins at a multiple of 16 bytes and has a multiple of VECTOR elements."""
-    addresses = grad | weights_at(tensor, V) | tl.load(tensor + ANCHOR) | tl.load(tensor + DELTA)
-    addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
+def wide(tensor, grad, n, V: tl.constexpr):
+    """Whether n elements of a row can be taken VECTOR at a time: the rows are contiguous, and all begin so aligned."""
     rows, stride = tl.load(tensor + ROWS), tl.load(tensor + STRIDE)
-    return (addresses % 16 == 0) & (stride % V.VECTOR == 0) & (stride * rows == tl.load(tensor + NUMEL))
+    contiguous = (stride % V.VECTOR == 0) & (stride * rows == tl.load(tensor + NUMEL))
+    return aligned(tensor, grad, V) & contiguous & (n % V.VECTOR == 0)
 
 
 @triton.jit
@@ -81,8 +85,7 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
               TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """Makes the base step on n elements from `begin` of TILE rows from `row`, of which only `rows` exist. Returns their
     measures."""
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
@@ -95,15 +98,17 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
     SHARE: tl.constexpr = V.LANES // TILE
     measures = each(tl.zeros([TILE, SHARE], V.ARITHMETIC))
     for at in range(0, n, SHARE * VECTOR):
-        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        offsets, start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
-        theta = load_weights(param, working, offsets, inside, WIDE, V)
+        theta = load_weights(param, working, offsets, inside, V)
         g = tl.zeros_like(theta)
         if V.HAS_GRADS:
-            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+            theta_0 = load(
+                anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED
+            )
         penalized = g
         if V.RULE_SIGN != 0:
             d = theta - theta_0
@@ -111,31 +116,31 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
             penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
         if V.STATES > 2:
-            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
-        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
+        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, start, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, WIDE)
+            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, V.STATE_ALIGNED)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, V.STATE_ALIGNED)
         if V.STATES > 2:
-            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, WIDE)
+            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, V.STATE_ALIGNED)
         new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.ARITHMETIC)[:, None]))
         if V.STOCHASTIC:
             key = keys[PULL_KEY if V.NO_STEP else STEP_KEY]
-            new = tl.where(dithered, dither(new, random_bits(offsets, key) >> 16), new)
+            new = tl.where(dithered, dither(new, random_bits(offsets, start, key) >> 16), new)
         new = as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC)
         written = inside
         if V.NO_STEP:
             written = inside & (known != 1)[:, None]
-        store_weights(param, working, offsets, written, new, WIDE, V)
+        store_weights(param, working, offsets, written, new, V)
         if V.TRACKS:
             c = as_stored(new - theta_0, V.DELTA_DTYPE, V.ARITHMETIC)
-            store(delta, offsets, kept_delta[:, None] & columns[None, :], c, V.DELTA_DTYPE, WIDE)
+            store(delta, offsets, kept_delta[:, None] & columns[None, :], c, V.DELTA_DTYPE, V.STATE_ALIGNED)
         if V.RULE_MEASURES != 0:
             new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
             measures = measure_rows(theta, new, g, theta_0, measures, VECTOR)
@@ -145,8 +150,7 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
 @triton.jit
 def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """Pulls such rows by their alphas. An α of 1 leaves its row alone."""
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     dithered = tl.load(tensor + DITHERED) != 0
@@ -154,23 +158,24 @@ def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECT
     pulled = (i < rows) & (alpha != 1)
     anchored = i < present(anchor, rows, V.ANCHORED)
     for at in range(0, n, V.LANES // TILE * VECTOR):
-        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        offsets, start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = pulled[:, None] & columns[None, :]
-        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+            theta_0 = load(
+                anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED
+            )
         new = pull(theta, theta_0, alpha.to(V.ARITHMETIC)[:, None])
         if V.STOCHASTIC:
-            new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
+            new = tl.where(dithered, dither(new, random_bits(offsets, start, keys[PULL_KEY]) >> 16), new)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), V)
 
 
 @triton.jit
 def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """⟨g, c⟩ and Σ|c| of such rows. c is the delta of the last step. For a tensor that keeps none: 0 and Σ|d|."""
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     delta = tl.load(tensor + DELTA)
@@ -179,16 +184,25 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
     SHARE: tl.constexpr = V.LANES // TILE
     dots, sizes = tl.zeros([TILE, SHARE], V.ARITHMETIC), tl.zeros([TILE, SHARE], V.ARITHMETIC)
     for at in range(0, n, SHARE * VECTOR):
-        offsets, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
+        offsets, _start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
         if delta != 0:
-            c = load(delta, offsets, inside, V.DELTA_DTYPE, V.ARITHMETIC, WIDE)
-            dots += row_sums(c * (load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor), VECTOR)
+            c = load(delta, offsets, inside, V.DELTA_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
+            dots += row_sums(
+                c * (load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED) * factor), VECTOR
+            )
             sizes += row_sums(tl.abs(c), VECTOR)
         else:
-            d = load_weights(param, working, offsets, inside, WIDE, V)
+            d = load_weights(param, working, offsets, inside, V)
             if V.ANCHORED > NONE:
-                d -= load(anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+                d -= load(
+                    anchor,
+                    offsets,
+                    anchored[:, None] & columns[None, :],
+                    V.ANCHOR_DTYPE,
+                    V.ARITHMETIC,
+                    V.ANCHOR_ALIGNED,
+                )
             sizes += row_sums(tl.abs(d), VECTOR)
     return tl.sum(dots.to(tl.float64), 1), tl.sum(sizes.to(tl.float64), 1)
 

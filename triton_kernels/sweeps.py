@@ -13,6 +13,7 @@ from .base import read_hyper
 from .chunk import (
     ALL,
     ANCHOR,
+    CALLERS,
     CHUNKS,
     DITHERED,
     FIRST,
@@ -29,6 +30,7 @@ from .chunk import (
     STEP_KEY,
     WIDTH,
     WORKING,
+    aligned,
     as_stored,
     dither,
     keep_moments,
@@ -39,7 +41,6 @@ from .chunk import (
     rounding_keys,
     store,
     store_weights,
-    weights_at,
 )
 from .decide import RADIUS, STRENGTH, among, decide
 from .measure import GRAD_DOT_DELTA, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
@@ -89,8 +90,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
     If VECTOR is above 1, every address is a multiple of 16, and n is a multiple of VECTOR. So accesses are up to 16
     bytes wide under their mask, and the last block needs no code of its own.
     """
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR  # tells the compiler what divides n
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
@@ -103,41 +103,41 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load_weights(param, working, offsets, inside, WIDE, V)
+        theta = load_weights(param, working, offsets, inside, V)
         g = tl.zeros_like(theta)
         if V.HAS_GRADS:
-            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE) * factor
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED, V.EVICT) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED)
         penalized = g
         if V.RULE_LINEAR != 0:
             penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
         if V.STATES > 2:
-            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
-        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, keys, V)
+        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, begin, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, WIDE)
+            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
         if V.STATES > 2:
-            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, WIDE)
+            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
             new = tl.where(
-                dithered, dither(new, random_bits(offsets, keys[PULL_KEY if V.NO_STEP else STEP_KEY]) >> 16), new
+                dithered, dither(new, random_bits(offsets, begin, keys[PULL_KEY if V.NO_STEP else STEP_KEY]) >> 16), new
             )
         new = as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC)
         written = inside
         if V.NO_STEP:
             written = lane < tl.where(alpha != 1, n, 0)
-        store_weights(param, working, offsets, written, new, WIDE, V)
+        store_weights(param, working, offsets, written, new, V)
         if V.RULE_MEASURES != 0:
             new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
             measures = measure(theta, new, g, theta_0, measures, V.LANES)
@@ -147,8 +147,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
 @triton.jit
 def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constexpr):
     """The pull on n elements from `begin`. VECTOR is as in `step_span`."""
-    WIDE: tl.constexpr = VECTOR > 1
-    if WIDE:
+    if VECTOR > 1:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     dithered = tl.load(tensor + DITHERED) != 0
@@ -157,14 +156,14 @@ def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constex
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED)
         new = pull(theta, theta_0, alpha)
         if V.STOCHASTIC:
-            new = tl.where(dithered, dither(new, random_bits(offsets, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
+            new = tl.where(dithered, dither(new, random_bits(offsets, begin, keys[PULL_KEY]) >> 16), new)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), V)
 
 
 @triton.jit
@@ -172,7 +171,7 @@ def step_scalars(tensor, hyper, live, t, grad_scale, V: tl.constexpr):
     """What the gradient is multiplied with, and the base's scalars at step t."""
     factor, scalars = V.READ(hyper, live, tl.load(tensor + ROW) * V.HYPERS, t, V.ARITHMETIC)
     if grad_scale is not None:
-        factor = factor / tl.load(grad_scale).to(V.ARITHMETIC)
+        factor = (factor.to(tl.float64) / tl.load(grad_scale)).to(V.ARITHMETIC)
     return factor, scalars
 
 
@@ -194,9 +193,7 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     linear = penalty(tensor, hyper, live, V.RULE_LINEAR, V)
     keys = rounding_keys(tensor, t)
     grad = tl.load(grads + i)
-    addresses = grad | weights_at(tensor, V) | tl.load(tensor + ANCHOR)
-    addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
-    if (addresses % 16 == 0) & (n % V.VECTOR == 0):
+    if aligned(tensor, grad, V) & (n % V.VECTOR == 0):
         lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
     else:
         lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, 1, V)
@@ -305,8 +302,7 @@ def pull_chunk(chunk, tensor, alpha, V: tl.constexpr):
     """Sweep 2 on one chunk."""
     begin, n = extent(chunk, tensor, V)
     keys = rounding_keys(tensor, step_count(tensor))
-    addresses = weights_at(tensor, V) | tl.load(tensor + ANCHOR)
-    if (addresses % 16 == 0) & (n % V.VECTOR == 0):
+    if aligned(tensor, tl.full((), 0, tl.int64), V) & (n % V.VECTOR == 0):
         pull_span(tensor, begin, n, alpha.to(V.ARITHMETIC), keys, V.VECTOR, V)
     else:
         pull_span(tensor, begin, n, alpha.to(V.ARITHMETIC), keys, 1, V)
@@ -321,7 +317,7 @@ def pull_decided(chunk, tensors, owners, alphas, V: tl.constexpr):
         pull_chunk(chunk, tensor, alpha, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def step_sweep(tensors, grads, owners, hyper, live, partials, counters, results, alphas, grad_scale, found_inf,
                V: tl.constexpr):  # fmt: skip
     """Sweep 1: one program for each chunk. Does nothing when found_inf is set."""
@@ -332,7 +328,7 @@ def step_sweep(tensors, grads, owners, hyper, live, partials, counters, results,
                grad_scale, V)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def pull_sweep(tensors, owners, alphas, found_inf, V: tl.constexpr):
     """Sweep 2: one program for each chunk that may be pulled. Those are the first of the table. The last of them goes
     first, since sweep 1 left it in the cache."""
@@ -342,7 +338,7 @@ def pull_sweep(tensors, owners, alphas, found_inf, V: tl.constexpr):
     pull_decided(tl.num_programs(0) - 1 - tl.program_id(0), tensors, owners, alphas, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=CALLERS)
 def ticket_sweep(schedule, cursor, tensors, grads, owners, hyper, live, partials, counters, ready, results, alphas,
                  grad_scale, found_inf, V: tl.constexpr):  # fmt: skip
     """Both sweeps: programs draw the tasks of `schedule` in its order until none is left.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +12,12 @@ from ..core.contract import StepTensors
 from ..core.methods import RULES
 from ..core.staging import staged
 from ..core.state import same_layout
-from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, WIDTH
+from .chunk import CHUNK, COLUMNS, INTERPRETED, LANES, SHORT_CHUNK, WIDTH
 from .measure import MEASURES
 from .row_sweeps import SURVEYED
 from .variant import MAX_STATES, Dtypes, gpu_of, variant_of
 
-Addresses = Callable[[list[Tensor], Tensor], None]
+Addresses = Callable[[list[Tensor], Tensor], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +25,14 @@ class Entry:
     """A tensor of a step as the kernels see it: in rows and chunks.
 
     index: its place among the tensors of the step. segment: its first segment in results and alphas. moments: in their
-    order, up to the last that it has.
+    order, up to the last that it has. one_launch: whether the form of that name steps it.
     """
 
     of: StepTensors
     index: int
     segment: int
     moments: tuple[Tensor, ...]
+    one_launch: bool = False
 
     @property
     def weights(self) -> Tensor:
@@ -59,6 +61,13 @@ class Entry:
         )
 
     @property
+    def unaligned(self) -> frozenset[str]:
+        """The streams that have an address which is no multiple of 16, as variant_of takes them."""
+        of = {"param": [self.weights, self.working], "anchor": [self.of.anchor]}
+        of["state"] = [*self.moments, self.of.state.get("delta")]
+        return frozenset(name for name, some in of.items() if any(t is not None and t.data_ptr() % 16 for t in some))
+
+    @property
     def by_rows(self) -> bool:
         """Whether the kernels for rows serve it."""
         return self.of.spec.rule.crosses_rows
@@ -73,17 +82,22 @@ class Entry:
         return self.of.param.numel() // max(self.rows, 1)
 
     @property
+    def chunk(self) -> int:
+        """The most elements of a chunk."""
+        return SHORT_CHUNK if self.one_launch and not self.by_rows else CHUNK
+
+    @property
     def chunks(self) -> int:
         """How many: each is part of a row, or several rows. An empty tensor has one too, which counts its steps."""
-        if self.length > CHUNK:
-            return self.rows * -(-self.length // CHUNK)
-        return max(1, -(-self.rows // (CHUNK // max(self.length, 1))))
+        if self.length > self.chunk:
+            return self.rows * -(-self.length // self.chunk)
+        return max(1, -(-self.rows // (self.chunk // max(self.length, 1))))
 
     @property
     def pulled_later(self) -> bool:
         """Whether its pull is left to sweep 2."""
         rule = self.of.spec.rule
-        return rule.waits and (rule.tied or (self.length > CHUNK if self.by_rows else self.chunks > 1))
+        return rule.waits and (rule.tied or (self.length > self.chunk if self.by_rows else self.chunks > 1))
 
     def columns(self, first: int, rules: Sequence[str]) -> list[int]:
         """Its row of the table, in the order of COLUMNS. first: its first chunk."""
@@ -100,16 +114,16 @@ class Entry:
         ]  # fmt: skip
 
 
-def entries_of(base: Base, tensors: Sequence[StepTensors], firsts: Sequence[int]) -> list[Entry]:
+def entries_of(base: Base, tensors: Sequence[StepTensors], firsts: Sequence[int], one_launch: bool) -> list[Entry]:
     """The tensors of a step as the kernels see them. firsts: each one's first segment."""
     return [
-        Entry(of, index, first, tuple(of.state[key] for key in base.moments if key in of.state))
+        Entry(of, index, first, tuple(of.state[key] for key in base.moments if key in of.state), one_launch)
         for index, (of, first) in enumerate(zip(tensors, firsts, strict=False))
     ]
 
 
 class Table:
-    """The entries of one class of dtypes as the kernels see them.
+    """The entries of one class, alike in dtypes and alignment, as the kernels see them.
 
     Tensors that sweep 2 may pull come first, so that its programs are those of the first `pulled` chunks.
     """
@@ -128,7 +142,8 @@ class Table:
         self.gpu = gpu_of(device)
         self.by_rows = entries[0].by_rows
         rules = sorted({e.of.spec.rule.name for e in entries})
-        self.variant = variant_of(
+        kind = partial(
+            variant_of,
             base,
             dtypes,
             states=(min(len(e.moments) for e in entries), max(len(e.moments) for e in entries)),
@@ -136,8 +151,12 @@ class Table:
             stochastic=any(e.of.dithered for e in entries),
             anchored=(all(e.of.anchor is not None for e in entries), any(e.of.anchor is not None for e in entries)),
             has_grads=bool(grads),
+            one_launch=entries[0].chunk == SHORT_CHUNK,
             lanes=(64 if self.by_rows else 8) * LANES if INTERPRETED else LANES,
         )
+        unaligned = entries[0].unaligned
+        self._variants = kind(unaligned=unaligned | {"grad"}), kind(unaligned=unaligned)
+        self.variant = self._variants[True]
         counts = torch.tensor([e.chunks for e in entries], device="cpu")
         self.chunks = int(counts.sum())
         self.ends = counts.cumsum(0)[: sum(e.pulled_later for e in entries)].tolist()  # of what sweep 2 may pull
@@ -172,13 +191,14 @@ class Table:
         self.hyper = self._row.device[self._hyper].view(torch.float64)
 
     def upload(self, grads: list[Tensor], hyper: Tensor, addresses: Addresses) -> None:
-        """Sends the addresses of this step's gradients, and its hyper-parameters, unless they are there already."""
+        """Sends the addresses of this step's gradients, and its hyper-parameters, unless they are there already. If one
+        address is no multiple of 16, the variant is one that reads gradients in narrow accesses."""
         host = self._row.host()
         if grads:
             here = [grads[k] for k in self._pick]
             for k, buffer in self._relaid.items():
                 here[k] = buffer.copy_(here[k])
-            addresses(here, host[self._grads])
+            self.variant = self._variants[addresses(here, host[self._grads]) % 16 == 0]
         host[self._hyper].view(torch.float64).copy_(hyper.view(-1))
         self._row.send()
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ..core.bases import ADAMW, NO_STEP, Base, delta_dtype_of
+from ..core.bases import NO_STEP, Base, delta_dtype_of
 from ..core.methods import RULES, Rule
 from .base import BASES
-from .chunk import ALL, CHUNK, INTERPRETED, LANES, NONE, SOME, TILE
+from .chunk import ALL, CHUNK, INTERPRETED, LANES, NONE, SHORT_CHUNK, SOME, TILE
 from .decide import FUNCTIONS, LEARN, NUMBERS, TERMS, keep
 
 DTYPES = {
@@ -22,6 +22,7 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 MAX_STATES = 3
+STREAMS = ("param", "grad", "anchor", "state")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class Variant:
     RULE_…: the places among them of rules of one kind, a bit each. TRACKS: whether any keeps its delta.
     STOCHASTIC: whether any tensor's weights are rounded stochastically. MASTERED: whether `param` is the master of the
     working weights. …_DTYPE: the dtypes of the tensors. ARITHMETIC: the dtype of the arithmetic.
-    CHUNK: elements of a program. LANES: accumulators. ROWS: whether segments are rows. TILE: how many of them share the
-    accumulators. VECTOR: neighbours that one thread takes at once. CODE: names the source, so that no older code is
-    taken for it.
+    …_ALIGNED: whether that kind of address is counted on to be a multiple of 16. A tensor that breaks this is taken in
+    narrow accesses altogether. If it is not counted on, that kind alone is accessed so.
+    EVICT: the eviction policy of what nobody reads soon: the gradients and the moments. CHUNK: elements of a program.
+    LANES: accumulators. ROWS: whether segments are rows. TILE: how many of them share the accumulators. VECTOR:
+    neighbours that one thread takes at once: 16 bytes of the arithmetic's dtype, so that all streams are in one layout
+    and nothing moves between threads. GRAD_VECTOR: those of a sweep over gradients alone. CODE: names the source, so
+    that no older code is taken for it.
     """
 
     READ: Any
@@ -82,11 +87,17 @@ class Variant:
     STATE_DTYPE: Any
     DELTA_DTYPE: Any
     ARITHMETIC: Any
+    PARAM_ALIGNED: Any
+    GRAD_ALIGNED: Any
+    ANCHOR_ALIGNED: Any
+    STATE_ALIGNED: Any
+    EVICT: Any
     CHUNK: Any
     LANES: Any
     ROWS: Any
     TILE: Any
     VECTOR: Any
+    GRAD_VECTOR: Any
     CODE: Any
 
 
@@ -100,11 +111,14 @@ def variant_of(
     stochastic: bool,
     anchored: tuple[bool, bool],
     has_grads: bool = True,
+    one_launch: bool = False,
+    unaligned: frozenset[str] = frozenset(),
     lanes: int = LANES,
 ) -> Variant:
     """The kernels for tensors of such dtypes; see Variant.
 
     states: the fewest and the most that any of them keeps. anchored: whether all of them are, and whether any is.
+    unaligned: streams with an address that is no multiple of 16, among `STREAMS`.
     """
     c = tl.constexpr
     facts = [RULES[name] for name in rules]
@@ -118,12 +132,6 @@ def variant_of(
     reads = {key for rule in facts for key in rule.reads}
     fewest, most = states
     by_rows = any(rule.crosses_rows for rule in facts)
-    linear = any(rule.penalty == "linear" for rule in facts)
-    vector = 16 // dtypes.param.itemsize
-    wider = max(dtypes.grad.itemsize, dtypes.anchor.itemsize) > dtypes.param.itemsize
-    registers = wider or stochastic or base is not ADAMW or most == MAX_STATES or linear or by_rows
-    if dtypes.param.itemsize == 2 and registers:
-        vector = 4  # 16-bit numbers in accesses of 8 bytes: with 16 bytes these would spill registers
     code = "".join(function.cache_key for function in (read, step, *functions, *learn)) if not INTERPRETED else ""
     return Variant(
         READ=read,
@@ -155,28 +163,38 @@ def variant_of(
         STATE_DTYPE=c(DTYPES[dtypes.state]),
         DELTA_DTYPE=c(DTYPES[delta_dtype_of(dtypes.param)]),
         ARITHMETIC=c(tl.float64 if dtypes.param == torch.float64 else tl.float32),
-        CHUNK=c(CHUNK),
+        PARAM_ALIGNED=c("param" not in unaligned),
+        GRAD_ALIGNED=c("grad" not in unaligned),
+        ANCHOR_ALIGNED=c("anchor" not in unaligned),
+        STATE_ALIGNED=c("state" not in unaligned),
+        EVICT=c("evict_first" if one_launch else ""),
+        CHUNK=c(SHORT_CHUNK if one_launch else CHUNK),
         LANES=c(lanes),
         ROWS=c(by_rows),
         TILE=c(4 * TILE if INTERPRETED else TILE),
-        VECTOR=c(vector),
+        VECTOR=c(16 // max(4, dtypes.param.itemsize)),
+        GRAD_VECTOR=c(16 // dtypes.grad.itemsize),
         CODE=c(sha256(code.encode()).hexdigest() if code else ""),
     )
 
 
-def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
-    """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0).
+def options_of(variant: Any, gpu: tuple[str, int], one_launch: bool = False) -> dict[str, Any]:
+    """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0). one_launch: for that form's kernel.
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
-    half the threads that an SM can hold are resident. To spill nothing, the compiler for Blackwell needs 80. Master
-    weights and bfloat16 moments need as many. float64 and the sweeps of rows need 128. Both together get 255.
+    half the threads that an SM can hold are resident. Some need 80 to spill nothing: all for Blackwell, the one-launch
+    form, and those with master weights, bfloat16 moments, streams in narrow accesses, or more beside amsgrad. float64
+    and the sweeps of rows need 128. Both together get 255.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
     if backend == "cuda":
         double, by_rows = variant.ARITHMETIC.value == tl.float64, variant.ROWS.value
         low = variant.STATE_DTYPE.value != variant.ARITHMETIC.value
-        more = variant.MASTERED.value or low or capability >= 100
+        beside = variant.RULE_LINEAR.value != 0 or variant.LAST_STATE.value != ALL.value
+        amsgrad_beside = variant.STATES.value == MAX_STATES and beside
+        narrow = not all(getattr(variant, f"{stream.upper()}_ALIGNED").value for stream in STREAMS)
+        more = one_launch or variant.MASTERED.value or low or amsgrad_beside or narrow or capability >= 100
         options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 80 if more else 64
     return options
 

@@ -23,7 +23,7 @@ from typing import Any
 from .items import ROOT, SHARD, TINY
 from .stages import Finding, Stage, run
 
-TABLE = ["tests/test_triton.py", "tests/test_precision.py", "tests/test_steps.py"]  # the longest last
+TABLE = [f"tests/test_{name}.py" for name in ("triton", "triton_host", "precision", "steps")]  # the longest last
 GPU = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_gpu*.py"))
 QUICK = "test_a_prepared_step_repeats or test_schedule or (test_step_equals_oracle and reference)"
 

@@ -17,9 +17,11 @@ from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from robustft_kernels.triton_kernels import launch
+from torch import Tensor
 
 from benchmarks.contenders import BASELINE, EAGER, ONE_LAUNCH, TORCH, Contender, ours
 from benchmarks.contest import COPY, Entrant, Field, Ring, Stepper, copy_of, entered, quartiles, ratios
@@ -116,19 +118,15 @@ class Clock:
 def marked(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """The launches of our Triton kernels: name, mark before, mark after."""
     marks: list[tuple[str, Any, Any]] = []
-    owner, name = (launch.Launch, "__call__") if hasattr(launch, "Launch") else (launch, "launch")
-    original = getattr(owner, name)
+    original = launch.Launch.__call__
 
-    def launched(of: Any, *args: Any, **kwargs: Any) -> None:
+    def launched(of: launch.Launch, *given: Tensor | None) -> None:
         begin = clock.mark()
-        original(of, *args, **kwargs)
-        marks.append((getattr(of, "_kernel", of).__name__, begin, clock.mark()))
+        original(of, *given)
+        marks.append((of.kernel.__name__, begin, clock.mark()))
 
-    setattr(owner, name, launched)
-    try:
+    with patch.object(launch.Launch, "__call__", launched):
         yield marks
-    finally:
-        setattr(owner, name, original)
 
 
 def on_device(entrants: dict[str, Entrant], clock: Clock, host: dict[str, float], steps: int) -> dict[str, list[float]]:

@@ -30,6 +30,14 @@ struct NoStepHyper {
 };
 #undef ROBUSTFT_FIELD
 
+// beta^t by squaring, as on a GPU, so that both have the same bits.
+inline double power(double beta, double t) {
+  double result = 1;
+  for (int64_t n = int64_t(t); n > 0; n /= 2, beta *= beta)
+    if (n % 2) result *= beta;
+  return result;
+}
+
 namespace {
 
 // theta~ = theta (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -45,8 +53,8 @@ struct AdamW {
         blend(T(h.beta1 > 0.5 ? 1 - h.beta1 : -h.beta1)),
         beta2(T(h.beta2)),
         beta2_rest(T(1 - h.beta2)),
-        step_size(T(h.lr / (1 - std::pow(h.beta1, t)))),
-        root_scale(T(1 / std::sqrt(1 - std::pow(h.beta2, t)))),
+        step_size(T(h.lr / (1 - power(h.beta1, t)))),
+        root_scale(T(1 / std::sqrt(1 - power(h.beta2, t)))),
         eps(T(h.eps)) {}
 
   ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T> grad, Vec<T>* state, bool amsgrad) const {

@@ -73,7 +73,7 @@ inline void learn(double* numbers, double slope, double t, const Terms& h) {
     if (slope > 0) slope *= h.k;
     exp_avg = h.radius_beta1 * exp_avg + (1 - h.radius_beta1) * slope;
     exp_avg_sq = h.radius_beta2 * exp_avg_sq + (1 - h.radius_beta2) * slope * slope;
-    const double m = exp_avg / (1 - std::pow(h.radius_beta1, t)), v = exp_avg_sq / (1 - std::pow(h.radius_beta2, t));
+    const double m = exp_avg / (1 - power(h.radius_beta1, t)), v = exp_avg_sq / (1 - power(h.radius_beta2, t));
     radius = std::max(kSmallest, radius - h.radius_lr * m / (std::sqrt(v) + 1e-8));
   }
 }

@@ -1,6 +1,8 @@
 """The door to the native backend: the sweeps of csrc, on CPU tensors."""
 
 import ctypes
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -27,14 +29,16 @@ def prepare(table: StepTable) -> Run:
     return run
 
 
-def addresses(tensors: list[Tensor], out: Tensor) -> None:
-    """Writes the address of each tensor's memory to `out`, int64 on the CPU."""
+def addresses(tensors: list[Tensor], out: Tensor) -> int:
+    """Writes the address of each tensor's memory to `out`, int64 on the CPU. Returns them or-ed together. A power of
+    two that divides this divides each."""
     if _native is not None:
-        _native.addresses(tensors, out)
-    else:
-        assert out.is_contiguous()
-        assert out.dtype == torch.int64
-        (ctypes.c_int64 * out.numel()).from_address(out.data_ptr())[:] = list(map(Tensor.data_ptr, tensors))
+        return _native.addresses(tensors, out)
+    assert out.is_contiguous()
+    assert out.dtype == torch.int64
+    all_of = list(map(Tensor.data_ptr, tensors))
+    (ctypes.c_int64 * out.numel()).from_address(out.data_ptr())[:] = all_of
+    return reduce(or_, all_of, 0)
 
 
 def digest(flat: Tensor, sizes: list[int], steps: list[int], first: int) -> Tensor | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from robustft_kernels.triton_kernels import launch, table
+from robustft_kernels.triton_kernels import launch, sweeps, table
 from robustft_kernels.triton_kernels.table import Addresses, Entry
 from torch import Tensor
 from triton import knobs
@@ -32,10 +32,13 @@ class Device:
     launched: list[str] = field(default_factory=list)
     _programs: dict[str, Program] = field(default_factory=dict)
 
-    def launch(self, kernel: Any, programs: int, *args: Any, table: "WatchedTable") -> None:
-        """Takes the place of `triton_kernels.launch.launch`."""
-        options = launch.options_of(table.variant, table.gpu)
-        compiled = kernel.warmup(*args, V=table.variant, **options, grid=(programs,))
+    def started_by(self, kernel: Any, programs: int, fixed: Any, given: Any, table: "WatchedTable") -> Any:
+        """Takes the place of `triton_kernels.launch.started_by`."""
+        options = launch.options_of(table.variant, table.gpu, one_launch=kernel is sweeps.ticket_sweep)
+        compiled = kernel.warmup(*fixed, *given, V=table.variant, **options, grid=(programs,))
+        return lambda *given: self._run(kernel.__name__, compiled, programs, [*fixed, *given], table)
+
+    def _run(self, name: str, compiled: Any, programs: int, args: list[Any], table: "WatchedTable") -> None:
         ptx = compiled.asm["ptx"] if self.fault is None else self.fault(compiled.asm["ptx"])
         if ptx not in self._programs:
             self._programs[ptx] = Program(ptx)
@@ -47,7 +50,7 @@ class Device:
             sorted({span for of in (*tensors, *table.touched()) for span in _spans(of)}),
             self.schedule,
         )
-        self.launched.append(kernel.__name__)
+        self.launched.append(name)
         self.seen += [line for line in found if line not in self.seen]
 
 
@@ -118,7 +121,7 @@ def install() -> Device:
         raise RuntimeError("Triton is in its interpreter; unset TRITON_INTERPRET")
     device = Device()
     feign(Driver())
-    launch.launch, launch.Table = device.launch, WatchedTable
+    launch.started_by, launch.Table = device.started_by, WatchedTable
     return device
 
 

@@ -24,7 +24,7 @@ SPECIAL = {
 SPECIAL |= {f"%{name}.{axis}": "0" for name in ("tid", "ctaid") for axis in "yz"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 ORDERS = {"relaxed": "RELAXED", "acquire": "ACQUIRE", "release": "RELEASE", "acq_rel": "ACQUIRE | RELEASE"}
-CACHE_HINTS = {"cg", "ca", "cs", "lu", "L1::evict_first", "L1::evict_last", "L1::no_allocate"}
+CACHE_HINTS = {"cg", "ca", "cs", "lu", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::cache_hint"}
 
 Site = Callable[[str], int]
 _table: dict[str, Callable[..., str]] = {}
@@ -177,6 +177,13 @@ def load(name: str, parts: list[str], operands: Operands, site: Site) -> str:
     call = _access(name, parts, operands.address(1), len(into), site)
     written = " ".join(f"{of[1:]} = ({TYPES[kind]})part[{k}];" for k, of in enumerate(into) if of != "_")
     return f"{TYPES[kind]} part[{len(into)}]; {call} {written}"
+
+
+@instruction("createpolicy")
+def policy(name: str, parts: list[str], operands: Operands, site: Site) -> str:
+    """9.7.9, createpolicy: how long L2 keeps what an access with this hint touches. It changes no value."""
+    _only(parts, "fractional", "L2::evict_first", "L2::evict_last", "b64")
+    return f"{operands.register(0)} = 0;"
 
 
 @instruction("st")

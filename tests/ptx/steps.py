@@ -56,6 +56,7 @@ class Row:
         return stepper
 
 
+NATIVE, TINY = "bits of native", "bits of native, subnormal moments"
 ROWS = (
     Row("spd", "l2", "adamw", F32),
     Row("spd", "l2", "adamw", F32, tickets=True),
@@ -92,6 +93,12 @@ ROWS = (
     Row("spd", "l2", "adamw", F32, how="skipped"),
     Row("ftp", "mars_rows", "adamw", F32, how="skipped"),
     Row("spd", "l2", "adamw", F32, how="lr is a tensor"),
+    Row("none", None, "adamw", F32, False, how=NATIVE),
+    Row("none", None, "adamw", F32, False, how=TINY),
+    Row("l2sp", None, "adamw, amsgrad, maximize", F32, how=NATIVE),
+    Row("l2sp", None, "adamw", BF16, how=NATIVE),
+    Row("l2sp", None, "sgd, momentum, dampening", F32, how=NATIVE),
+    Row("l2sp", None, "adamw", F64, how=NATIVE),
     Row("spd", "l2", "adamw", F32, how="norm"),
     Row("spd", "l2", "adamw", BF16, how="norm"),
 )
@@ -103,6 +110,9 @@ def step(row: Row) -> Stepper:
     grads, before = got.grads(), got.clone()
     if row.how == "norm":
         _norm(row, got, grads)
+        return got
+    if row.how in (NATIVE, TINY):
+        _as_native(row, got, grads)
         return got
     want = before.clone()
     table, scaled, options = got.table(), grads, {}
@@ -120,6 +130,24 @@ def step(row: Row) -> Stepper:
     want.run_oracle(grads)
     assert_same_step(got, want, before, grads)
     return got
+
+
+def _as_native(row: Row, got: Stepper, grads: list[torch.Tensor]) -> None:
+    """Roots and divisions are exact, so a step whose α needs no sums has the bits of the native backend's. Also where
+    v is subnormal and eps is 0: an approximate root of v is 0 there, and the step infinite."""
+    if row.how == TINY:
+        got.settings = got.settings.but(eps=0.0)
+        for of in (*got.states["exp_avg"], *got.states["exp_avg_sq"]):
+            of.zero_()
+        grads = [grad * 2.0**-66 for grad in grads]
+    want = got.clone()
+    want.run("native", grads)
+    got.run(row.backend, grads)
+    assert all(map(torch.equal, got.tensors(), want.tensors())), "not the bits of the native backend"
+    if row.how == TINY:
+        tiny = torch.cat([of.view(-1) for of in got.states["exp_avg_sq"]])
+        assert ((tiny > 0) & (tiny < torch.finfo(tiny.dtype).tiny)).any()
+        assert all(param.isfinite().all() for param in got.params if param.numel() > 1)
 
 
 def _with_live_lr(table: StepTable) -> StepTable:
