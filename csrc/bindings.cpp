@@ -322,14 +322,15 @@ Tensor digest_of(const Tensor& flat, std::vector<int64_t> sizes, std::vector<int
   return out;
 }
 
-py::bytes fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses) {
-  Fingerprint all;
+py::object fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses,
+                       const std::optional<py::bytes>& last) {
+  Fingerprint all(last ? py::object(*last) : py::none());
   for (const Tensor& param : params) all.add(param);
   for (const py::dict& of_param : kept) all.add(of_param.ptr(), addresses);
   return all.bytes();
 }
 
-py::bytes forms(const Tensors& tensors, bool addresses) {
+py::object forms(const Tensors& tensors, bool addresses) {
   Fingerprint all;
   for (const Tensor& tensor : tensors) all.add_form(tensor, addresses);
   return all.bytes();

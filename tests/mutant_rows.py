@@ -43,7 +43,7 @@ MUTANTS = [
            "tuple(value.shape) != expected:", "value.dim() != len(expected):",
            ("test_state.py",), "loading_checks"),
     Mutant("a plan holds although its state was replaced", "robustft_kernels/step/plan.py",
-           "fingerprint(params, list(kept.values()), addresses)", "fingerprint(params, [], addresses)",
+           "fingerprint(params, list(kept.values()), addresses, known)", "fingerprint(params, [], addresses, known)",
            ("test_optimizers.py", "test_state.py"), "plan_is_built or memory_moved"),
     Mutant("a plan holds although its method was changed", "robustft_kernels/step/plan.py",
            'structure.append((spec, group["anchor"],', 'structure.append((group["anchor"],', ("test_optimizers.py",),
@@ -384,5 +384,5 @@ MUTANTS = [
     Mutant("rows that share the largest's alpha have one each", "csrc/bindings.cpp",
            'rule.tied = flag("tied")', "rule.tied = false", STEPS, "native and mars"),
     Mutant("the fingerprint does not see the form of a gradient", "csrc/fingerprint.h",
-           "    add_metadata(of_grad.here);", "", ("test_ops.py",), "fingerprint"),
+           "    add_metadata(of_grad.here());", "", ("test_ops.py",), "fingerprint"),
 ]  # fmt: skip

@@ -197,6 +197,21 @@ def test_fingerprint_sees_every_change_but_gradient_addresses(by, addresses, mon
     alive = list(kept[0].values())
     for change in changes:
         before = fingerprint(params, kept, addresses)
+        assert fingerprint(params, kept, addresses, before) == before
         change()
         alive += kept[0].values()
-        assert fingerprint(params, kept, addresses) != before
+        after = fingerprint(params, kept, addresses)
+        assert after != before
+        assert fingerprint(params, kept, addresses, before) == after, "compared as it comes"
+
+
+@pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or "ready")
+def test_an_equal_fingerprint_is_the_last_one_itself():
+    params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
+    first = fingerprint(params, [{}], True)
+    assert fingerprint(params, [{}], True, first) is first
+    longer = fingerprint([*params, params[0]], [{}], True, first)
+    assert longer.startswith(first)
+    assert longer != first
+    assert fingerprint(params, [{}], True, longer) == first
+    assert fingerprint([], [], True, first) == b""

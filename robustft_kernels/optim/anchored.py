@@ -145,7 +145,7 @@ class AnchoredOptimizer(KeepingOptimizer):
     def _plan_of_step(self) -> Plan:
         """The plan for the gradients that there are, with what the last step left of its parameters."""
         last = self._plans.current
-        key = Plan.key_of(self.base, self.param_groups, self.state, last is not None and last.addresses)
+        key = Plan.key_of(self.base, self.param_groups, self.state, last)
         plan = self._plans.find(key)
         if plan is None:
             self._check_files()

@@ -57,16 +57,20 @@ class Around:
         tensors = [of for launch in self.launches for of in launch.tensors]
         self._agreement = Agreement(groups, list(map(_spec, groups)), tensors)
         self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
-        self.key = self.key_of(groups, self.addresses)
-        self.moved, (_, self._fingerprint) = False, self.key
+        self.fingerprint: Hashable | None = None
+        key = self.key_of(groups, self)
+        self.key: Hashable = key
+        self.moved, self.fingerprint = False, key[-1]
         params = [param for group in groups for param in group["params"]]
         self._alive = [spec_of_shards(t) for param in params for t in (param, param.grad)]
 
     @staticmethod
-    def key_of(groups: list[Group], addresses: bool) -> tuple[Hashable, Hashable]:
-        """What it depends on: parameters, gradients (addresses aside) and rules. `addresses` says whether a backend
-        keeps those of hyper-parameters in tensors."""
-        return _structure(groups, addresses), _fingerprint(groups)
+    def key_of(groups: list[Group], last: "Around | None") -> tuple[Hashable, ...]:
+        """What it depends on: parameters, gradients (addresses aside) and rules. Of the last one it takes whether a
+        backend keeps the addresses of hyper-parameters in tensors."""
+        if last is None:
+            return _structure(groups, False), _fingerprint(groups, None)
+        return _structure(groups, last.addresses), _fingerprint(groups, last.fingerprint)
 
     def take_over(self) -> None:
         """Makes ready for a step after one of another plan."""
@@ -88,7 +92,7 @@ class Around:
 
         Raises RuntimeError naming a parameter that the step has replaced, or given another form.
         """
-        if self._fingerprint != _fingerprint(groups):
+        if self.fingerprint != _fingerprint(groups, self.fingerprint):
             self.moved = True
             for launch in self.launches:
                 launch.catch_up()
@@ -262,8 +266,8 @@ def _structure(groups: list[Group], addresses: bool) -> Hashable:
     return addresses, tuple(of_groups), tuple(live)
 
 
-def _fingerprint(groups: list[Group]) -> Hashable:
-    return fingerprint([param for group in groups for param in group["params"]], [], False)
+def _fingerprint(groups: list[Group], last: Hashable | None) -> Hashable:
+    return fingerprint([param for group in groups for param in group["params"]], [], False, last)
 
 
 def _form(param: Tensor) -> tuple[Any, ...]:

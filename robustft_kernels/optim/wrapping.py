@@ -64,7 +64,7 @@ class WrappingOptimizer(Optimizer):
         """Measures what must be known before the wrapped step."""
         groups = self.param_groups
         last = self._plans.current
-        around = self._plans.find(Around.key_of(groups, last is not None and last.addresses))
+        around = self._plans.find(Around.key_of(groups, last))
         if around is None:
             self._late.settle(groups, self._anchors)
             here = {param for group in groups for param in group["params"]}

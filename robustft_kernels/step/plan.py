@@ -61,26 +61,33 @@ class Plan:
             self.launches.append(kind(base, shares, kept, backend, device, results))
         self._agreement = Agreement(groups, specs, [of for launch in self.launches for of in launch.tensors])
         self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
-        self.key = self.key_of(base, groups, kept, self.addresses)
+        self.fingerprint: Hashable | None = None
+        key = self.key_of(base, groups, kept, self)
+        self.key: Hashable = key
+        self.fingerprint = key[-1]
         # Kept alive, as their ids could be used again. Launches keep the tensors that kernels read.
         specs_of_shards = [spec_of_shards(t) for group in groups for p in group["params"] for t in (p, p.grad)]
         self._alive = [*(tuple(of.values()) for of in kept.values()), *specs_of_shards]
 
     @staticmethod
-    def key_of(base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], addresses: bool) -> Hashable:
-        """What a plan depends on: parameters, gradients (addresses aside), anchors, state and methods. `addresses` says
-        whether a backend keeps those of the state, and of hyper-parameters in tensors."""
+    def key_of(
+        base: Base, groups: list[Group], kept: Mapping[Tensor, state.ParamState], last: "Plan | None"
+    ) -> tuple[Hashable, ...]:
+        """What a plan depends on: parameters, gradients (addresses aside), anchors, state and methods. Of the last plan
+        it takes whether a backend keeps the addresses of the state and of hyper-parameters in tensors."""
+        addresses = last is not None and last.addresses
         structure = []
         for group in groups:
             spec = spec_of(group)
             live = identities_of(group, base, spec) if addresses else ()
             structure.append((spec, group["anchor"], len(group["params"]), live))
         params = [param for group in groups for param in group["params"]]
-        return addresses, tuple(structure), fingerprint(params, list(kept.values()), addresses)
+        known = None if last is None else last.fingerprint
+        return addresses, tuple(structure), fingerprint(params, list(kept.values()), addresses, known)
 
     def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState], results: Results) -> bool:
         """Whether what the plan depends on is as it was."""
-        return results is self._results and self.key == self.key_of(self.base, groups, kept, self.addresses)
+        return results is self._results and self.key == self.key_of(self.base, groups, kept, self)
 
     @property
     def has_tables(self) -> bool:
