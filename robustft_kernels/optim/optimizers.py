@@ -32,7 +32,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         params: parameters of any floating dtype and dense layout, `model.named_parameters()`, or groups of either.
             Those that are frozen in integers are passed over.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW. A tensor lr is read at each step.
-        method: a name in `robustft_kernels.METHODS`.
+        method: a name in `robustft_kernels.METHODS`. None is the class's own: "none", or as its name says.
         norm: what "spd" and "project" measure with. None is "l2".
         strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
             lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the loss.
@@ -89,6 +89,7 @@ class AnchoredAdamW(AnchoredOptimizer):
     """
 
     base = ADAMW
+    default_method = "none"
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
-        method: str = "none",
+        method: str | None = None,
         norm: str | None = None,
         strength: float = 1.0,
         radius: float | Tensor | None = None,
@@ -119,6 +120,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         backend: str = "auto",
         save_anchors: bool | str = True,
     ) -> None:
+        method = self.default_method if method is None else method
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "method": method, "norm": norm, "strength": strength, "radius": radius, "k": k,
@@ -151,6 +153,7 @@ class AnchoredSGD(AnchoredOptimizer):
     """
 
     base = SGD
+    default_method = "none"
 
     def __init__(
         self,
@@ -162,7 +165,7 @@ class AnchoredSGD(AnchoredOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        method: str = "none",
+        method: str | None = None,
         norm: str | None = None,
         strength: float = 1.0,
         radius: float | Tensor | None = None,
@@ -181,6 +184,7 @@ class AnchoredSGD(AnchoredOptimizer):
         backend: str = "auto",
         save_anchors: bool | str = True,
     ) -> None:
+        method = self.default_method if method is None else method
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize, "method": method, "norm": norm, "strength": strength,
