@@ -116,6 +116,7 @@ def test_named_optimizers_are_their_method(cls, backend):
         assert not all(map(torch.equal, mine, plain))
 
 
+@pytest.mark.filterwarnings("ignore:robustft_kernels. step.. changes nothing")
 def test_late_and_missing_gradients(backend):
     """Each parameter's trajectory depends on its own gradients alone."""
     together = make()

@@ -58,6 +58,7 @@ STACK = {
     "core": (
         "checkpoint",
         "anchors",
+        "mistakes",
         "names",
         "state",
         "contract",

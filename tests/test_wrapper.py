@@ -242,6 +242,7 @@ def test_optimizer_that_evaluates_several_times():
 
 
 @each_backend
+@pytest.mark.filterwarnings("ignore:robustft_kernels. step.. changes nothing")
 def test_groups_and_missing_gradients(served_by):
     """Each parameter's trajectory depends on its own gradients and group alone. "none" equals the wrapped one."""
     rows = [

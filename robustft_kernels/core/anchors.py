@@ -12,6 +12,7 @@ from torch import Tensor
 from .exchange import agree
 from .files import DISK, Path_, read
 from .memory import without_memory
+from .mistakes import refuse_model
 from .names import bare_name
 from .sharding import local
 from .state import is_dense, is_reachable, keep_anchor
@@ -111,7 +112,10 @@ def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor
         raise ValueError("an anchor mapping needs named parameters: pass model.named_parameters() as params")
     bare = {bare_name(name): tensor for name, tensor in spec.items()}
     if missing := [name for name in names if bare_name(name) not in bare]:
-        raise ValueError(f"the anchor mapping lacks {_some(missing)}; add what is missing")
+        raise ValueError(
+            f"the anchor mapping lacks {_some(missing)}; add what is missing, or give a fresh head a group of its own "
+            "with method='none'"
+        )
     return [bare[bare_name(name)] for name in names]
 
 
@@ -119,8 +123,9 @@ def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Ancho
     """What each group gets of an anchor that is given for all groups: the anchor itself, or its part of a list. A list
     is parallel to the parameters of the groups without an anchor of their own.
 
-    Raises ValueError for a list of another length.
+    Raises ValueError for a list of another length, TypeError for a model or a lone tensor.
     """
+    check_kind(spec)
     own = ["anchor" in group or "pre" in group for group in groups]
     if spec is None or isinstance(spec, str | PathLike | Mapping):
         return [spec] * len(groups)
@@ -132,6 +137,13 @@ def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Ancho
         )
     parts = iter(given)
     return [list(islice(parts, n)) for n in counts]
+
+
+def check_kind(spec: object) -> None:
+    """Raises TypeError for a model, or a tensor that is no list, as an anchor."""
+    refuse_model("anchor", spec, "its state_dict() as anchor, and model.named_parameters() as params")
+    if isinstance(spec, Tensor):
+        raise TypeError("anchor is a tensor; give a list of tensors parallel to params, such as [tensor]")
 
 
 def in_order(spec: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
@@ -146,9 +158,13 @@ def check_fits(anchor: Tensor, param: Tensor, label: str, *, anywhere: bool = Fa
     """Raises ValueError if `anchor` cannot be that of `param`, called `label`, and TypeError if it is no tensor.
     anywhere: whether it may still be on another device."""
     if not isinstance(anchor, Tensor):
-        raise TypeError(f"the anchor of {label} is a {type(anchor).__name__}, not a tensor")
+        hint = "; give dict(model.named_parameters()) for pairs" if isinstance(anchor, tuple) else ""
+        raise TypeError(f"the anchor of {label} is a {type(anchor).__name__}, not a tensor{hint}")
     if anchor.shape != param.shape:
-        raise ValueError(f"the anchor of {label} has shape {tuple(anchor.shape)}, the parameter {tuple(param.shape)}")
+        raise ValueError(
+            f"the anchor of {label} has shape {tuple(anchor.shape)}, the parameter {tuple(param.shape)}; give the "
+            "anchors of this very model, in its order, or leave a fresh head out by a group with method='none'"
+        )
     if not anywhere and not is_reachable(anchor, param):
         raise ValueError(
             f"the anchor of {label} is on {anchor.device}, the parameter on {param.device}; move it there, or give "

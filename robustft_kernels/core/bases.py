@@ -151,15 +151,16 @@ def check_hyper(group: Group) -> None:
     reads = rule_of(group["method"], group["norm"]).reads
     for key, within in RANGES.items():
         needed_by = f"method {group['method']!r}" if key in reads else ""
-        if group.get(key) is not None or needed_by:
+        if needed_by or (key in group and not (key == "radius" and group[key] is None)):
             check_number(key, group.get(key), within, needed_by)
     if group["state_dtype"] not in STATE_DTYPES:
         raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']!r}")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
     for key in ("betas", "radius_betas"):
-        if len(group.get(key, (0, 0))) != 2:
-            raise ValueError(f"{key} must be two numbers, got {group[key]}")
+        pair = group.get(key, (0, 0))
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(f"{key} must be two numbers, such as (0.9, 0.999), got {pair!r}")
         for i, beta in enumerate(group.get(key, ())):
             check_number(f"{key}[{i}]", beta, BELOW_1)
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):

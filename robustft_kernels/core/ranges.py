@@ -40,7 +40,7 @@ FINITE = Range(low=-inf)
 
 
 def check_number(name: str, value: Any, within: Range, needed_by: str = "", *, read: bool = True) -> None:
-    """Raises ValueError naming the argument if `value` is not one number of the range.
+    """Raises ValueError naming the argument if `value` is not one number of the range, TypeError if it is no number.
 
     needed_by: what needs the number. The message says so if `value` is None.
     read: whether to read a tensor, which makes the host wait.
@@ -53,6 +53,15 @@ def check_number(name: str, value: Any, within: Range, needed_by: str = "", *, r
         if not read:
             return
         value = float(value)
+    allowed = "finite" if within is FINITE else within
+    if value is None:
+        raise ValueError(f"{name} must be {allowed}, got None")
+    if isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a number, got the text {value!r}; convert it by float(). (YAML takes 1e-3 for text, and "
+            "1.0e-3 for a number.)"
+        )
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be one number, got a {type(value).__name__}")
     if value not in within:
-        allowed = "finite" if within is FINITE else within
         raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -11,6 +11,8 @@ from ..core.unsharded import resharded
 
 def names_of(given: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[str]]:
     """All names of every parameter, in order. Of FSDP2's parameters, it takes the shards."""
+    if not isinstance(given, nn.Module | Iterable):
+        raise TypeError(f"TPGM needs the model, or model.named_parameters(); got {type(given).__name__}")
     pairs = list(given.named_parameters(remove_duplicate=False) if isinstance(given, nn.Module) else given)
     names: dict[Tensor, list[str]] = {}
     owners: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.anchors import check_fits
 from ..core.methods import NORMS, RULES, rule_of
+from ..core.mistakes import refuse_model
 from ..core.ranges import FROM_0_TO_1, Range, check_number
 from ..core.sharding import is_dtensor
 from ..core.staging import staged
@@ -249,7 +250,11 @@ _fit: deque[Hashable] = deque(maxlen=16)  # lists that passed the checks last, a
 
 def as_lists(params: Iterable[Tensor], anchors: Iterable[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
     """Both as lists, of shards where FSDP2 has any. Raises ValueError naming the first index whose param or anchor is
-    unfit."""
+    unfit, and TypeError for a model."""
+    for name, of in (("params", params), ("anchors", anchors)):
+        refuse_model(name, of, "model.parameters()")
+        if isinstance(of, Mapping):
+            raise TypeError(f"{name} is a mapping ({type(of).__name__}); give lists of tensors, parallel to each other")
     params, anchors = shards_of(params), None if anchors is None else shards_of(anchors)
     tensors = [*params, *(anchors or ())]
     form = forms(tensors)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import anchors
+from ..core.mistakes import refuse_model
 from ..core.names import bare_name
 from ..core.ranges import NOT_NEGATIVE, POSITIVE, check_number
 from ..core.sharding import local
@@ -118,6 +119,7 @@ class TPGM(LearnedRadii):
             aliases = {names[p][0]: next((n for n in names[p] if n in bare), None) for p in self._params}
             anchor = {name: bare[alias] for name, alias in aliases.items() if alias is not None}
         elif not isinstance(anchor, str | PathLike):
+            refuse_model("anchor", anchor, "its state_dict()")
             raise TypeError(f"anchor must be 'initial', 'zero', a path or a mapping, not a {type(anchor).__name__}")
         labels = [f"parameter {name!r}" for name in self.names]
         self._anchor, self._anchors = anchors.resolve(anchor, self._params, self.names, labels, anchored=True)

@@ -14,6 +14,15 @@ from ..core.anchors import Anchor
 from ..core.bases import DTYPE_OPTIONS, Base, Group, as_dtype, check_hyper
 from ..core.files import DISK, MappedFile, file_of, files_of
 from ..core.methods import method_of
+from ..core.mistakes import (
+    check_fresh,
+    check_group,
+    check_keys,
+    check_keywords,
+    check_params,
+    warn_of_decay,
+    warn_of_no_gradient,
+)
 from ..core.ranges import Range, check_number
 from ..core.unsharded import resharded
 from ..step.guard import StepGuard
@@ -38,6 +47,11 @@ class AnchoredOptimizer(KeepingOptimizer):
     base: Base
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then sets grad_scale and found_inf around a step
 
+    def __new__(cls, *_: Any, **named: Any) -> "AnchoredOptimizer":
+        """Refuses keywords that `__init__` does not have, and tells which are meant."""
+        check_keywords(cls, named)
+        return super().__new__(cls)
+
     def __init__(
         self,
         params: Params,
@@ -60,6 +74,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._plans: Plans[Plan] = Plans()
         self._results = Results()
         self._guard = StepGuard()
+        self._gradless = False  # whether it was told that no parameter has a gradient
         self._graphed: list[Plan] = []  # CUDA graphs refer to their memory
         self._files: list[MappedFile] = []  # that anchors of the plan are in
         words = anchor is None or (isinstance(anchor, str) and anchor in ("initial", "zero"))
@@ -80,9 +95,11 @@ class AnchoredOptimizer(KeepingOptimizer):
 
         Raises ValueError, RuntimeError or TypeError naming the key or parameter that is unfit. Nothing is added then.
         """
+        check_group(param_group)
         group = {**param_group, "params": with_shards(param_group["params"])}
         if "backend" in group:
             raise ValueError("backend is chosen for the whole optimizer, not for a group")
+        check_keys(group, self.defaults.keys())
         if "anchor" in group and "pre" in group:
             raise ValueError("a group has both 'anchor' and 'pre', which mean the same; give one")
         own = "anchor" in group or "pre" in group
@@ -91,6 +108,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         try:
             shared = self._given.pop(0) if self._given else group["anchor"]
             self._adopt(group, spec if own else shared, shared=not own)
+            warn_of_decay(group, self.param_groups[:-1])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -133,7 +151,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._plan_of_step()
+        plan = self._plan_of_step(told=closure is not None)
         for file in self._files:
             file.check()
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -142,8 +160,9 @@ class AnchoredOptimizer(KeepingOptimizer):
             self._graphed.append(plan)
         return loss
 
-    def _plan_of_step(self) -> Plan:
-        """The plan for the gradients that there are, with what the last step left of its parameters."""
+    def _plan_of_step(self, *, told: bool) -> Plan:
+        """The plan for the gradients that there are, with what the last step left of its parameters. Warns if none was
+        ever there, unless that is `told`."""
         last = self._plans.current
         key = Plan.key_of(self.base, self.param_groups, self.state, last)
         plan = self._plans.find(key)
@@ -158,6 +177,9 @@ class AnchoredOptimizer(KeepingOptimizer):
             self._results = results
             plan = Plan(self.base, self.param_groups, self.state, self.backend, results, self._guard)
             self._plans.add(plan)
+            if not (plan.launches or told or results or self._gradless):
+                self._gradless = True
+                warn_of_no_gradient(self.param_groups)
             self._files = files_of(AnchorsOfState(self.state).values())
         if plan is not last:
             plan.take_over()
@@ -199,7 +221,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         self.state = self.__dict__["state"]  # torch has put a plain dictionary there
         self._plans, self._results, self._guard = Plans(), Results(), self.__dict__.get("_guard") or StepGuard()
         self._graphed, self.grad_norm = [], None
-        self._given = []
+        self._given, self._gradless = [], False
         self._files = []
         for group in self.param_groups:
             anchors_of = [self.state[p]["anchor"] for p in group["params"] if "anchor" in self.state.get(p, {})]
@@ -210,13 +232,16 @@ class AnchoredOptimizer(KeepingOptimizer):
 
 def _listed(params: Params) -> tuple[Any, list[Group]]:
     """`params` as torch takes them, with lists in place of generators. Second, the groups that they make."""
+    check_params(params)
     if isinstance(params, Tensor | set):  # which torch refuses
         return params, []
     listed: list[Any] = list(params)
+    check_fresh(params, listed)
     if not (listed and isinstance(listed[0], dict)):
         return listed, [{"params": listed}]
     for k, group in enumerate(listed):
-        of = group.get("params", ())
+        check_group(group)
+        of = group["params"]
         listed[k] = {**group, "params": [of] if isinstance(of, Tensor) else of if isinstance(of, set) else list(of)}
     return listed, listed
 

@@ -145,6 +145,7 @@ class LateAnchors:
 
 def resolved(spec: Anchor, group: Group, *, anchored: bool, **options: Any) -> tuple[str, dict[Tensor, Tensor]]:
     """The kind of a group's anchors, and the anchor of each parameter that can have one now; see `anchors.resolve`."""
+    anchors.check_kind(spec)
     params, names = group["params"], group.get("param_names")
     takes = list(map(takes_anchor, params))
     labels = [label_of(group, k) for k in compress(range(len(params)), takes)]

@@ -14,6 +14,7 @@ from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import Group
 from ..core.methods import documents, method_of
+from ..core.mistakes import check_group, check_keys
 from ..core.sharding import version_of
 from ..core.unsharded import shards_of
 from ..step.guard import uninterrupted
@@ -152,7 +153,7 @@ class Anchored(WrappingOptimizer):
             nonlocal evaluations
             loss = closure()
             if not evaluations:
-                self._before()
+                self._before(told=True)
             evaluations += 1
             return loss
 
@@ -176,6 +177,7 @@ class Anchored(WrappingOptimizer):
         Raises what the wrapped optimizer raises, and ValueError or TypeError as the constructor does. Nothing is added
         then.
         """
+        check_group(param_group)
         group = {**param_group, "params": with_shards(param_group["params"])}
         spec: Anchor = group.pop("anchor", self._settings["anchor"])
         self.optimizer.add_param_group(group)
@@ -200,6 +202,7 @@ class Anchored(WrappingOptimizer):
         if "norm" not in group and own["norm"] not in method_of(own["method"]).rules:
             own["norm"] = None  # it was meant for the other groups
         check_settings({**group, **own})
+        check_keys(group, SETTINGS, self.optimizer.defaults)
         params, labels = group["params"], [label_of(group, k) for k in range(len(group["params"]))]
         anchored = method_of(own["method"]).anchored
         for param, shard, label in zip(params, shards_of(params), labels, strict=True):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from ..backends import digests
 from ..core import checkpoint
 from ..core.bases import Group
+from ..core.mistakes import warn_of_no_gradient
 from ..core.state import check_loadable, copy_beside, same_numbers
 from ..step.guard import StepGuard
 from ..step.launch import label_of
@@ -35,6 +36,7 @@ class WrappingOptimizer(Optimizer):
     _results: Results
     _guard: StepGuard
     _late: LateAnchors
+    _gradless: bool  # whether it was told that no parameter has a gradient
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
@@ -60,8 +62,9 @@ class WrappingOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def _before(self) -> None:
-        """Measures what must be known before the wrapped step."""
+    def _before(self, *, told: bool = False) -> None:
+        """Measures what must be known before the wrapped step. Warns if no gradient was ever there, unless that is
+        `told`."""
         groups = self.param_groups
         last = self._plans.current
         around = self._plans.find(Around.key_of(groups, last))
@@ -76,6 +79,9 @@ class WrappingOptimizer(Optimizer):
             self._results = results
             around = Around(groups, self._anchors, self.backend, results)
             self._plans.add(around)
+            if not (around.launches or told or results or self._gradless):
+                self._gradless = True
+                warn_of_no_gradient(groups)
         if around is not last:
             around.take_over()
         around.measure(self.__dict__.get("grad_scale"))
@@ -171,7 +177,7 @@ class WrappingOptimizer(Optimizer):
 
 def fresh() -> dict[str, Any]:
     """What an `Anchored` keeps of its steps, before the first."""
-    return {"_plans": Plans(), "_results": Results(), "_guard": StepGuard(), "_late": LateAnchors()}
+    return {"_plans": Plans(), "_results": Results(), "_guard": StepGuard(), "_late": LateAnchors(), "_gradless": False}
 
 
 def _keys(groups: list[Group], saved: list[Group]) -> Iterable[tuple[Tensor, Any, Group]]:
