@@ -38,3 +38,30 @@ def test_users_classes_keep_their_own_arguments():
             self.depth = depth
 
     assert Mine([nn.Parameter(torch.zeros(3))], depth=2, lr=1e-2).depth == 2
+
+
+def test_repr_of_an_optimizer_tells_backend_and_anchors():
+    model = nn.Linear(3, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "method": "none"}]
+    optimizer = rft.AdamSPD(groups, backend="reference")
+    told = repr(optimizer)
+    assert told.startswith("AdamSPD (\nBackend: reference (chosen at the first step)\n")
+    assert "Parameter Group 0: anchors for 1 of 1 parameters\n" in told
+    assert "Parameter Group 1: anchors for 0 of 1 parameters\n" in told
+    assert "    method: none\n" in told
+    model(torch.ones(1, 3)).sum().backward()
+    auto = rft.AdamSPD(groups)
+    auto.step()
+    serves = "native" if not rft.backends()["native"] else "reference"
+    assert f"Backend: auto ({serves})\n" in repr(auto)
+
+
+def test_repr_of_a_wrapper_tells_anchors():
+    wrapped = rft.Anchored(torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1))
+    assert repr(wrapped).startswith("Anchored(SGD (\nParameter Group 0: anchors for 2 of 2 parameters\n")
+    assert "    method: spd\n" in repr(wrapped)
+
+
+def test_repr_of_tpgm():
+    told = repr(rft.TPGM(nn.Linear(3, 2), norm="mars", lr=0.1))
+    assert told == "TPGM(2 parameters, norm='mars', anchor='initial', lr=0.1, radius_penalty=0.0, tv=0.0, calls=0)"

@@ -47,6 +47,13 @@ class LearnedRadii:
     _alphas: Tensor | None
     _feed: Feed
 
+    def __repr__(self) -> str:
+        lr = self._adam.param_groups[0]["lr"]
+        return (
+            f"{type(self).__name__}({len(self.names)} parameters, norm={self.norm!r}, anchor={self._anchor!r}, "
+            f"lr={lr}, radius_penalty={self.radius_penalty}, tv={self.tv}, calls={self.calls})"
+        )
+
     @property
     def radii(self) -> dict[str, Tensor]:
         """γ by parameter name: 0-d, float64, copies. NaN as long as init="half_min" has seen no norms."""

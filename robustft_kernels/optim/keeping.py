@@ -16,7 +16,7 @@ from ..step.launch import label_of
 from ..step.plan import Plan
 from ..step.plans import Plans
 from .late import LateAnchors
-from .shown_state import CompletingState
+from .shown_state import CompletingState, with_anchors
 
 # Keys of torch.optim's own groups that choose an implementation, not a formula.
 _TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
@@ -41,6 +41,15 @@ class KeepingOptimizer(Optimizer):
     @state.setter
     def state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         self.__dict__["state"] = CompletingState(WeakMethod(self._show_digests), state)
+
+    def __repr__(self) -> str:
+        """torch's, with the backend that made the last step, and how many parameters of each group have anchors."""
+        plan = self._plans.current
+        served = sorted({launch.backend.name for launch in plan.launches}) if plan is not None else []
+        told = f"{self.backend} ({', '.join(served) or 'chosen at the first step'})"
+        name, _, groups = super().__repr__().partition("\n")
+        anchors = {param for param, of in self.state.items() if "anchor" in of}
+        return with_anchors(f"{name}\nBackend: {told}\n{groups}", self.param_groups, anchors)
 
     def _complete_state(self) -> None:
         """Makes what a parameter does not keep yet."""

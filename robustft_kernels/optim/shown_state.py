@@ -5,8 +5,9 @@ a flattened checkpoint by the keys that it finds in the state. So a state comple
 holds anything. No step is made, and no key is missing.
 """
 
+import re
 from collections import ChainMap, defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Container, Iterator, Mapping, MutableMapping
 from typing import Any, cast
 from weakref import WeakMethod
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends.digests import copy_for
+from ..core.bases import Group
 from ..core.sharding import is_flat_part
 
 Complete = WeakMethod[Any]  # weak, or the optimizer and its state would refer to each other
@@ -117,3 +119,13 @@ def begin(optimizer: Optimizer) -> None:
             group["lr"] = lr
         for param in params:
             param.grad = None
+
+
+def with_anchors(text: str, groups: list[Group], anchors: Container[Tensor]) -> str:
+    """The text of an optimizer as torch.optim has it, with the numbers of parameters and anchors of each group."""
+
+    def told(heading: re.Match[str]) -> str:
+        params = groups[int(heading[1])]["params"]
+        return f"{heading[0]}: anchors for {sum(param in anchors for param in params)} of {len(params)} parameters"
+
+    return re.sub(r"^Parameter Group (\d+)$", told, text, flags=re.MULTILINE)

@@ -19,7 +19,7 @@ from ..step.results import Results
 from ..telemetry import Telemetry, collect
 from .around import SETTINGS, Around, check_settings
 from .late import LateAnchors
-from .shown_state import StateWithAnchors
+from .shown_state import StateWithAnchors, with_anchors
 
 OURS = ("anchor", "anchor_digest")  # in the state of a parameter
 
@@ -55,7 +55,7 @@ class WrappingOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        return f"Anchored({self.optimizer!r})"
+        return f"Anchored({with_anchors(repr(self.optimizer), self.param_groups, self._anchors)})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's."""
