@@ -60,7 +60,7 @@ def digests(anchors: Sequence[Tensor], *, anew: bool = False) -> list[Tensor]:
     todo = [k for k in range(len(anchors)) if unknown[k] or (anew and spread[k])]
     if todo:
         new = [anchors[k] for k in todo]
-        here = torch.stack([_sums_here(anchor) for anchor in new])
+        here = torch.stack([sums_here(anchor) for anchor in new])
         sums = Exchange(new, [1] * len(new), here.device).sum(here)
         for k, of_anchor in zip(todo, sums, strict=True):
             content = torch.cat([of_anchor.view(torch.uint8), _head(anchors[k].dtype, anchors[k].shape)])
@@ -174,7 +174,7 @@ def _sha256(anchor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sums_here(anchor: Tensor) -> Tensor:
+def sums_here(anchor: Tensor) -> Tensor:
     """Both sums over what is here of an anchor, on the CPU. Raises RuntimeError if its file was written."""
     file = file_of(anchor)
     if file is not None:

@@ -134,7 +134,9 @@ class AnchoredOptimizer(KeepingOptimizer):
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
         dtype, device = group["anchor_dtype"], group["anchor_device"]
-        group["anchor"], tensors = resolved(spec, group, anchored=anchored, dtype=dtype, device=device)
+        group["anchor"], tensors = resolved(
+            spec, group, anchored=anchored, waits=self.save_anchors is True, dtype=dtype, device=device
+        )  # a checkpoint that lacks the anchors needs them to be here, trained or not
         for param, tensor in tensors.items():
             self.state[param]["anchor"] = tensor
         self._late.note(len(self.param_groups) - 1, group, tensors)
@@ -187,7 +189,7 @@ class AnchoredOptimizer(KeepingOptimizer):
 
     def reanchor(self) -> None:
         """Takes the weights as they are now for θ₀, in every group that has anchors. Moments and step counts stay."""
-        for param, tensor in self._late.retake(self.param_groups).items():
+        for param, tensor in self._late.retake(self.param_groups, AnchorsOfState(self.state)).items():
             self.state[param]["anchor"] = tensor
         self._plans.clear()
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..backends.digests import sums_here
 from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import Group, is_anchored
 from ..core.files import DISK
 from ..core.memory import without_memory
-from ..core.sharding import local, version_of
+from ..core.sharding import is_flat_part, local, version_of
 from ..core.state import keep_anchor
 from ..step.launch import label_of
 
@@ -24,6 +25,10 @@ KEPT = (
     "Anchors are the weights as they were then, before a state of torch.optim was loaded; if those are not θ₀, call "
     "reanchor() or give anchor="
 )
+THAWED = (
+    "Its anchor is the weights as they are now, at its first step; if those are not θ₀, give anchor=, or load a "
+    "checkpoint that has the anchor"
+)
 
 
 class LateAnchors:
@@ -31,6 +36,8 @@ class LateAnchors:
 
     - A parameter without an anchor takes one, from the weights as they are. It had no memory before, or is new in its
       group. If it stands at the place of another of its shape, as after `fully_shard`, it takes over that one's anchor.
+    - A frozen parameter has no copy of its weights. It takes one when it is trained first. A warning says so if they
+      were written meanwhile.
     - "initial" are the weights at the first step. Where they were written after the optimizer was made, as by programs
       that load weights last, the copy is taken anew. If a state of torch.optim was loaded too, a run goes on, and the
       copy stays. A warning says once which it was.
@@ -39,24 +46,36 @@ class LateAnchors:
     def __init__(self) -> None:
         self._goes_on = self._told = False
         self._versions = WeakTensorKeyDictionary()  # of weights whose copy no step has used yet
+        # Of frozen parameters that have no anchor yet: their version, sums that tell their numbers, and the anchor's
+        # dtype. Processes agree on that while all are here: not all may have a gradient later.
+        self._frozen = WeakTensorKeyDictionary()
         # Of parameters that were added: the index of the group, that in the group, and whether they had an anchor.
         self._known = WeakTensorKeyDictionary()
 
     def note(self, row: int, group: Group, anchored: Mapping[Tensor, Tensor]) -> None:
         """Notes that the parameters of group `row` have been added, or have new anchors."""
+        waits = is_anchored(group) and group["anchor"] == "initial"
+        frozen = [p for p in group["params"] if waits and takes_anchor(p) and p not in anchored]
+        for param, dtype in zip(frozen, dtypes_of(frozen, group), strict=True):
+            sums = None if is_flat_part(param) else sums_here(param)
+            self._frozen[param] = version_of(param), sums, dtype
         for k, param in enumerate(group["params"]):
-            if takes_anchor(param):
+            if param in anchored:
+                self._frozen.pop(param, None)
+            if takes_anchor(param) and param not in self._frozen:
                 self._known[param] = row, k, param in anchored
             if param in anchored and group["anchor"] == "initial":
                 self._versions[param] = version_of(param)
 
-    def retake(self, groups: list[Group]) -> dict[Tensor, Tensor]:
-        """New anchors, the weights as they are now, for all groups that have any."""
+    def retake(self, groups: list[Group], known: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """New anchors, the weights as they are now, for all groups that have any. A frozen parameter takes none, unless
+        it has one."""
         self._goes_on = self._told = False
         taken: dict[Tensor, Tensor] = {}
         for row, group in enumerate(groups):
             if is_anchored(group):
-                params, group["anchor"] = list(filter(takes_anchor, group["params"])), "initial"
+                params = [p for p in group["params"] if takes_anchor(p) and (p.requires_grad or p in known)]
+                group["anchor"] = "initial"
                 if group.get("anchor_device") == DISK:
                     group["anchor_device"] = None
                 taken.update(zip(params, copies(params, group), strict=True))
@@ -90,11 +109,16 @@ class LateAnchors:
         if param not in known:
             known[param] = self._taken(groups, row, k, known)
             self._known[param] = row, k, True
+            if param in self._frozen and self._was_other(param):
+                self._tell(f"of {label_of(group, k)} were written while it was frozen. {THAWED}")
         elif param in self._versions and self._written(param, known[param]):
             if not self._goes_on:
                 known[param] = copies([param], group)[0]
-            self._tell(label_of(group, k))
+            kept = KEPT if self._goes_on else TAKEN
+            self._tell(f"of {label_of(group, k)} were written after the optimizer was made. {kept}")
         self._versions.pop(param, None)
+        if self._frozen.pop(param, None) is not None:
+            self._known[param] = row, k, True
 
     def _taken(self, groups: list[Group], row: int, k: int, known: MutableMapping[Tensor, Tensor]) -> Tensor:
         group = groups[row]
@@ -121,6 +145,9 @@ class LateAnchors:
                 f"{label} has no anchor: it is new in a group whose anchors are {group['anchor']!r}; add it with "
                 "add_param_group and an anchor of its own, or call reanchor()"
             )
+        if param in self._frozen and group.get("anchor_dtype", anchors.EXACT) == anchors.EXACT:
+            version, _, dtype = self._frozen[param]
+            group = {**group, "anchor_dtype": dtype if version == version_of(param) else None}
         return copies([param], group)[0]
 
     def _stood_at(self, other: Tensor, row: int, k: int, param: Tensor) -> bool:
@@ -132,22 +159,28 @@ class LateAnchors:
             return False
         return not torch.equal(local(anchor).to(param.device, param.dtype), local(param))
 
-    def _tell(self, label: str) -> None:
+    def _was_other(self, param: Tensor) -> bool:
+        """Whether a parameter that was frozen holds other numbers than then."""
+        version, sums, _ = self._frozen[param]
+        return bool(version != version_of(param) and (sums is None or not torch.equal(sums, sums_here(param))))
+
+    def _tell(self, what: str) -> None:
         if not self._told:
-            warnings.warn(
-                f"robustft_kernels: the weights of {label} were written after the optimizer was made. "
-                f"{KEPT if self._goes_on else TAKEN}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"robustft_kernels: the weights {what}", RuntimeWarning, stacklevel=2)
         self._told = True
 
 
-def resolved(spec: Anchor, group: Group, *, anchored: bool, **options: Any) -> tuple[str, dict[Tensor, Tensor]]:
-    """The kind of a group's anchors, and the anchor of each parameter that can have one now; see `anchors.resolve`."""
+def resolved(
+    spec: Anchor, group: Group, *, anchored: bool, waits: bool, **options: Any
+) -> tuple[str, dict[Tensor, Tensor]]:
+    """The kind of a group's anchors, and the anchor of each parameter that can have one now; see `anchors.resolve`.
+
+    waits: whether frozen parameters take no copy of their weights yet.
+    """
     anchors.check_kind(spec)
     params, names = group["params"], group.get("param_names")
-    takes = list(map(takes_anchor, params))
+    waits = waits and isinstance(spec, str) and spec == "initial"
+    takes = [takes_anchor(param) and (param.requires_grad or not waits) for param in params]
     labels = [label_of(group, k) for k in compress(range(len(params)), takes)]
     if not isinstance(spec, str | PathLike | Mapping | None):
         spec = list(compress(anchors.in_order(spec, params), takes))
@@ -162,6 +195,12 @@ def copies(params: list[Tensor], group: Group) -> list[Tensor]:
     _, taken = anchors.resolve("initial", params, None, [], anchored=True, dtype=dtype, device=device)
     assert taken is not None
     return taken
+
+
+def dtypes_of(params: list[Tensor], group: Group) -> list[Any]:
+    """For each of these parameters the `anchor_dtype` that its copy will have."""
+    dtype = group.get("anchor_dtype", anchors.EXACT)
+    return list(anchors.exact_dtypes(params)) if dtype == anchors.EXACT else [dtype] * len(params)
 
 
 def takes_anchor(param: Tensor) -> bool:

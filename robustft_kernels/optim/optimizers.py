@@ -41,7 +41,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
         anchor: θ₀. It is one of
             - "initial": a copy of the weights now, or at their first step if they are written before it, or have no
-              memory (meta, lazy) until then; see `reanchor` for later.
+              memory (meta, lazy) or are frozen until then; see `reanchor` for later.
             - "zero": for adapters. It needs no memory and no reads.
             - A list of tensors parallel to `params`.
             - A mapping from parameter name to tensor.

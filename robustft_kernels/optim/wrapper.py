@@ -56,7 +56,7 @@ class Anchored(WrappingOptimizer):
             lr, with the lr of each group of the wrapped optimizer.
         radius: γ > 0 of "project", in units of the weights. Like `strength` and lr, it may be a tensor.
         anchor: θ₀. It is one of
-            - "initial": a copy of the weights now, or at their first step if they are written before it.
+            - "initial": a copy of the weights now, or at their first step if they are frozen or written before it.
             - "zero": it needs no memory and no reads.
             - A list of tensors parallel to the parameters of all groups that have no anchor of their own.
             - A mapping from parameter name to tensor, or the path of a safetensors file. Either needs a wrapped
@@ -168,7 +168,7 @@ class Anchored(WrappingOptimizer):
     @torch.no_grad()
     def reanchor(self) -> None:
         """As of `AnchoredAdamW`: takes the weights as they are now for θ₀, in every group that has anchors."""
-        self._anchors.update(self._late.retake(self.param_groups))
+        self._anchors.update(self._late.retake(self.param_groups, self._anchors))
         self._plans.clear()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -216,5 +216,5 @@ class Anchored(WrappingOptimizer):
         shared = "anchor" not in group
         if shared and not anchored and isinstance(spec, Mapping):
             spec = "initial"  # the mapping is for the other groups
-        own["anchor"], tensors = resolved(spec, group, anchored=anchored)
+        own["anchor"], tensors = resolved(spec, group, anchored=anchored, waits=self.save_anchors is True)
         return own, tensors
