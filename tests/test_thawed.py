@@ -190,3 +190,36 @@ def test_an_anchor_that_is_lost_after_thawing_is_told():
     del optimizer.state[model[0].weight]
     with pytest.raises(ValueError, match=r"'0\.weight' has lost its anchor"):
         train(model, optimizer)
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
+def test_sharded_weights_are_thawed_as_whole_ones_are(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    results = []
+    for sharded in (False, True):
+        model = net()
+        model[0].requires_grad_(False)
+        if sharded:
+            for layer in (*model, model):
+                fully_shard(layer, mesh=mesh)
+        optimizer = adam(model)
+        for frozen in (True, False):
+            for layer in model if sharded else ():
+                layer.reshard()
+            model[0].requires_grad_(not frozen)
+            train(model, optimizer)
+        for layer in model if sharded else ():
+            layer.reshard()
+        held = [*model.parameters(), *anchors_of(model, optimizer)]
+        assert len(held) == 8
+        results.append([(of.full_tensor() if sharded else of).detach() for of in held])
+    assert all(map(torch.equal, *results))
