@@ -183,6 +183,7 @@ VARIANTS += [
     Shipped(ADAMW, 2, F32, F32, low=True, rows=True),
     Shipped(ADAMW, 2, F32, F32, narrow=True),
     Shipped(ADAMW, 2, BF16, BF16, narrow=True),
+    Shipped(ADAMW, 2, BF16, BF16, rows=True, narrow=True),
     Shipped(ADAMW, 2, BF16, BF16, low=True),
 ]
 VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F64)]

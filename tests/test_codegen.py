@@ -56,17 +56,19 @@ def nothing_spills_and_no_float_is_added_atomically(kernels, _):
         assert row["float_atomics"] == 0, named(row)
 
 
-NEEDS_MORE = ("master", "bf16 moments", "gradients anywhere", "amsgrad, fp32, anchor fp32, coupled", "mixed")
+NEEDS_MORE = ("master", "bf16 moments", "gradients anywhere", "amsgrad, fp32, anchor fp32, coupled")
 
 
 def half_of_an_sms_threads_are_resident(kernels, _):
-    """Three eighths in the one-launch form and where much is kept in registers, a quarter in float64 and by rows, an
-    eighth in both."""
+    """Three eighths in the one-launch form and where much is kept in registers. A quarter in float64, by rows, and with
+    amsgrad that only some have. An eighth in float64 by rows."""
     for row in kernels:
         if row["target"] == "sm_90":
             expected = 0.5 / 2 ** ((row["dtype"] == "fp64") + row["variant"].startswith("rows"))
             if row["kernel"] == "ticket_sweep" or any(word in row["variant"] for word in NEEDS_MORE):
                 expected = min(expected, 0.375)
+            if "amsgrad" in row["variant"] and "mixed" in row["variant"]:
+                expected = min(expected, 0.25)
             assert codegen.occupancy(row["registers"], row["threads"]) >= expected, (named(row), row["registers"])
 
 

@@ -13,9 +13,11 @@ import sys
 import warnings
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 LIBRARY = r"""
 #include <stdio.h>
+#include <stdlib.h>
 #define SUCCEEDS(name) int name(void) { return 0; }
 #define GIVES(name, type, value) int name(type *out) { *out = value; return 0; }
 SUCCEEDS(cuInit)
@@ -37,7 +39,13 @@ GIVES(cuCtxGetCurrent, void *, stdout)
 GIVES(cuDevicePrimaryCtxRetain, void *, stdout)
 GIVES(cuModuleLoadData, void *, stdout)
 GIVES(cuModuleGetFunction, void *, stdout)
-int cuLaunchKernelEx(unsigned *grid) { fprintf(stderr, "launched %u\n", *grid); return 0; }
+int cuLaunchKernelEx(unsigned *grid, void *function, void ***values) {
+  fprintf(stderr, "launched %u", *grid);
+  const char *told = getenv("TOLD");  /* how many of the arguments, which are all addresses */
+  for (int i = 0; told && i < atoi(told); ++i) fprintf(stderr, " %ld", (long)*values[i]);
+  fprintf(stderr, "\n");
+  return 0;
+}
 """
 
 
@@ -48,10 +56,9 @@ def build(folder: Path) -> None:
     subprocess.run(["gcc", *options, folder / "libcuda.c", "-o", folder / "libcuda.so.1"], check=True)
 
 
-def feign() -> None:
-    """An sm_90, behind Triton's own CudaUtils and CudaLauncher."""
+def driver() -> Any:
+    """Triton's driver of an sm_90, with its own CudaUtils and CudaLauncher."""
     from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
-    from triton.runtime import driver
 
     from .ptx.device import Driver
 
@@ -62,7 +69,7 @@ def feign() -> None:
         def utils(self):
             return CudaUtils()
 
-    driver.set_active(CudaDriver())
+    return CudaDriver()
 
 
 def main() -> None:
@@ -74,7 +81,9 @@ def main() -> None:
     torch.cuda.is_available, torch.cuda.init, torch.cuda.current_device = lambda: True, lambda: None, lambda: 0
     torch.cuda.device = lambda index: contextlib.nullcontext()
     with contextlib.suppress(ImportError):
-        feign()
+        from triton.runtime import driver as of
+
+        of.set_active(driver())
     found = {"backends": rft.backends()["triton"], "named": ""}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -101,41 +101,36 @@ def mix(x):
 @triton.jit
 def aligned(tensor, grad, V: tl.constexpr):
     """Whether what the variant takes to be multiples of 16 are. It is looked at anew, since a caller's tensors move."""
-    addresses = grad * 0
-    if V.PARAM_ALIGNED:
-        addresses |= tl.load(tensor + PARAM)
-        if V.MASTERED:  # otherwise even the load of a 0 would cost registers
-            addresses |= tl.load(tensor + WORKING)
+    addresses = tl.load(tensor + PARAM) | tl.load(tensor + STATE)
+    addresses |= tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
+    if V.MASTERED:  # otherwise even the load of a 0 would cost registers
+        addresses |= tl.load(tensor + WORKING)
+    if V.TRACKS:
+        addresses |= tl.load(tensor + DELTA)
     if V.GRAD_ALIGNED:
         addresses |= grad
     if V.ANCHOR_ALIGNED:
         addresses |= tl.load(tensor + ANCHOR)
-    if V.STATE_ALIGNED:
-        addresses |= tl.load(tensor + STATE) | tl.load(tensor + STATE + 1) | tl.load(tensor + STATE + 2)
-        if V.TRACKS:
-            addresses |= tl.load(tensor + DELTA)
     return addresses % 16 == 0
 
 
 @triton.jit
-def load_weights(param, working, offsets, mask, V: tl.constexpr):
+def load_weights(param, working, offsets, mask, ALIGNED: tl.constexpr, V: tl.constexpr):
     """What a step begins from. A master weight counts as long as it rounds to the working weight. If someone else has
     written the working weight, the step begins from that."""
-    theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
+    theta = load(param, offsets, mask, V.PARAM_DTYPE, V.ARITHMETIC, ALIGNED)
     if V.MASTERED:
-        shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
+        shown = load(working, offsets, mask, V.WORKING_DTYPE, V.ARITHMETIC, ALIGNED)
         theta = tl.where(as_stored(theta, V.WORKING_DTYPE, V.ARITHMETIC) == shown, theta, shown)
     return theta
 
 
 @triton.jit
-def store_weights(param, working, offsets, mask, values, V: tl.constexpr):
+def store_weights(param, working, offsets, mask, values, ALIGNED: tl.constexpr, V: tl.constexpr):
     """Stores weights, as `as_stored` makes them, with their master."""
-    store(param, offsets, mask, values, V.PARAM_DTYPE, V.PARAM_ALIGNED)
+    store(param, offsets, mask, values, V.PARAM_DTYPE, ALIGNED)
     if V.MASTERED:
-        store(
-            working, offsets, mask, as_stored(values, V.WORKING_DTYPE, V.ARITHMETIC), V.WORKING_DTYPE, V.PARAM_ALIGNED
-        )
+        store(working, offsets, mask, as_stored(values, V.WORKING_DTYPE, V.ARITHMETIC), V.WORKING_DTYPE, ALIGNED)
 
 
 STEP_KEY, PULL_KEY, MOMENTS_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

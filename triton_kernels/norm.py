@@ -10,12 +10,13 @@ from .measure import sums
 @triton.jit
 def square_span(grad, begin, n, VECTOR: tl.constexpr, V: tl.constexpr):
     """The accumulators of Σ g² over n elements from `begin`, VECTOR at a time in each thread."""
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR  # tells the compiler what divides n
     squares = tl.zeros([V.LANES], V.ARITHMETIC)
     for at in range(0, n, V.LANES * VECTOR):
         lane = at + tl.arange(0, V.LANES * VECTOR)
-        g = load(grad, begin + lane, lane < n, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED)
+        g = load(grad, begin + lane, lane < n, V.GRAD_DTYPE, V.ARITHMETIC, WIDE and V.GRAD_ALIGNED)
         squares += sums(g * g, V.LANES)
     return squares
 

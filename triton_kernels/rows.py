@@ -85,7 +85,8 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
               TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """Makes the base step on n elements from `begin` of TILE rows from `row`, of which only `rows` exist. Returns their
     measures."""
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
@@ -100,15 +101,14 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
     for at in range(0, n, SHARE * VECTOR):
         offsets, start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
-        theta = load_weights(param, working, offsets, inside, V)
+        theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
         if V.HAS_GRADS:
-            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED) * factor
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE and V.GRAD_ALIGNED) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(
-                anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED
-            )
+            there = anchored[:, None] & columns[None, :]
+            theta_0 = load(anchor, offsets, there, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
         penalized = g
         if V.RULE_SIGN != 0:
             d = theta - theta_0
@@ -116,19 +116,19 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
             penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
+            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         if V.STATES > 2:
-            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
+            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
         s0, s1, s2 = keep_moments(s0, s1, s2, offsets, start, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, V.STATE_ALIGNED)
+            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, WIDE)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, V.STATE_ALIGNED)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
         if V.STATES > 2:
-            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, V.STATE_ALIGNED)
+            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, WIDE)
         new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.ARITHMETIC)[:, None]))
         if V.STOCHASTIC:
             key = keys[PULL_KEY if V.NO_STEP else STEP_KEY]
@@ -137,10 +137,10 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
         written = inside
         if V.NO_STEP:
             written = inside & (known != 1)[:, None]
-        store_weights(param, working, offsets, written, new, V)
+        store_weights(param, working, offsets, written, new, WIDE, V)
         if V.TRACKS:
             c = as_stored(new - theta_0, V.DELTA_DTYPE, V.ARITHMETIC)
-            store(delta, offsets, kept_delta[:, None] & columns[None, :], c, V.DELTA_DTYPE, V.STATE_ALIGNED)
+            store(delta, offsets, kept_delta[:, None] & columns[None, :], c, V.DELTA_DTYPE, WIDE)
         if V.RULE_MEASURES != 0:
             new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
             measures = measure_rows(theta, new, g, theta_0, measures, VECTOR)
@@ -150,7 +150,8 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
 @triton.jit
 def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """Pulls such rows by their alphas. An α of 1 leaves its row alone."""
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     dithered = tl.load(tensor + DITHERED) != 0
@@ -160,22 +161,22 @@ def pull_rows(tensor, row, rows, begin, n, alpha, keys, TILE: tl.constexpr, VECT
     for at in range(0, n, V.LANES // TILE * VECTOR):
         offsets, start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = pulled[:, None] & columns[None, :]
-        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(
-                anchor, offsets, anchored[:, None] & columns[None, :], V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED
-            )
+            there = anchored[:, None] & columns[None, :]
+            theta_0 = load(anchor, offsets, there, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
         new = pull(theta, theta_0, alpha.to(V.ARITHMETIC)[:, None])
         if V.STOCHASTIC:
             new = tl.where(dithered, dither(new, random_bits(offsets, start, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), V)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
 
 
 @triton.jit
 def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, VECTOR: tl.constexpr, V: tl.constexpr):
     """⟨g, c⟩ and Σ|c| of such rows. c is the delta of the last step. For a tensor that keeps none: 0 and Σ|d|."""
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     delta = tl.load(tensor + DELTA)
@@ -187,22 +188,15 @@ def survey_rows(tensor, grad, row, rows, begin, n, factor, TILE: tl.constexpr, V
         offsets, _start, columns = places(tensor, row, begin, at, n, TILE, VECTOR, V)
         inside = (i < rows)[:, None] & columns[None, :]
         if delta != 0:
-            c = load(delta, offsets, inside, V.DELTA_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED)
-            dots += row_sums(
-                c * (load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED) * factor), VECTOR
-            )
+            c = load(delta, offsets, inside, V.DELTA_DTYPE, V.ARITHMETIC, WIDE)
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE and V.GRAD_ALIGNED) * factor
+            dots += row_sums(c * g, VECTOR)
             sizes += row_sums(tl.abs(c), VECTOR)
         else:
-            d = load_weights(param, working, offsets, inside, V)
+            d = load_weights(param, working, offsets, inside, WIDE, V)
             if V.ANCHORED > NONE:
-                d -= load(
-                    anchor,
-                    offsets,
-                    anchored[:, None] & columns[None, :],
-                    V.ANCHOR_DTYPE,
-                    V.ARITHMETIC,
-                    V.ANCHOR_ALIGNED,
-                )
+                there = anchored[:, None] & columns[None, :]
+                d -= load(anchor, offsets, there, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
             sizes += row_sums(tl.abs(d), VECTOR)
     return tl.sum(dots.to(tl.float64), 1), tl.sum(sizes.to(tl.float64), 1)
 

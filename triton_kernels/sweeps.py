@@ -90,7 +90,8 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
     If VECTOR is above 1, every address is a multiple of 16, and n is a multiple of VECTOR. So accesses are up to 16
     bytes wide under their mask, and the last block needs no code of its own.
     """
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR  # tells the compiler what divides n
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
@@ -103,31 +104,31 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load_weights(param, working, offsets, inside, V)
+        theta = load_weights(param, working, offsets, inside, WIDE, V)
         g = tl.zeros_like(theta)
         if V.HAS_GRADS:
-            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, V.GRAD_ALIGNED, V.EVICT) * factor
+            g = load(grad, offsets, inside, V.GRAD_DTYPE, V.ARITHMETIC, WIDE and V.GRAD_ALIGNED, V.EVICT) * factor
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
         penalized = g
         if V.RULE_LINEAR != 0:
             penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
+            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
+            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
         if V.STATES > 2:
-            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, V.STATE_ALIGNED, V.EVICT)
+            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
         s0, s1, s2 = keep_moments(s0, s1, s2, offsets, begin, keys, V)
         if V.STATES > 0:
-            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
+            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, WIDE, V.EVICT)
         if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
+            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE, V.EVICT)
         if V.STATES > 2:
-            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, V.STATE_ALIGNED, V.EVICT)
+            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, WIDE, V.EVICT)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
             new = tl.where(
@@ -137,7 +138,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         written = inside
         if V.NO_STEP:
             written = lane < tl.where(alpha != 1, n, 0)
-        store_weights(param, working, offsets, written, new, V)
+        store_weights(param, working, offsets, written, new, WIDE, V)
         if V.RULE_MEASURES != 0:
             new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
             measures = measure(theta, new, g, theta_0, measures, V.LANES)
@@ -147,7 +148,8 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
 @triton.jit
 def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constexpr):
     """The pull on n elements from `begin`. VECTOR is as in `step_span`."""
-    if VECTOR > 1:
+    WIDE: tl.constexpr = VECTOR > 1
+    if WIDE:
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     dithered = tl.load(tensor + DITHERED) != 0
@@ -156,14 +158,14 @@ def pull_span(tensor, begin, n, alpha, keys, VECTOR: tl.constexpr, V: tl.constex
         lane = at + tl.arange(0, V.LANES * VECTOR)
         inside = lane < n
         offsets = begin + lane
-        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, V.PARAM_ALIGNED)
+        theta = load(param, offsets, inside, V.PARAM_DTYPE, V.ARITHMETIC, WIDE)
         theta_0 = tl.zeros_like(theta)
         if V.ANCHORED > NONE:
-            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, V.ANCHOR_ALIGNED)
+            theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
         new = pull(theta, theta_0, alpha)
         if V.STOCHASTIC:
             new = tl.where(dithered, dither(new, random_bits(offsets, begin, keys[PULL_KEY]) >> 16), new)
-        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), V)
+        store_weights(param, working, offsets, inside, as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC), WIDE, V)
 
 
 @triton.jit

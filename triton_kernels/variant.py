@@ -22,7 +22,7 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 MAX_STATES = 3
-STREAMS = ("param", "grad", "anchor", "state")
+STREAMS = ("grad", "anchor")  # what is only read
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Variant:
     RULE_…: the places among them of rules of one kind, a bit each. TRACKS: whether any keeps its delta.
     STOCHASTIC: whether any tensor's weights are rounded stochastically. MASTERED: whether `param` is the master of the
     working weights. …_DTYPE: the dtypes of the tensors. ARITHMETIC: the dtype of the arithmetic.
-    …_ALIGNED: whether that kind of address is counted on to be a multiple of 16. A tensor that breaks this is taken in
-    narrow accesses altogether. If it is not counted on, that kind alone is accessed so.
+    …_ALIGNED: whether addresses of what is only read are counted on to be multiples of 16, as those of what is written
+    always are. A tensor that breaks this is taken in narrow accesses altogether. If it is not counted on, that stream
+    alone is read so.
     EVICT: the eviction policy of what nobody reads soon: the gradients and the moments. CHUNK: elements of a program.
     LANES: accumulators. ROWS: whether segments are rows. TILE: how many of them share the accumulators. VECTOR:
     neighbours that one thread takes at once: 16 bytes of the arithmetic's dtype, so that all streams are in one layout
@@ -87,10 +88,8 @@ class Variant:
     STATE_DTYPE: Any
     DELTA_DTYPE: Any
     ARITHMETIC: Any
-    PARAM_ALIGNED: Any
     GRAD_ALIGNED: Any
     ANCHOR_ALIGNED: Any
-    STATE_ALIGNED: Any
     EVICT: Any
     CHUNK: Any
     LANES: Any
@@ -163,10 +162,8 @@ def variant_of(
         STATE_DTYPE=c(DTYPES[dtypes.state]),
         DELTA_DTYPE=c(DTYPES[delta_dtype_of(dtypes.param)]),
         ARITHMETIC=c(tl.float64 if dtypes.param == torch.float64 else tl.float32),
-        PARAM_ALIGNED=c("param" not in unaligned),
         GRAD_ALIGNED=c("grad" not in unaligned),
         ANCHOR_ALIGNED=c("anchor" not in unaligned),
-        STATE_ALIGNED=c("state" not in unaligned),
         EVICT=c("evict_first" if one_launch else ""),
         CHUNK=c(SHORT_CHUNK if one_launch else CHUNK),
         LANES=c(lanes),
@@ -182,20 +179,21 @@ def options_of(variant: Any, gpu: tuple[str, int], one_launch: bool = False) -> 
     """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0). one_launch: for that form's kernel.
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
-    half the threads that an SM can hold are resident. Some need 80 to spill nothing: all for Blackwell, the one-launch
-    form, and those with master weights, bfloat16 moments, streams in narrow accesses, or more beside amsgrad. float64
-    and the sweeps of rows need 128. Both together get 255.
+    half the threads that an SM can hold are resident. To spill nothing, some need more. 80: all for Blackwell, the
+    one-launch form, master weights, bfloat16 moments, streams in narrow accesses, amsgrad beside coupled rules. 96:
+    amsgrad that only some tensors have. 128: float64, and the sweeps of rows. 255: both together.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
     if backend == "cuda":
         double, by_rows = variant.ARITHMETIC.value == tl.float64, variant.ROWS.value
         low = variant.STATE_DTYPE.value != variant.ARITHMETIC.value
-        beside = variant.RULE_LINEAR.value != 0 or variant.LAST_STATE.value != ALL.value
-        amsgrad_beside = variant.STATES.value == MAX_STATES and beside
+        amsgrad = variant.STATES.value == MAX_STATES
+        some, coupled = variant.LAST_STATE.value == SOME.value, variant.RULE_LINEAR.value != 0
         narrow = not all(getattr(variant, f"{stream.upper()}_ALIGNED").value for stream in STREAMS)
-        more = one_launch or variant.MASTERED.value or low or amsgrad_beside or narrow or capability >= 100
-        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else 80 if more else 64
+        more = one_launch or variant.MASTERED.value or low or (amsgrad and coupled) or narrow or capability >= 100
+        fewer = 96 if amsgrad and some else 80 if more else 64
+        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else fewer
     return options
 
 

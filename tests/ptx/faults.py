@@ -22,7 +22,7 @@ KINDS = {
     "weaker order": (r"\.(?:acq_rel|release)\b", ".relaxed"),
     "no acquire": (r"ld\.global\.gpu\.acquire", "ld.global"),
     "no guard": (r"@%p\d+ (?=st\.global)", ""),
-    "4 bytes further": (r"(?<=ld\.global\.v4\.b32 \{) ([^}]*\}, \[ %rd\d+) \+ 0", r" \1 + 4"),
+    "4 bytes further": (r"(ld\.global[\w.:]*\.v4\.b32 \{[^}]*\}, \[ %rd\d+) \+ 0", r"\1 + 4"),
 }
 
 
