@@ -46,9 +46,7 @@ def digest(flat: Tensor, sizes: list[int], steps: list[int], first: int) -> Tens
     return None if _native is None or flat.device.type != "cpu" else _native.digest(flat, sizes, steps, first)
 
 
-def fingerprint(
-    params: list[Tensor], kept: list[dict[str, Any]], addresses: bool, last: bytes | None
-) -> bytes | None:
+def fingerprint(params: list[Tensor], kept: list[dict[str, Any]], addresses: bool, last: bytes | None) -> bytes | None:
     """What step.fingerprint describes, in C++. None without the extension."""
     return None if _native is None else _native.fingerprint(params, kept, addresses, last)
 
