@@ -39,11 +39,12 @@ class Fault:
         return f"{self.kernel}, {self.kind} {self.which}"
 
     def apply(self, ptx: str) -> str:
-        """The PTX with this fault, if it is of this kernel."""
-        if f".entry {self.kernel}(" not in ptx:
-            return ptx
+        """The PTX with this fault, if it is of this kernel. Another variant of the kernel may have fewer places."""
         pattern, new = KINDS[self.kind]
-        found = list(re.finditer(pattern, ptx))[self.which]
+        places = list(re.finditer(pattern, ptx))
+        if f".entry {self.kernel}(" not in ptx or self.which >= len(places):
+            return ptx
+        found = places[self.which]
         return ptx[: found.start()] + found.expand(new) + ptx[found.end() :]
 
     def seen(self, device: Device) -> list[str]:
