@@ -192,7 +192,7 @@ VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F6
 def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
     """The kernel as Triton compiles it ahead of time."""
     variant, function = shipped.variant(kernel), shipped.kernels[kernel]
-    options = options_for(variant, kernel, target)
+    options = options_for(variant, target)
     absent = () if shipped.options else ("live", "grad_scale", "found_inf")
     names = function.arg_names
     signature = {name: "constexpr" if name == "V" or name in absent else ARGUMENTS[name] for name in names}
@@ -207,10 +207,9 @@ def compiled(shipped: Shipped, kernel: str, target: GPUTarget) -> Any:
     return triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=options)
 
 
-def options_for(variant: Variant, kernel: str, target: GPUTarget) -> dict[str, Any]:
+def options_for(variant: Variant, target: GPUTarget) -> dict[str, Any]:
     """How the variant is compiled for the target."""
-    gpu = (target.backend, target.arch if target.backend == "cuda" else 0)
-    return options_of(variant, gpu, one_launch=kernel == "ticket_sweep")
+    return options_of(variant, (target.backend, target.arch if target.backend == "cuda" else 0))
 
 
 def configuration(which: int, kernel: str, target: str) -> list[Any]:
@@ -219,7 +218,7 @@ def configuration(which: int, kernel: str, target: str) -> list[Any]:
     variant = shipped.variant(kernel)
     fields = {name: _told(value) for name, value in vars(variant).items() if name != "CODE"}
     arguments = [ARGUMENTS.get(name, "") for name in shipped.kernels[kernel].arg_names]
-    return [kernel, target, shipped.options, fields, arguments, options_for(variant, kernel, TARGETS[target])]
+    return [kernel, target, shipped.options, fields, arguments, options_for(variant, TARGETS[target])]
 
 
 def _told(value: Any) -> str:

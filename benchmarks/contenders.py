@@ -4,7 +4,6 @@ replaces. Each can also say how many bytes its step must move."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +15,7 @@ import robustft_kernels as rft
 from robustft_kernels.testing import CHUNK
 
 from .loops import LoopFTP, LoopSPD
+from .machine import versions_of
 
 Params = list[nn.Parameter]
 LR = 1e-3
@@ -159,10 +159,4 @@ EAGER = {"AdamSPD": _eager(LoopSPD), "AdamFTP": _eager(LoopFTP)}
 
 def versions() -> dict[str, str]:
     """The installed versions of the packages that contenders come from."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: found or "not installed" for package, found in versions_of(PACKAGES).items()}

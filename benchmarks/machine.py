@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ from robustft_kernels.backends import native
 BUSY = 0.2  # cores that others may use
 ROOT = Path(__file__).parent.parent
 SOURCES = ("robustft_kernels", "triton_kernels", "csrc", "benchmarks", "tests")
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package, or ""."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ""
+    return found
 
 
 def describe(device: torch.device) -> dict[str, Any]:

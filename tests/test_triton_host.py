@@ -15,6 +15,7 @@ import robustft_kernels as rft
 from robustft_kernels.backends import native, registry
 from robustft_kernels.backends import triton as triton_backend
 from robustft_kernels.testing import CASES, SETTINGS, Stepper
+from robustft_kernels.testing.cases import misaligned
 
 from .test_steps import settled
 
@@ -64,11 +65,6 @@ def test_between_a_step_and_its_pull_little_passes():
     assert all(between < 48e6 for between in worst.values()), worst
 
 
-def unaligned(tensor):
-    """The same numbers at an address that is no multiple of 16."""
-    return torch.cat([torch.zeros(1, dtype=tensor.dtype, device=tensor.device), tensor.detach()])[1:]
-
-
 @pytest.mark.parametrize("stream", ["grad", "anchor"])
 def test_only_what_is_not_aligned_is_read_in_narrow_accesses(device, stream):
     """As a gradient in a bucket of DDP behind an odd parameter. Gradients may come to lie so at any step, and are then
@@ -76,7 +72,7 @@ def test_only_what_is_not_aligned_is_read_in_narrow_accesses(device, stream):
     values = [torch.randn(40000, device=device) for _ in range(2)]
     anchors = [torch.zeros_like(of) for of in values]
     if stream == "anchor":
-        anchors[0] = unaligned(anchors[0])
+        anchors[0] = misaligned(anchors[0])
     params = [nn.Parameter(of) for of in values]
     optimizer = rft.AdamSPD(params, anchor=anchors, backend="triton")
 
@@ -91,7 +87,7 @@ def test_only_what_is_not_aligned_is_read_in_narrow_accesses(device, stream):
         assert counted_on() == [(True, False), (True, True)]
         return
     assert counted_on() == [(True, True)]
-    params[0].grad = unaligned(params[0].grad)
+    params[0].grad = misaligned(params[0].grad)
     assert counted_on() == [(False, True)]
     params[0].grad = params[0].grad.clone()
     assert counted_on() == [(True, True)]

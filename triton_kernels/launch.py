@@ -22,6 +22,12 @@ PROGRAMS = 3  # on each SM, in the one-launch form
 LAG = 1  # in that form: rounds of all programs from a segment's last chunk in sweep 1 to its first in sweep 2
 
 
+def compiled(kernel: Any, programs: int, args: Sequence[Tensor | None], table: Table) -> Any:
+    """A kernel as Triton compiles it for the table's variant and GPU."""
+    options = options_of(table.variant, table.gpu)
+    return kernel.warmup(*args, V=table.variant, grid=(programs,), **options)
+
+
 def started_by(kernel: Any, programs: int, fixed: Sequence[Tensor | None], given: Sequence[Tensor | None], table: Table
                ) -> Callable[..., None]:  # fmt: skip
     """What starts a kernel with its fixed arguments, when called with the given ones. Every launch comes from here.
@@ -32,9 +38,7 @@ def started_by(kernel: Any, programs: int, fixed: Sequence[Tensor | None], given
     variant = table.variant
     if INTERPRETED:
         return lambda *given: kernel[(programs,)](*fixed, *given, V=variant)
-    options = options_of(variant, table.gpu, one_launch=kernel is sweeps.ticket_sweep)
-    compiled = kernel.warmup(*fixed, *given, V=variant, grid=(programs,), **options)
-    start = compiled[(programs, 1, 1)]
+    start = compiled(kernel, programs, (*fixed, *given), table)[(programs, 1, 1)]
     addresses = [None if t is None else t.data_ptr() for t in fixed]
 
     def run(*given: Tensor | None) -> None:

@@ -175,8 +175,8 @@ def variant_of(
     )
 
 
-def options_of(variant: Any, gpu: tuple[str, int], one_launch: bool = False) -> dict[str, Any]:
-    """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0). one_launch: for that form's kernel.
+def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
+    """How a variant is compiled for a GPU, such as ("cuda", 90) or ("hip", 0).
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
     half the threads that an SM can hold are resident. To spill nothing, some need more. 80: all for Blackwell, the
@@ -190,6 +190,7 @@ def options_of(variant: Any, gpu: tuple[str, int], one_launch: bool = False) -> 
         low = variant.STATE_DTYPE.value != variant.ARITHMETIC.value
         amsgrad = variant.STATES.value == MAX_STATES
         some, coupled = variant.LAST_STATE.value == SOME.value, variant.RULE_LINEAR.value != 0
+        one_launch = variant.CHUNK.value == SHORT_CHUNK
         narrow = not all(getattr(variant, f"{stream.upper()}_ALIGNED").value for stream in STREAMS)
         more = one_launch or variant.MASTERED.value or low or (amsgrad and coupled) or narrow or capability >= 100
         fewer = 96 if amsgrad and some else 80 if more else 64

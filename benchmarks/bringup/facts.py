@@ -6,13 +6,12 @@ python -m benchmarks.bringup.facts cuda
 import shutil
 import sys
 import sysconfig
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, versions_of
 
 from .items import Log
 
@@ -47,16 +46,6 @@ def peak() -> float:
     return 2 * clock * 1e3 * width / 8
 
 
-def packages() -> dict[str, Any]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found
-
-
 def main(device: str) -> None:
     log = Log()
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,7 +55,7 @@ def main(device: str) -> None:
     log.each(
         {
             "machine": lambda: {"facts": machine(device)},
-            "packages": lambda: {"facts": packages()},
+            "packages": lambda: {"facts": versions_of(PACKAGES)},
             "tools": lambda: {"facts": {name: bool(shutil.which(name)) for name in TOOLS}},
         }
     )

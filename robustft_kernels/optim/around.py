@@ -57,10 +57,9 @@ class Around:
         tensors = [of for launch in self.launches for of in launch.tensors]
         self._agreement = Agreement(groups, list(map(_spec, groups)), tensors)
         self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
-        self.fingerprint: Hashable | None = None
-        key = self.key_of(groups, self)
-        self.key: Hashable = key
-        self.moved, self.fingerprint = False, key[-1]
+        self.key: tuple[Hashable, ...] = ()
+        self.key = self.key_of(groups, self)
+        self.moved = False
         params = [param for group in groups for param in group["params"]]
         self._alive = [spec_of_shards(t) for param in params for t in (param, param.grad)]
 
@@ -68,9 +67,8 @@ class Around:
     def key_of(groups: list[Group], last: "Around | None") -> tuple[Hashable, ...]:
         """What it depends on: parameters, gradients (addresses aside) and rules. Of the last one it takes whether a
         backend keeps the addresses of hyper-parameters in tensors."""
-        if last is None:
-            return _structure(groups, False), _fingerprint(groups, None)
-        return _structure(groups, last.addresses), _fingerprint(groups, last.fingerprint)
+        known = last.key[-1] if last is not None and last.key else None
+        return _structure(groups, last is not None and last.addresses), _fingerprint(groups, known)
 
     def take_over(self) -> None:
         """Makes ready for a step after one of another plan."""
@@ -92,7 +90,7 @@ class Around:
 
         Raises RuntimeError naming a parameter that the step has replaced, or given another form.
         """
-        if self.fingerprint != _fingerprint(groups, self.fingerprint):
+        if self.key[-1] != _fingerprint(groups, self.key[-1]):
             self.moved = True
             for launch in self.launches:
                 launch.catch_up()

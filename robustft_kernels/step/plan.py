@@ -61,10 +61,8 @@ class Plan:
             self.launches.append(kind(base, shares, kept, backend, device, results))
         self._agreement = Agreement(groups, specs, [of for launch in self.launches for of in launch.tensors])
         self.addresses = any(launch.backend.keeps_addresses for launch in self.launches)
-        self.fingerprint: Hashable | None = None
-        key = self.key_of(base, groups, kept, self)
-        self.key: Hashable = key
-        self.fingerprint = key[-1]
+        self.key: tuple[Hashable, ...] = ()
+        self.key = self.key_of(base, groups, kept, self)
         # Kept alive, as their ids could be used again. Launches keep the tensors that kernels read.
         specs_of_shards = [spec_of_shards(t) for group in groups for p in group["params"] for t in (p, p.grad)]
         self._alive = [*(tuple(of.values()) for of in kept.values()), *specs_of_shards]
@@ -82,7 +80,7 @@ class Plan:
             live = identities_of(group, base, spec) if addresses else ()
             structure.append((spec, group["anchor"], len(group["params"]), live))
         params = [param for group in groups for param in group["params"]]
-        known = None if last is None else last.fingerprint
+        known = last.key[-1] if last is not None and last.key else None
         return addresses, tuple(structure), fingerprint(params, list(kept.values()), addresses, known)
 
     def holds_for(self, groups: list[Group], kept: Mapping[Tensor, state.ParamState], results: Results) -> bool:

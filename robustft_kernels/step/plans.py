@@ -10,7 +10,8 @@ ROOM = 16  # a plan keeps no weights or gradients, but the addresses of all tens
 class Keyed(Protocol):
     """What was made from `key`, and holds as long as that is the same."""
 
-    key: Hashable
+    @property
+    def key(self) -> Hashable: ...
 
 
 T = TypeVar("T", bound=Keyed)

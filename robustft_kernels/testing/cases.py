@@ -25,7 +25,7 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.channels_last)
 
 
-def _misaligned(t: Tensor) -> Tensor:
+def misaligned(t: Tensor) -> Tensor:
     """One element off the allocator's alignment."""
     return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
 
@@ -55,7 +55,7 @@ CASES = (
     Case("several chunks", (5 * CHUNK + 333,)),
     Case("matrix", (257, 129)),
     Case("transposed", (211, 173), _transposed),
-    Case("misaligned", (3 * CHUNK + 5,), _misaligned),
+    Case("misaligned", (3 * CHUNK + 5,), misaligned),
     Case("conv", (32, 16, 3, 3)),
     Case("channels_last", (40, 32, 9, 7), _channels_last),
     Case("5-d", (2, 3, 4, 5, 6)),
@@ -69,7 +69,7 @@ LEAN_CASES = (
     Case("tile, block and tail", (1024 + 64 + 17,)),
     Case("chunk and 1", (CHUNK + 1,)),
     Case("several chunks", (3 * CHUNK + 333,)),
-    Case("misaligned", (2 * CHUNK + 5,), _misaligned),
+    Case("misaligned", (2 * CHUNK + 5,), misaligned),
     Case("transposed", (131, 127), _transposed),
     Case("channels_last", (40, 8, 9, 7), _channels_last),
     Case("5-d", (2, 3, 4, 5, 6)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from robustft_kernels.triton_kernels import launch, sweeps, table
+from robustft_kernels.triton_kernels import launch, table
 from robustft_kernels.triton_kernels.table import Addresses, Entry
 from torch import Tensor
 from triton import knobs
@@ -34,8 +34,7 @@ class Device:
 
     def started_by(self, kernel: Any, programs: int, fixed: Any, given: Any, table: "WatchedTable") -> Any:
         """Takes the place of `triton_kernels.launch.started_by`."""
-        options = launch.options_of(table.variant, table.gpu, one_launch=kernel is sweeps.ticket_sweep)
-        compiled = kernel.warmup(*fixed, *given, V=table.variant, **options, grid=(programs,))
+        compiled = launch.compiled(kernel, programs, (*fixed, *given), table)
         return lambda *given: self._run(kernel.__name__, compiled, programs, [*fixed, *given], table)
 
     def _run(self, name: str, compiled: Any, programs: int, args: list[Any], table: "WatchedTable") -> None:
