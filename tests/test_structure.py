@@ -13,7 +13,8 @@ import pytest
 
 import robustft_kernels as rft
 
-from . import prose
+from . import mutants, prose
+from .mutant_rows import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
@@ -259,3 +260,8 @@ def test_arithmetic_fills_the_registers(unit, width, tmp_path):
     ).stdout
     external = [s for s in symbols.splitlines() if re.search(r" [A-SU-Z] ", s) and " r " not in s.lower()]
     assert len(external) == 1, external  # the table: code for one instruction set must not be linked for another
+
+
+def test_every_mutant_fits_the_sources():
+    """A row that no longer fits stops all of them, and they run seldom."""
+    mutants.check(MUTANTS)
