@@ -19,14 +19,14 @@ ROBUSTFT_INLINE Bits extended(Halves halves) {
 #elif defined(__x86_64__) && ROBUSTFT_REGISTER == 32
   return bit_cast<Bits>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
 #else
-  return __builtin_convertvector(halves, Bits);
+  return converted<Bits>(halves);
 #endif
 }
 
 ROBUSTFT_INLINE Vec<float> from_bf16(Halves bits) { return bit_cast<Vec<float>>(extended(bits) << 16); }
 
 // For values that are bf16 already.
-ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) { return __builtin_convertvector(bit_cast<Bits>(x) >> 16, Halves); }
+ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) { return converted<Halves>(bit_cast<Bits>(x) >> 16); }
 
 // Numbers as they lie in memory.
 ROBUSTFT_INLINE Vec<float> get(const float* from) { return read<Vec<float>>(from); }
@@ -63,7 +63,7 @@ ROBUSTFT_INLINE Halves to_f16(Vec<float> x) {
   const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
   const Bits nan = Bits{} + 0x7e00u, inf = Bits{} + 0x7c00u;  // 65520 and beyond round to inf
   const Bits special = magnitude > 0x7f800000u ? nan : inf;
-  return __builtin_convertvector((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u), Halves);
+  return converted<Halves>((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u));
 }
 
 // MurmurHash3's finalizer: every bit affects every bit of the result.
@@ -77,34 +77,16 @@ ROBUSTFT_INLINE U mix(U x) {
 // The phases of a step that round stochastically. Each has random bits of its own.
 enum class Phase : uint32_t { step, pull, moments };
 
-inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
+ROBUSTFT_ANYWHERE inline uint32_t rounding_key(int64_t seed, double t, Phase phase) {
   return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
 }
 
-// Random bits for the elements from a place in memory on, or at several places. The counter is an element's place.
-class Chance {
- public:
-  Chance(uint32_t key, int64_t near) : key_(key), above_(near >> 32), high_(mix(key + uint32_t(above_))) {}
-
-  ROBUSTFT_INLINE Bits at(int64_t place) const {
-    if ((place + kWidth<float> - 1) >> 32 == above_) return bits(iota<uint32_t>() + uint32_t(place), Bits{} + high_);
-    int64_t places[kWidth<float>];
-    for (int l = 0; l < kWidth<float>; ++l) places[l] = place + l;
-    return at(places);
-  }
-  Bits at(const int64_t* places) const {
-    Bits low, high;
-    for (int l = 0; l < kWidth<float>; ++l) low[l] = uint32_t(places[l]), high[l] = mix(key_ + uint32_t(places[l] >> 32));
-    return bits(low, high);
-  }
-
- private:
-  ROBUSTFT_INLINE Bits bits(Bits low, Bits high) const { return mix(mix(low ^ key_) + high); }
-
-  uint32_t key_;
-  int64_t above_;  // the upper half of most places
-  uint32_t high_;
-};
+// 32 random bits for an element, from a key and the element's place in memory. That of the upper half of the place is
+// the same for most neighbours.
+ROBUSTFT_ANYWHERE inline uint32_t upper_bits(uint32_t key, int64_t place) {
+  return mix(key + uint32_t(uint64_t(place) >> 32));
+}
+ROBUSTFT_INLINE Bits random_bits(uint32_t key, Bits lower, Bits upper) { return mix(mix(lower ^ key) + upper); }
 
 // A finite value becomes one of its bf16 neighbours. The probability of the upper one is the distance from the lower.
 ROBUSTFT_INLINE Vec<float> dithered(Vec<float> value, Bits chance) {

@@ -1,4 +1,5 @@
-// Vector: numbers side by side, as many as a register holds. A translation unit sets how many bytes that is.
+// Vector: numbers side by side, as many as a register holds. A translation unit sets how many bytes that is. In the
+// code for a GPU it is one number: there, threads are side by side.
 #pragma once
 
 #include <cmath>
@@ -9,16 +10,31 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __CUDACC__
+#define ROBUSTFT_ANYWHERE __host__ __device__  // a function for the CPU and for the GPU
+#define ROBUSTFT_INLINE __host__ __device__ __forceinline__
+#else
+#define ROBUSTFT_ANYWHERE
+#define ROBUSTFT_INLINE inline __attribute__((always_inline))
+#endif
 #ifndef ROBUSTFT_REGISTER
 #define ROBUSTFT_REGISTER 16
 #endif
-#define ROBUSTFT_INLINE inline __attribute__((always_inline))
 
 namespace robustft {
 
 // Everything that depends on the width is compiled once for each width. Internal linkage keeps the copies apart.
 namespace {
 
+#ifdef __CUDACC__
+template <class T>
+constexpr int kWidth = 1;
+
+template <class T, int kCount>
+struct Side {
+  using type = T;
+};
+#else
 template <class T>
 constexpr int kWidth = ROBUSTFT_REGISTER / sizeof(T);
 
@@ -26,6 +42,7 @@ template <class T, int kCount>
 struct Side {
   typedef T type __attribute__((vector_size(kCount * sizeof(T))));
 };
+#endif
 
 template <class T>
 using Vec = typename Side<T, kWidth<T>>::type;
@@ -51,6 +68,23 @@ ROBUSTFT_INLINE V read(const void* from) {
 template <class V>
 ROBUSTFT_INLINE void write(V v, void* to) {
   std::memcpy(to, &v, sizeof v);
+}
+
+#ifdef __CUDACC__
+template <class To, class From>
+ROBUSTFT_INLINE To converted(From from) {
+  return To(from);
+}
+
+// Rounded to nearest, as nvcc does it without -use_fast_math.
+template <class T>
+ROBUSTFT_INLINE T root(T x) {
+  return std::sqrt(x);
+}
+#else
+template <class To, class From>
+ROBUSTFT_INLINE To converted(From from) {
+  return __builtin_convertvector(from, To);
 }
 
 // 0, 1, 2, ...
@@ -93,6 +127,7 @@ ROBUSTFT_INLINE Vec<T> root(Vec<T> x) {
   return x;
 #endif
 }
+#endif
 #endif
 
 }  // namespace

@@ -21,49 +21,18 @@ constexpr int64_t kRun = 8;
 // A thread takes several pieces at once only if each thread still has at least this many turns.
 constexpr int64_t kTurns = 32;
 
-// A tensor, cut into pieces of at most kChunk elements. A piece is several whole rows, or part of one row.
-class Pieces {
- public:
-  explicit Pieces(const Rows& rows)
-      : rows_(rows),
-        together_(std::max<int64_t>(1, kChunk / std::max<int64_t>(1, rows.length))),
-        parts_(std::max<int64_t>(1, (rows.length + kChunk - 1) / kChunk)) {}
-
-  bool split() const { return parts_ > 1; }
-  int64_t parts() const { return parts_; }
-  int64_t count() const { return split() ? rows_.count * parts_ : (rows_.count + together_ - 1) / together_; }
-  int64_t found() const { return rows_.count * parts_; }  // how many sums the pieces give in all
-  int64_t first_found(int64_t i) const { return split() ? i : i * together_; }
-  Piece operator[](int64_t i) const {
-    if (!split()) return {i * together_, std::min(together_, rows_.count - i * together_), 0, rows_.length};
-    const int64_t begin = i % parts_ * kChunk;
-    return {i / parts_, 1, begin, std::min(begin + kChunk, rows_.length)};
-  }
-
- private:
-  Rows rows_;
-  int64_t together_, parts_;
-};
-
 Piece all_of(const Rows& rows) { return {0, rows.count, 0, rows.length}; }
 
-PerRow alpha_of(const Job& job) { return {job.alphas, !job.rule->by_rows}; }
+PerRow alphas_of(const Job& job) { return {job.alphas, !job.rule->by_rows}; }
 
-void record(const Job& job, int64_t segment, Measures m, double alpha) {
-  if (!job.graded) m.grad_dot_delta = std::numeric_limits<double>::quiet_NaN();
-  double* const to = job.results + kResults * segment;
-  job.alphas[segment] = alpha;
-  m.write(to);
-  to[kMeasures] += alpha != 1;
+void record(const Job& job, int64_t segment, const Measures& m, double alpha) {
+  robustft::record(job.results, job.alphas, segment, m, alpha, job.graded);
 }
 
 void fold(std::vector<Measures>& found, int64_t parts) {
   if (parts == 1) return;
-  for (size_t row = 0; row < found.size() / parts; ++row) {
-    Measures sum;
-    for (int64_t part = 0; part < parts; ++part) sum.add(found[row * parts + part]);
-    found[row] = sum;
-  }
+  for (size_t row = 0; row < found.size() / parts; ++row)
+    found[row] = folded<Measures>(parts, [&](int64_t part) { return found[row * parts + part]; });
 }
 
 // Decides the alphas of all segments from their measures.
@@ -75,13 +44,13 @@ void decide(const Job& job, const std::vector<Measures>& found) {
     finite &= std::isfinite(row_norm(found[i]));
     if (row_norm(found[i]) > row_norm(largest)) largest = found[i];
   }
-  const double tied = job.rule->tied && finite ? job.rule->alpha(largest, job.terms) : 1;
+  const double tied = job.rule->tied && finite ? alpha_of(job.rule->alpha, largest, job.terms) : 1;
   for (int64_t i = 0; i < n; ++i)
-    record(job, i, found[i], job.rule->tied ? tied : job.rule->alpha(found[i], job.terms));
+    record(job, i, found[i], job.rule->tied ? tied : alpha_of(job.rule->alpha, found[i], job.terms));
 }
 
 void pull(const Job& job, const Piece& piece) {
-  sweeps().no_step(job.param, {}, job.t, alpha_of(job), piece, Measuring::none, nullptr);
+  sweeps().no_step(job.param, {}, job.t, alphas_of(job), piece, Measuring::none, nullptr);
 }
 
 // For rows that do not depend on each other. Steps, measures, decides and pulls a few at a time, in the cache.
@@ -91,7 +60,7 @@ void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
   for (int64_t row = piece.row; row < piece.row + piece.rows; row += batch) {
     const Piece few{row, std::min(batch, piece.row + piece.rows - row), piece.begin, piece.end};
     step(job, {}, few, job.rule->measuring, found);
-    for (int64_t i = 0; i < few.rows; ++i) record(job, row + i, found[i], job.rule->alpha(found[i], job.terms));
+    for (int64_t i = 0; i < few.rows; ++i) record(job, row + i, found[i], alpha_of(job.rule->alpha, found[i], job.terms));
     pull(job, few);
   }
 }
@@ -111,9 +80,8 @@ void survey(const Job& job, const Piece& piece, Measures* found) {
 void conclude_survey(Job& job, const std::vector<Measures>& found) {
   const int64_t rows = job.param.rows.count;
   if (job.rule->survey == Survey::slope) {
-    double slope = 0;
-    for (int64_t i = 0; i < rows; ++i) slope += found[i].grad_dot_delta / (found[i].before + kRowEps);
-    job.rule->learning->function(job.learned, slope, job.t, job.terms);
+    const double slope = folded<double>(rows, [&](int64_t row) { return slope_of(found[row]); });
+    learn_by(job.rule->learning, job.learned, slope, job.t, job.terms);
     job.terms.radius = job.learned[0];
   } else {
     int64_t largest = 0;
@@ -302,7 +270,7 @@ class Run {
     Progress* const progress = progress_[j].get();
     if (surveys(j) && !progress->steps.take(i)) return;  // a helper has taken it
     if (job.rule->measuring == Measuring::none)
-      return step_(job, alpha_of(job), pieces[i], Measuring::none, nullptr);
+      return step_(job, alphas_of(job), pieces[i], Measuring::none, nullptr);
     if (pulls_at_once(job, pieces))
       step_and_pull(job, step_, pieces[i]);
     else
@@ -345,7 +313,7 @@ class Run {
       survey(job, all, found.data());
       conclude_survey(job, found);
     }
-    if (job.rule->measuring == Measuring::none) return step_(job, alpha_of(job), all, Measuring::none, nullptr);
+    if (job.rule->measuring == Measuring::none) return step_(job, alphas_of(job), all, Measuring::none, nullptr);
     if (job.rule->tied) {
       step_(job, {}, all, job.rule->measuring, found.data());
       decide(job, found);
@@ -384,7 +352,7 @@ void run(std::vector<Job>& jobs, const StepSweep& step) {
     if (job.rule->measuring != Measuring::none) continue;
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     for (int64_t i = 0; i < job.segments(); ++i)
-      record(job, i, Measures::filled(nan), job.rule->given ? job.alphas[i] : job.rule->alpha({}, job.terms));
+      record(job, i, Measures::filled(nan), job.rule->given ? job.alphas[i] : alpha_of(job.rule->alpha, {}, job.terms));
   }
   Run(jobs, step)();
 }

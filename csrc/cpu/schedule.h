@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "decide.h"
+#include "../decide.h"
 #include "sweeps.h"
 
 namespace robustft {

@@ -1,9 +1,9 @@
 // Sweeps: the passes over memory. Each instruction set offers the same. A pull is the base that makes no step.
 #pragma once
 
-#include "base.h"
+#include "../base.h"
 #include "digest.h"
-#include "measure.h"
+#include "../measure.h"
 
 namespace robustft {
 

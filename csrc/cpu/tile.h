@@ -1,76 +1,22 @@
-// Movement: how a segment lies in memory, and how a block of it is loaded as numbers and stored again.
-// No method is known here.
+// Tile: how a block of a segment is loaded as numbers and stored again. No method is known here.
 #pragma once
 
 #include <algorithm>
 
-#include "rounding.h"
+#include "../param.h"
+#include "../rounding.h"
 
 namespace robustft {
 
-constexpr int64_t kChunk = 16384;  // elements that share one partial: the unit of a deterministic reduction
-constexpr int64_t kBlock = 1024;   // elements that are summed in their own type; the sums of blocks are added in double
-constexpr int kTile = 256;         // elements that are converted at once, in the innermost cache
-constexpr int kShort = 64;         // a row with at most so many elements shares a tile with other rows
-constexpr int kAhead = 512;        // how many bytes ahead of its use memory is prefetched
-constexpr int kLanes = 16;         // accumulators of a reduction: the same on every instruction set, as are the bits
-
-enum class DType : uint8_t { f32, f64, bf16, f16 };
-
-struct Buffer {
-  void* data = nullptr;  // nullptr: absent
-  DType dtype = DType::f32;
-};
-
-// How a tensor divides into rows. Counted in the order of memory, a row's elements lie in runs of `stride`.
-struct Rows {
-  int64_t count = 1, length = 0, stride = 0;
-
-  int64_t numel() const { return count * length; }
-  bool contiguous() const { return count <= 1 || stride == length; }
-  int64_t place(int64_t row, int64_t e) const {
-    return contiguous() ? row * length + e : e / stride * (stride * count) + row * stride + e % stride;
-  }
-};
-
-// What a rule adds to the gradient: linear * d, and sign * sign(d) on one row.
-struct Penalty {
-  double linear = 0, sign = 0;
-  int64_t row = -1;
-};
-
-// One tensor of a step, with all that belongs to it. It has several rows if its rule decides or surveys by rows;
-// otherwise the whole tensor is one row.
-struct Param {
-  Rows rows;
-  Buffer param;
-  Buffer working;   // the 16-bit weights, when param is their float32 master
-  Buffer grad;      // may be absent when the base makes no step
-  Buffer anchor;    // absent: the anchor is zero
-  Buffer state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGD: momentum_buffer
-  Buffer delta;     // where c is stored, if it is kept
-  Penalty penalty;
-  double sign = 1;          // times the gradient, it is the gradient of what the step minimizes
-  int64_t seed = 0;         // of the stochastic rounding
-  bool dithered = false;    // whether a bf16 param is rounded stochastically
-  bool low_state = false;   // whether moments are bf16, which are rounded stochastically
-};
-
-// A part of a Param: `rows` rows from `row` on, and the elements [begin, end) of each.
-struct Piece {
-  int64_t row, rows, begin, end;
-};
+constexpr int kTile = kBlock;  // elements that are converted at once, in the innermost cache
+constexpr int kShort = 64;     // a row with at most so many elements shares a tile with other rows
+constexpr int kAhead = 512;    // how many bytes ahead of its use memory is prefetched
 
 namespace {
 
-template <class T> constexpr DType kNative = DType::f32;
-template <> constexpr DType kNative<double> = DType::f64;
-
-inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Up to kBlock elements that lie side by side from `place` on, or up to kTile that lie at `places`.
+// Elements that lie side by side from `place` on, or up to kTile that lie at `places`.
 struct Tile {
   int n;
   int64_t place;
@@ -199,6 +145,30 @@ void reconcile(DType dtype, int n, const T* working, T* master) {
     write(nearest(dtype, kept) == shown ? kept : shown, master + i);
   }
 }
+
+// Random bits for the elements from a place in memory on, or at several places.
+class Chance {
+ public:
+  Chance(uint32_t key, int64_t near) : key_(key), above_(near >> 32), upper_(upper_bits(key, near)) {}
+
+  ROBUSTFT_INLINE Bits at(int64_t place) const {
+    if ((place + kWidth<float> - 1) >> 32 == above_)
+      return random_bits(key_, iota<uint32_t>() + uint32_t(place), Bits{} + upper_);
+    int64_t places[kWidth<float>];
+    for (int l = 0; l < kWidth<float>; ++l) places[l] = place + l;
+    return at(places);
+  }
+  Bits at(const int64_t* places) const {
+    Bits lower, upper;
+    for (int l = 0; l < kWidth<float>; ++l) lower[l] = uint32_t(places[l]), upper[l] = upper_bits(key_, places[l]);
+    return random_bits(key_, lower, upper);
+  }
+
+ private:
+  uint32_t key_;
+  int64_t above_;  // the upper half of most places
+  uint32_t upper_;
+};
 
 // Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
 inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {

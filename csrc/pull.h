@@ -1,7 +1,7 @@
 // Pull: theta <- theta_0 + alpha (theta - theta_0).
 #pragma once
 
-#include "../vector.h"
+#include "vector.h"
 
 namespace robustft {
 namespace {

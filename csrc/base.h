@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../chunk.h"
+#include "vector.h"
 
 namespace robustft {
 
@@ -31,7 +31,7 @@ struct NoStepHyper {
 #undef ROBUSTFT_FIELD
 
 // beta^t by squaring, as on a GPU, so that both have the same bits.
-inline double power(double beta, double t) {
+ROBUSTFT_ANYWHERE inline double power(double beta, double t) {
   double result = 1;
   for (int64_t n = int64_t(t); n > 0; n /= 2, beta *= beta)
     if (n % 2) result *= beta;
@@ -47,7 +47,7 @@ struct AdamW {
   static constexpr int kStates = 3;  // the last may be absent
   T sign, decay, blend, beta2, beta2_rest, step_size, root_scale, eps;
 
-  AdamW(const AdamWHyper& h, double t, double sign)
+  ROBUSTFT_ANYWHERE AdamW(const AdamWHyper& h, double t, double sign)
       : sign(T(sign)),
         decay(T(1 - h.lr * h.weight_decay)),
         blend(T(h.beta1 > 0.5 ? 1 - h.beta1 : -h.beta1)),
@@ -76,7 +76,7 @@ struct SGD {
   static constexpr int kStates = 1;  // may be absent
   T sign, lr, weight_decay, keep, take, buffer_weight, grad_weight;
 
-  SGD(const SGDHyper& h, double t, double sign)
+  ROBUSTFT_ANYWHERE SGD(const SGDHyper& h, double t, double sign)
       : sign(T(sign)),
         lr(T(h.lr)),
         weight_decay(T(h.weight_decay)),
@@ -107,7 +107,7 @@ struct NoStep {
   static constexpr int kStates = 0;
   T sign;
 
-  NoStep(const NoStepHyper&, double, double sign) : sign(T(sign)) {}
+  ROBUSTFT_ANYWHERE NoStep(const NoStepHyper&, double, double sign) : sign(T(sign)) {}
 
   ROBUSTFT_INLINE Vec<T> operator()(Vec<T> param, Vec<T>, Vec<T>*, bool) const { return param; }
 };
