@@ -69,7 +69,7 @@ ROBUSTFT_ANYWHERE Sum group_sum(int64_t g, int64_t n, const At& at) {
 
 // The sum of n values on one thread.
 template <class Sum, class At>
-Sum folded(int64_t n, const At& at) {
+ROBUSTFT_ANYWHERE Sum folded(int64_t n, const At& at) {
   Sum sum{};
   for (int64_t g = 0; g < groups_of(n); ++g) sum += group_sum<Sum>(g, n, at);
   return sum;

@@ -1,7 +1,7 @@
 // Rounding: to 16-bit floats, to nearest or stochastically, and back.
 #pragma once
 
-#include "vector.h"
+#include "param.h"
 
 namespace robustft {
 namespace {
@@ -64,6 +64,19 @@ ROBUSTFT_INLINE Halves to_f16(Vec<float> x) {
   const Bits nan = Bits{} + 0x7e00u, inf = Bits{} + 0x7c00u;  // 65520 and beyond round to inf
   const Bits special = magnitude > 0x7f800000u ? nan : inf;
   return converted<Halves>((magnitude >= 0x477ff000u ? special : finite) | ((bits >> 16) & 0x8000u));
+}
+
+// Rounds to the nearest numbers of a dtype.
+ROBUSTFT_INLINE Vec<float> nearest(DType dtype, Vec<float> v) {
+  return dtype == DType::bf16 ? nearest_bf16(v) : dtype == DType::f16 ? from_f16(to_f16(v)) : v;
+}
+ROBUSTFT_INLINE Vec<double> nearest(DType, Vec<double> v) { return v; }  // float64 arithmetic goes with float64 weights
+
+// A master weight counts as long as it rounds to the working weight. If not, somebody has written the working weight,
+// and it replaces the master.
+template <class V>
+ROBUSTFT_INLINE V reconciled(DType dtype, V working, V master) {
+  return nearest(dtype, master) == working ? master : working;
 }
 
 // MurmurHash3's finalizer: every bit affects every bit of the result.

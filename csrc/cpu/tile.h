@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "../param.h"
 #include "../rounding.h"
 
 namespace robustft {
@@ -125,25 +124,15 @@ void store(const T* from, const Tile& tile, const Buffer& buffer, bool exact) {
     std::memcpy(data + tile.place * size, room, tile.n * size);
 }
 
-// Rounds to the nearest numbers of a dtype.
-ROBUSTFT_INLINE Vec<float> nearest(DType dtype, Vec<float> v) {
-  return dtype == DType::bf16 ? nearest_bf16(v) : dtype == DType::f16 ? from_f16(to_f16(v)) : v;
-}
-ROBUSTFT_INLINE Vec<double> nearest(DType, Vec<double> v) { return v; }  // float64 arithmetic goes with float64 weights
-
 template <class T>
 void round_to(DType dtype, int n, T* values) {
   for (int i = 0; i < n; i += kWidth<T>) write(nearest(dtype, read<Vec<T>>(values + i)), values + i);
 }
 
-// A master weight counts as long as it rounds to the working weight. If not, somebody has written the working weight,
-// and it replaces the master.
 template <class T>
 void reconcile(DType dtype, int n, const T* working, T* master) {
-  for (int i = 0; i < n; i += kWidth<T>) {
-    const Vec<T> shown = read<Vec<T>>(working + i), kept = read<Vec<T>>(master + i);
-    write(nearest(dtype, kept) == shown ? kept : shown, master + i);
-  }
+  for (int i = 0; i < n; i += kWidth<T>)
+    write(reconciled(dtype, read<Vec<T>>(working + i), read<Vec<T>>(master + i)), master + i);
 }
 
 // Random bits for the elements from a place in memory on, or at several places.
