@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 RESULTS ?= benchmarks/results/gpu.json
 
 .PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants \

@@ -2,8 +2,11 @@
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -29,6 +32,40 @@ FLAGS = [
 ]
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
+# The kernels of the CUDA backend. They need nvcc, and no CUDA in torch. ROBUSTFT_CUDA=0 leaves them out.
+# ROBUSTFT_CUDA_ARCHITECTURES="90 120" replaces the GPUs that they are compiled for: a GPU runs what was compiled for its
+# own major version, and newer ones compile the PTX of the last.
+KERNELS = Path("csrc/cuda/sweeps.cu")
+ARCHITECTURES = (80, 90, 100)
+# No contraction here either, so the bits are those of the CPU. -O3 and exact roots and divisions are nvcc's defaults.
+NVCC_FLAGS = ["-std=c++20", "-fmad=false", "--expt-relaxed-constexpr"]
+
+
+def nvcc():
+    """The path of nvcc, or None where it is not, or not wanted."""
+    homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return None if os.environ.get("ROBUSTFT_CUDA") == "0" else shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def compile_kernels(folder):
+    """Compiles the kernels into a folder. Says so if it cannot; the rest is installed all the same."""
+    target = Path(folder) / "_sweeps.fatbin"
+    compiler, asked = nvcc(), os.environ.get("ROBUSTFT_CUDA_ARCHITECTURES", "").split()
+    target.unlink(missing_ok=True)
+    if compiler is None:
+        return say_missing("CUDA", "there is no nvcc, or ROBUSTFT_CUDA=0")
+    try:
+        known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        wanted = asked or [str(k) for k in ARCHITECTURES if f"compute_{k}\n" in known]
+        codes = [f"-gencode=arch=compute_{k},code=sm_{k}" for k in wanted]
+        codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(wanted[-1]))
+        command = [compiler, "-fatbin", "--threads=0", *NVCC_FLAGS, *codes, str(KERNELS), "-o", str(target)]
+        subprocess.run(command, check=True)
+    except (OSError, IndexError, subprocess.CalledProcessError) as error:
+        target.unlink(missing_ok=True)
+        say_missing("CUDA", f"nvcc did not compile its kernels ({error})")
+
 
 def native_extension():
     """The keyword arguments that build robustft_kernels._native, or none where torch is absent."""
@@ -36,6 +73,7 @@ def native_extension():
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         say_missing(
+            "native",
             f"torch cannot be imported in the build environment ({error}); "
             "install torch first and build with --no-build-isolation"
         )
@@ -45,8 +83,10 @@ def native_extension():
         def run(self):
             try:
                 super().run()
+                compile_kernels(Path(self.get_ext_fullpath("robustft_kernels._native")).parent)
             except Exception as error:  # whatever a tool chain can do wrong
                 say_missing(
+                    "native",
                     f"the C++ extension did not build ({type(error).__name__}: {error}); "
                     "a C++20 compiler (g++ or clang++) is needed"
                 )
@@ -71,8 +111,8 @@ def at_once(compile_all):
     return compile_at_once
 
 
-def say_missing(what):
-    print(f"robustft_kernels: installing WITHOUT the native backend: {what}.", file=sys.stderr)
+def say_missing(backend, what):
+    print(f"robustft_kernels: installing WITHOUT the {backend} backend: {what}.", file=sys.stderr)
 
 
 setup(

@@ -2,6 +2,7 @@
 #include <torch/extension.h>
 
 #include "cpu/step.h"
+#include "cuda/step.h"
 #include "fingerprint.h"
 
 namespace robustft {
@@ -10,6 +11,27 @@ namespace {
 using AdamWStep = NativeStep<AdamWHyper>;
 using SGDStep = NativeStep<SGDHyper>;
 using NoStepStep = NativeStep<NoStepHyper>;
+
+// Makes `image` the kernels of the CUDA backend. functions: of a driver that takes the place of the library's, as
+// addresses by their names.
+void use_kernels(const py::bytes& image, const std::optional<std::map<std::string, uint64_t>>& functions) {
+  std::optional<cuda::Driver> driver;
+  if (functions)
+    driver = cuda::Driver::found([&](const char* name) {
+      const auto found = functions->find(name);
+      return found == functions->end() ? nullptr : reinterpret_cast<void*>(found->second);
+    });
+  cuda::Kernels::get().use(std::string(image), driver);
+}
+
+template <class Hyper>
+void add_cuda_step(py::module_& m, const std::string& name, const std::string& base) {
+  using Step = cuda::CudaStep<Hyper>;
+  py::class_<Step>(m, name.c_str()).def("run", &Step::run).def("squared_norm", &Step::squared_norm);
+  m.def(("prepare_cuda_" + base).c_str(), [base](const py::object& table, int device) {
+    return std::make_unique<Step>(base.c_str(), table, device);
+  });
+}
 
 int64_t addresses(const Tensors& tensors, const Tensor& out) {
   TORCH_CHECK(out.device().is_cpu() && out.scalar_type() == at::kLong && out.is_contiguous() &&
@@ -65,6 +87,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prepare_adamw", [](const py::object& table) { return std::make_unique<AdamWStep>(sweeps().adamw, table); });
   m.def("prepare_sgd", [](const py::object& table) { return std::make_unique<SGDStep>(sweeps().sgd, table); });
   m.def("prepare_no_step", [](const py::object& table) { return std::make_unique<NoStepStep>(sweeps().no_step, table); });
+  add_cuda_step<AdamWHyper>(m, "CudaAdamWStep", "adamw");
+  add_cuda_step<SGDHyper>(m, "CudaSGDStep", "sgd");
+  add_cuda_step<NoStepHyper>(m, "CudaNoStepStep", "no_step");
+  m.def("use_kernels", &use_kernels, py::arg("image"), py::arg("functions") = py::none());
+  m.def("try_kernels", [](int device) { cuda::Kernels::get().context(device); });
   m.def("fingerprint", &fingerprint);
   m.def("forms", &forms);
   m.def("digest", &digest_of);

@@ -7,6 +7,8 @@ namespace robustft {
 
 constexpr int kTeams = 64;  // of threads, in a program. Each adds up a block of its own.
 static_assert(kTeams * kBlock == kChunk, "a chunk is one round of all teams");
+// Threads of a program: a team has kLanes of numbers, and a thread takes 16 bytes of float32 or of float64 numbers.
+constexpr int kThreads = kTeams * kLanes / 4, kThreads64 = kTeams * kLanes / 2;
 
 // A tensor of a step. The address of its gradient and its hyper-parameters come with each step.
 struct Entry {
@@ -37,11 +39,5 @@ struct Args {
   int64_t graded;            // whether there are gradients
   int64_t tensors;           // how many
 };
-
-// The kernels by the suffix of their names. f32, bf16: all of a tensor's numbers are in that dtype, but for the moments,
-// which are float32, and nothing is asked for that only some tensors need. any, any64: the rest, by the arithmetic.
-#define ROBUSTFT_PLAIN_KINDS(X) X(f32, F32) X(bf16, Bf16)
-#define ROBUSTFT_KINDS(X) X(any, Any) X(any64, Any64)
-#define ROBUSTFT_BASES(X) X(adamw, AdamW, AdamWHyper) X(sgd, SGD, SGDHyper) X(no_step, NoStep, NoStepHyper)
 
 }  // namespace robustft

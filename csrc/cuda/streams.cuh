@@ -19,6 +19,7 @@ struct Kind {
   static constexpr int kParamAs = kParam, kReadAs = kRead, kStateAs = kState, kSide = kSide_;
   static constexpr int kTeam = kLanes / kSide;  // threads that share a block
   static constexpr int kThreads = kTeams * kTeam;
+  static_assert(kThreads == (sizeof(T) == 8 ? kThreads64 : robustft::kThreads));
 };
 using F32 = Kind<float, true, int(DType::f32), int(DType::f32), int(DType::f32), 4>;
 using Bf16 = Kind<float, true, int(DType::bf16), int(DType::bf16), int(DType::f32), 4>;

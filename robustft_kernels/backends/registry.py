@@ -8,19 +8,20 @@ import warnings
 import torch
 
 from ..core.contract import Run, StepTable
-from . import native, reference, triton
+from . import cuda, native, reference, triton
 from .backend import Backend
 
 BACKENDS: dict[str, Backend] = {  # the fastest first
-    backend.name: backend for backend in (triton.TWO_LAUNCHES, triton.ONE_LAUNCH, native.BACKEND, reference.BACKEND)
+    backend.name: backend
+    for backend in (cuda.BACKEND, triton.TWO_LAUNCHES, triton.ONE_LAUNCH, native.BACKEND, reference.BACKEND)
 }
 
 
 def backends() -> dict[str, str]:
     """Each backend's name, the fastest first. The value is "" if it is ready here, else why it is not.
 
-    "triton_tickets" is the form of "triton" that makes both sweeps in one launch. If torch sees a GPU, Triton is tried
-    on the current one, which starts CUDA.
+    "triton_tickets" is the form of "triton" that makes both sweeps in one launch. If torch sees a GPU, those that serve
+    it are tried on the current one, which starts CUDA.
     """
     return {name: backend.missing() or backend.trial(None) for name, backend in BACKENDS.items()}
 

@@ -1,0 +1,97 @@
+"""The door to the CUDA backend: the kernels of csrc/cuda, compiled ahead of time, on CUDA tensors."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.contract import Run, StepTable
+from .backend import KERNEL_DTYPES, Backend
+from .native import MISSING as NO_EXTENSION
+
+if not NO_EXTENSION:
+    from .. import _native
+
+KERNELS = Path(__file__).parents[1] / "_sweeps.fatbin"  # setup.py puts it there
+
+
+def missing() -> str:
+    """Why the kernels cannot run here, or ""."""
+    if NO_EXTENSION:
+        return NO_EXTENSION
+    if not KERNELS.exists():
+        return (
+            "its kernels are not compiled: there was no nvcc at installation, or ROBUSTFT_CUDA=0; put nvcc on PATH and "
+            "reinstall"
+        )
+    if torch.version.hip is not None:
+        return "it serves CUDA, and this torch is built for ROCm, where Triton serves"
+    return "" if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def trial(device: torch.device | None = None) -> str:
+    """Why the kernels cannot be loaded on a GPU, or "". Asked once a process for each GPU. None is the current GPU.
+
+    This starts CUDA, so it is asked only when tensors on a GPU are to be served, or by `backends()`.
+    """
+    if torch.compiler.is_compiling() or (device is not None and device.type != "cuda"):
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # as in a forked process
+        return f"CUDA does not start ({_first_line(error)})"
+    return _try_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+@cache
+def _try_on(index: int) -> str:
+    try:
+        _load()
+        _native.try_kernels(index)
+    except RuntimeError as error:
+        return f"{_first_line(error)} (cuda:{index})"
+    return ""
+
+
+@cache
+def _load() -> None:
+    _native.use_kernels(KERNELS.read_bytes())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+class PreparedStep:
+    """A prepared step, as contract.Run describes it. It goes on torch's current stream of its GPU."""
+
+    def __init__(self, step: Any, device: torch.device) -> None:
+        self._step, self._device = step, device
+
+    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        self._step.run(grads, grad_scale, found_inf, _stream(self._device))
+
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        """Σ g² over all gradients, a float64 on their device."""
+        squared: Tensor = self._step.squared_norm(grads, _stream(self._device))
+        return squared
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def prepare(table: StepTable) -> Run:
+    """The step of a table of CUDA tensors. Raises RuntimeError naming the first tensor that does not fit."""
+    if reason := NO_EXTENSION:
+        raise RuntimeError(f"backend='cuda' is not available: {reason}")
+    _load()
+    device = table.results.device
+    return PreparedStep(getattr(_native, f"prepare_cuda_{table.base.name}")(table, device.index or 0), device)
+
+
+BACKEND = Backend(
+    "cuda", prepare, missing, lambda: "cuda", KERNEL_DTYPES, trial=trial, keeps_addresses=True, at_once=True
+)
