@@ -1,18 +1,25 @@
 """The compiled kernels, run on the CPU (tests/ptx). The default tier takes a few of what `make test-ptx` takes."""
 
+import ctypes
 import importlib.util
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 
 import pytest
 
-HERE = "the compiled kernels run where there are Triton, Linux and g++"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or platform.system() != "Linux" or not shutil.which("g++"), reason=HERE
-)
+from .ptx import samples
+from .ptx.instructions import UnknownInstructionError
+from .ptx.program import Program, Schedule
+from .ptx.translate import translate
+
+HERE = "the compiled kernels run where there are Linux and g++"
+pytestmark = pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason=HERE)
+with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton compiles these kernels")
+with_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc compiles these kernels")
 # Words that the names of rows have. Each row is met by one of these.
 STEPS = ("spd l2, adamw", "spd l2, sgd", "l2sp", "project", "none", "spd mars_rows", "ftp", "mars_sp")
 
@@ -26,40 +33,174 @@ def run(*args):
     return done.stdout
 
 
+@with_triton
 def test_a_step_equals_the_oracle():
     """Two classes of tensors: one of them has an anchor that is not aligned."""
     said = run("steps", "--pick", "spd l2, adamw, float32, a step")
     assert said == "ok: spd l2, adamw, float32, a step: step_sweep, pull_sweep, step_sweep, pull_sweep\n"
 
 
+@with_triton
 def test_a_missing_barrier_is_seen():
     assert run("faults", "--pick", "step_sweep, no barrier 0").splitlines()[-1] == "ok: 1 of 1 faults are seen"
+
+
+def module(body, parameters=".param .u64 p"):
+    return f".visible .entry f(\n{parameters}\n)\n.reqntid 32\n{{\n{body}\nret;\n}}\n"
 
 
 @pytest.mark.parametrize(
     ("ptx", "message"),
     [
         ("frobnicate.b32 %r1, %r2;", "frobnicate.b32 %r1, %r2"),
-        ("add.rz.f32 %r1, %r2, %r3;", "rz"),
-        ("bar.sync 1;", r"bar.sync \['1'\]"),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r5];", "ldmatrix.sync.aligned.m8n8"),
+        ("add.rz.f32 %r1, %r2, %r3;", "add.rz.f32 %r1, %r2, %r3: rz"),
+        ("add.hi.s32 %r1, %r2, %r3;", "add.hi.s32"),
+        ("rcp.approx.ftz.f32 %r1, %r2;", "rcp.approx.ftz.f32"),
+        ("bar.sync 1;", "bar.sync 1"),
+        ("bar.sync 0, 64;", "bar.sync 0, 64"),
         ("ld.global.acquire.sys.b32 %r1, [%rd1];", "sys"),
-        ("setp.lt.and.f32 %p1, %r1, %r2, %p2;", "setp.lt.and.f32 %p1"),
+        ("ld.const.b32 %r1, [%rd1];", "ld.const.b32"),
+        ("st.param.b32 [p], %r1;", "st.param.b32 .*a kernel's parameter is written"),
+        ("atom.add.u32 %r1, [%rd1], 1;", "atom.add.u32 .*a generic address"),
+        ("setp.lt.ftz.f32 %p1, %r2, %r3;", "setp.lt.ftz.f32 %p1"),
+        ("setp.lt.s32 %p1, %r2, %r3, %p2;", "setp.lt.s32 %p1"),
+        ("cvt.s32.f32 %r1, %r2;", "cvt.s32.f32 .*how it is rounded"),
+        ("cvt.rn.f16.f64 %h1, %d1;", "cvt.rn.f16.f64"),
+        ("mov.u64 %rd1, table;", "mov.u64 %rd1, table"),
+        ("brx.idx %r1, targets;", "brx.idx %r1"),
+        ("call.uni (r), vprintf, (a, b);", "call of vprintf"),
+        ("call %rd1, (a), prototype;", "call %rd1"),
+        (".local .align 8 .b8 depot[8];", ".local .align 8"),
     ],
 )
 def test_an_unknown_instruction_is_named(ptx, message):
-    from tests.ptx.instructions import UnknownInstructionError
-    from tests.ptx.translate import translate
-
-    module = f".visible .entry f(\n.param .u64 p\n)\n.reqntid 32\n{{\n{ptx}\nret;\n}}\n"
     with pytest.raises(UnknownInstructionError, match=message):
-        translate(module)
+        translate(module(ptx))
 
 
+def test_a_kernel_is_picked_by_its_name():
+    two = "".join(f".visible .entry {name}()\n.maxntid 64, 1, 1\n{{ ret; }}\n" for name in ("one", "two"))
+    assert [translate(two, name).name for name in ("one", "two")] == ["one", "two"]
+    with pytest.raises(ValueError, match="a module with one kernel is needed, this has 2"):
+        translate(two)
+    with pytest.raises(ValueError, match="of three, the module has 0"):
+        translate(two, "three")
+
+
+def test_threads_have_one_number():
+    with pytest.raises(ValueError, match="f does not say how many threads it has"):
+        translate(module("").replace(".reqntid 32", ""))
+    with pytest.raises(ValueError, match="threads have one number here"):
+        translate(module("").replace(".reqntid 32", ".maxntid 32, 2, 1"))
+
+
+def test_instructions_give_what_the_manual_says():
+    count = len(samples.RESULTS)
+    given = (ctypes.c_uint64 * count)(*(number & (1 << 64) - 1 for _, number, _ in samples.RESULTS))
+    results = (ctypes.c_uint64 * count)()
+    spans = [(ctypes.addressof(of), ctypes.addressof(of) + 8 * count) for of in (given, results)]
+    assert Program(samples.of_results())(1, 0, [begin for begin, _ in spans], spans, Schedule()) == []
+    wrong = [
+        (statements, hex(result))
+        for (statements, _, expected), result in zip(samples.RESULTS, results, strict=True)
+        if result != expected & (1 << 64) - 1
+    ]
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """The PTX of `samples.SUMS`, with a barrier or without."""
+    folder = tmp_path_factory.mktemp("sums")
+    source = folder / "sums.cu"
+    source.write_text(samples.SUMS)
+    return {
+        barrier: samples.compiled(source, folder / "sums.ptx", f"-DBARRIER={barrier}")
+        for barrier in ("__syncthreads()", "")
+    }
+
+
+def summed(ptx, kernel, seed=0, negative=False):
+    """What a run of a kernel says, and its sums."""
+    numbers, result = (ctypes.c_double * 64)(*range(64)), (ctypes.c_double * 64)()
+    spans = [(ctypes.addressof(of), ctypes.addressof(of) + 8 * 64) for of in (numbers, result)]
+    args = struct.pack("QQq?7x", *(begin for begin, _ in spans), 3, negative)
+    return Program(ptx, kernel)(1, 0, args, spans, Schedule(seed)), list(result)
+
+
+@with_nvcc
+def test_functions_and_generic_addresses(sums):
+    """A struct is a parameter, and a function gets its address, one of shared memory and one of global memory."""
+    ptx = sums["__syncthreads()"]
+    assert "call.uni" in ptx
+    assert ".shared .align" in ptx
+    assert "cvta.param.u64" in ptx
+    assert "ld.f64" in ptx, "of a generic address"
+    expected = [3 * 2 * float(sum(range(4 * group, 4 * group + 4))) for group in range(16)]
+    assert summed(ptx, "sums") == ([], expected + [0.0] * 48)
+    assert summed(ptx, "sums", seed=1, negative=True)[1][:16] == [-of for of in expected]
+
+
+@with_nvcc
+def test_a_race_through_a_generic_address_is_seen(sums):
+    said, _ = summed(sums[""], "sums")
+    assert said
+    assert all(line.startswith("race: sums.cu:") and "threads of one program" in line for line in said)
+    assert any("(read)" in line and " ld.f64 " in line and "st.shared.f64 (write)" in line for line in said), said
+
+
+@with_nvcc
+def test_a_generic_address_has_bounds(sums):
+    said, result = summed(sums["__syncthreads()"], "past_the_end")
+    assert len(said) == 1
+    assert said[0].startswith("out of bounds: sums.cu:")
+    assert said[0].endswith(" ld.f64")
+    assert result[:32] == [float(2 * k + 1) for k in range(31)] + [31.0]
+
+
+def test_a_parameter_is_read_by_a_generic_address_and_not_written():
+    body = """.reg .b64 %d<4>; mov.b64 %d1, p; cvta.param.u64 %d2, %d1; ld.u64 %d3, [%d2 + 8]; st.u64 [%d2], %d3;
+        ld.param.u64 %d3, [%d1]; ld.u32 %d3, [%d2 + 2]; ld.param.u64 %d3, [p + 16];"""
+    program = Program(module(body, ".param .align 8 .b8 p[16]"))
+    assert program(1, 0, bytes(16), [], Schedule()) == [
+        "a parameter is written: ? st.u64",
+        "misaligned: ? ld.u32",
+        "out of bounds: ? ld.param.u64",
+    ]
+    with pytest.raises(ValueError, match="f has 16 bytes of parameters, 8 are given"):
+        program(1, 0, bytes(8), [], Schedule())
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    """The PTX of the CUDA backend's kernels."""
+    return samples.compiled(samples.ROOT / "csrc" / "cuda" / "sweeps.cu", tmp_path_factory.mktemp("sweeps") / "ptx")
+
+
+@with_nvcc
+def test_a_cuda_kernel_translates_and_compiles(sweeps):
+    program = Program(sweeps, "step_adamw_f32")
+    assert program.kernel.threads == 256
+    assert program.kernel.shared > 24 << 10
+
+
+@pytest.mark.full
+@with_nvcc
+def test_all_cuda_kernels_translate_and_compile(sweeps):
+    names = samples.kernels(sweeps)
+    assert len(names) >= 24
+    for name in names:
+        Program(sweeps, name)
+
+
+@with_triton
 @pytest.mark.full
 def test_all_kernels_translate():
     run("translate")
 
 
+@with_triton
 def test_every_row_is_of_some_part():
     from tests.ptx.steps import ROWS
 
@@ -67,17 +208,20 @@ def test_every_row_is_of_some_part():
     assert all(sum(part in row.name for part in STEPS) == 1 for row in ROWS), "no row is met twice"
 
 
+@with_triton
 @pytest.mark.full
 @pytest.mark.parametrize("part", STEPS)
 def test_steps_equal_the_oracle(part):
     run("steps", "--pick", part)
 
 
+@with_triton
 @pytest.mark.full
 def test_bits_do_not_depend_on_the_schedule():
     run("schedules")
 
 
+@with_triton
 @pytest.mark.full
 def test_faults_are_seen():
     run("faults")

@@ -64,10 +64,11 @@ static inline T most(T a, T b) {
   }
   return a > b ? a : b;
 }
+// A nan gives 0, but among 64 bits the number whose highest bit alone is set.
 template <class I, class T>
 static inline I truncated(T x) {
   using Limits = std::numeric_limits<I>;
-  if (x != x) return 0;
+  if (x != x) return sizeof(I) < 8 && sizeof(T) < 8 ? I(0) : I(u64(1) << (sizeof(I) * 8 - 1));
   if (x <= (T)Limits::min()) return Limits::min();
   if (x >= (T)Limits::max()) return Limits::max();
   return (I)x;
@@ -80,6 +81,40 @@ template <class T>
 static inline T shifted_right(T a, u32 by) {
   if (by >= sizeof(T) * 8) return std::is_signed_v<T> && a < 0 ? T(-1) : T(0);
   return T(a >> by);
+}
+template <class T>  // by 0, a number that the manual leaves open; the least one by -1 is itself
+static inline T divided(T a, T b) {
+  if (b == 0) return T(-1);
+  return std::is_signed_v<T> && b == T(-1) ? T(0 - std::make_unsigned_t<T>(a)) : T(a / b);
+}
+template <class T>
+static inline T remainder_of(T a, T b) {
+  if (b == 0) return T(-1);
+  return std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b);
+}
+template <class T>
+static inline T product_high(T a, T b) {
+  using Wide = std::conditional_t<std::is_signed_v<T>, s128, u128>;
+  return T(Wide(a) * Wide(b) >> sizeof(T) * 8);
+}
+template <class T>
+static inline T with_field(T a, T b, u32 position, u32 length) {
+  constexpr u32 width = sizeof(T) * 8;
+  position &= 255, length &= 255;
+  if (length == 0 || position >= width) return b;
+  T mask = T((length >= width ? ~T(0) : T((T(1) << length) - 1)) << position);
+  return T((b & ~mask) | (T(a << position) & mask));
+}
+static inline u32 permuted(u32 a, u32 b, u32 selectors) {
+  u64 bytes = (u64)b << 32 | a;
+  u32 result = 0;
+  for (u32 k = 0; k < 4; k++) {
+    u32 selector = selectors >> 4 * k;
+    u8 byte = u8(bytes >> 8 * (selector & 7));
+    if (selector & 8) byte = byte & 0x80 ? 0xFF : 0;
+    result |= (u32)byte << 8 * k;
+  }
+  return result;
 }
 static inline u32 bit_field(u32 a, u32 position, u32 length) {
   if (length == 0 || position >= 32) return 0;

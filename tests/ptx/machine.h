@@ -18,6 +18,8 @@ enum State { READY, AT_BARRIER, IN_WARP, ENDED };
 enum Meeting { EXCHANGE, LEAST, MOST };
 constexpr size_t STACK = 64 << 10;
 constexpr u32 WARP = 32;
+// Generic addresses: shared memory and the parameters have windows that no tensor lies in.
+constexpr u64 SHARED_WINDOW = 1ull << 60, PARAMETER_WINDOW = 1ull << 61, WINDOW = 1ull << 32;
 
 struct Program;
 struct Thread {
@@ -41,11 +43,12 @@ struct Program {
 struct Range {
   u64 begin, end;
 };
-using Kernel = void (*)(Thread&, const u64*);
+using Kernel = void (*)(Thread&);
 
 static struct Machine {
   Kernel kernel;
-  const u64* parameters;
+  const u8* parameters;
+  u32 bytes;  // of the parameters
   u32 programs, threads;
   double preempt;
   u64 limit, accesses;
@@ -127,14 +130,16 @@ static u32 meet(Thread& me, Meeting meeting, u32 value, u32 mask, u32 site) {
   to_scheduler();
   return me.result;
 }
-static void begin_thread() {
-  Thread& me = *machine.running;
-  machine.kernel(me, machine.parameters);
+[[noreturn]] static void end_thread(Thread& me) {
   me.state = ENDED;
   me.program->ended++;
   pass_if_all(*me.program);
   to_scheduler();
   abort();
+}
+static void begin_thread() {
+  machine.kernel(*machine.running);
+  end_thread(*machine.running);
 }
 static void resume(Thread& t) {
   machine.running = &t;
@@ -161,7 +166,8 @@ static void compare(const Thread& me, const Access& mine, const char* how, const
   say("race: " + at(mine.site) + " (" + how + ") with " + at(other.site) + " (" + others + "), " +
       (one ? "threads of one program" : "two programs"));
 }
-// key: of the first two bytes. same: whether a write changes nothing. Threads of one program may all write a value.
+// key: of the first two bytes. Two single bytes of one pair count as one place. same: whether a write changes nothing.
+// Threads of one program may all write a value.
 static void note(Thread& me, u64 key, u32 bytes, bool write, bool atomic, u32 site, bool same = false) {
   Access mine{me.number, me.count, site, atomic};
   for (u32 k = 0; k < (bytes + 1) / 2; k++) {
@@ -200,13 +206,15 @@ static void release(Thread& me, u64 address, bool keep) {
   there = keep ? joined(there, mine) : mine;
 }
 
+// used: so many bytes of what is loaded matter. The others are neither looked at nor checked.
 template <class T, int N>
-__attribute__((noinline)) static void load_global(Thread& me, u64 address, int order, u32 site, T* part) {
+__attribute__((noinline)) static void load_global(Thread& me, u64 address, int order, u32 site, T* part,
+                                                  u32 used = sizeof(T) * N) {
   maybe_switch(order);
   std::memset(part, 0, sizeof(T) * N);
-  if (!fits(address, sizeof(T) * N, inside(address, sizeof(T) * N), site)) return;
-  std::memcpy(part, (void*)address, sizeof(T) * N);
-  note(me, address / 2, sizeof(T) * N, false, order, site);
+  if (!fits(address, sizeof(T) * N, inside(address, used), site)) return;
+  std::memcpy(part, (void*)address, used);
+  note(me, address / 2, used, false, order, site);
   if (order & ACQUIRE) acquire(me, address);
 }
 template <class T, int N>
@@ -236,26 +244,50 @@ __attribute__((noinline)) static T atomic(Thread& me, u64 address, int order, u3
 static u64 key_of(const Thread& me, u64 address) {
   return (1ull << 62) + ((u64)me.program->number << 18) + address / 2;
 }
-static bool fits_shared(Thread& me, u64 address, u32 bytes, u32 site) {
-  return fits(address, bytes, address + bytes <= me.program->shared.size(), site);
+static bool within(u64 address, u64 bytes, u64 size) {
+  return address < size && bytes <= size - address;
 }
 template <class T, int N>
-__attribute__((noinline)) static void load_shared(Thread& me, u64 address, u32 site, T* part) {
+__attribute__((noinline)) static void load_shared(Thread& me, u64 address, u32 site, T* part,
+                                                  u32 used = sizeof(T) * N) {
   maybe_switch(false);
   std::memset(part, 0, sizeof(T) * N);
-  if (!fits_shared(me, address, sizeof(T) * N, site)) return;
-  std::memcpy(part, &me.program->shared[address], sizeof(T) * N);
-  note(me, key_of(me, address), sizeof(T) * N, false, false, site);
+  if (!fits(address, sizeof(T) * N, within(address, used, me.program->shared.size()), site)) return;
+  std::memcpy(part, &me.program->shared[address], used);
+  note(me, key_of(me, address), used, false, false, site);
 }
 template <class T, int N>
 __attribute__((noinline)) static void store_shared(Thread& me, u64 address, u32 site, const T* part) {
   maybe_switch(false);
-  if (!fits_shared(me, address, sizeof(T) * N, site)) return;
+  if (!fits(address, sizeof(T) * N, within(address, sizeof(T) * N, me.program->shared.size()), site)) return;
   u8* there = &me.program->shared[address];
   bool same = !std::memcmp(there, part, sizeof(T) * N);
   std::memcpy(there, part, sizeof(T) * N);
   note(me, key_of(me, address), sizeof(T) * N, true, false, site, same);
 }
+
+// The parameters of the kernel. Nobody writes them, so that no read races.
+template <class T, int N>
+__attribute__((noinline)) static void load_parameter(Thread&, u64 address, u32 site, T* part,
+                                                     u32 used = sizeof(T) * N) {
+  std::memset(part, 0, sizeof(T) * N);
+  if (!fits(address, sizeof(T) * N, within(address, used, machine.bytes), site)) return;
+  std::memcpy(part, machine.parameters + address, used);
+}
+template <class T, int N>
+static void load_generic(Thread& me, u64 address, int order, u32 site, T* part, u32 used = sizeof(T) * N) {
+  if (address - SHARED_WINDOW < WINDOW) return load_shared<T, N>(me, address - SHARED_WINDOW, site, part, used);
+  if (address - PARAMETER_WINDOW < WINDOW)
+    return load_parameter<T, N>(me, address - PARAMETER_WINDOW, site, part, used);
+  load_global<T, N>(me, address, order, site, part, used);
+}
+template <class T, int N>
+static void store_generic(Thread& me, u64 address, int order, u32 site, const T* part) {
+  if (address - SHARED_WINDOW < WINDOW) return store_shared<T, N>(me, address - SHARED_WINDOW, site, part);
+  if (address - PARAMETER_WINDOW < WINDOW) return say("a parameter is written: " + at(site));
+  store_global<T, N>(me, address, order, site, part);
+}
+
 // stmatrix: the lanes exchange addresses and values, then each writes one row of 16 bytes.
 __attribute__((noinline)) static void store_matrix(Thread& me, u64 address, u32 site, const u32* part) {
   u32 row[4];
@@ -276,10 +308,11 @@ __attribute__((noinline)) static void store_matrix(Thread& me, u64 address, u32 
 
 // Runs the whole grid. report: what was seen, a line each. Returns the number of accesses.
 static u64 launch(Kernel kernel, u32 threads, const char* const* sites, u32 programs, u32 shared,
-                  const u64* parameters, u64 seed, double preempt, u32 resident, const u64* ranges, u32 count, u64 limit, char* report,
-                  u32 size) {
+                  const u8* parameters, u32 bytes, u64 seed, double preempt, u32 resident, const u64* ranges, u32 count,
+                  u64 limit, char* report, u32 size) {
   machine.kernel = kernel, machine.threads = threads, machine.sites = sites, machine.programs = programs;
-  machine.parameters = parameters, machine.preempt = preempt, machine.limit = limit, machine.accesses = 0;
+  machine.parameters = parameters, machine.bytes = bytes;
+  machine.preempt = preempt, machine.limit = limit, machine.accesses = 0;
   machine.random.seed(seed);
   machine.ranges.clear(), machine.cells.clear(), machine.released.clear(), machine.said.clear(), machine.seen.clear();
   for (u32 k = 0; k < count; k++) machine.ranges.push_back({ranges[2 * k], ranges[2 * k + 1]});

@@ -14,8 +14,8 @@ HEADERS = ("arithmetic.h", "races.h", "machine.h")
 CACHE = HERE.parents[1] / ".cache" / "ptx"
 # Without contraction, as the PTX says itself what is fused.
 COMPILER = (
-    "g++", "-std=c++20", "-O1", "-g0", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC",
-    "-shared",
+    "g++", "-std=c++20", "-O1", "-g0", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing",
+    "-fwrapv", "-fPIC", "-shared",
 )  # fmt: skip
 
 
@@ -34,31 +34,43 @@ class Schedule:
 
 
 class Program:
-    """The kernel of a PTX module as a function of this process. Its C++ is compiled once, and kept in a cache."""
+    """A kernel of a PTX module as a function of this process. Its C++ is compiled once, and kept in a cache.
 
-    def __init__(self, ptx: str) -> None:
-        self.kernel = translate(ptx)
+    name: of the kernel, if the module has several.
+    """
+
+    def __init__(self, ptx: str, name: str | None = None) -> None:
+        self.kernel = translate(ptx, name)
         self._library = ctypes.CDLL(str(_compiled(self.kernel)))
 
     def __call__(
         self,
         programs: int,
         shared: int,
-        parameters: Sequence[int],
+        parameters: Sequence[int] | bytes,
         ranges: Iterable[tuple[int, int]],
         schedule: Schedule,
     ) -> list[str]:
-        """Launches so many programs, each with so many bytes of shared memory. ranges: of the addresses that it may
-        touch. Returns what was seen that should not be."""
-        words = [*parameters, *[0] * (len(self.kernel.parameters) - len(parameters))]
+        """Launches so many programs, each with so many bytes of shared memory besides those that the kernel declares.
+        parameters: a number for each, of which the last may be left out, or the bytes of all. ranges: of the addresses
+        that it may touch. Returns what was seen that should not be."""
+        given = parameters if isinstance(parameters, bytes) else self._packed(parameters)
+        if len(given) != self.kernel.bytes:
+            raise ValueError(f"{self.kernel.name} has {self.kernel.bytes} bytes of parameters, {len(given)} are given")
         spans = [address for span in ranges for address in span]
         report = ctypes.create_string_buffer(1 << 18)
         self._library.run(
-            programs, shared, (ctypes.c_uint64 * len(words))(*words), ctypes.c_uint64(schedule.seed),
+            programs, shared + self.kernel.shared, given, len(given), ctypes.c_uint64(schedule.seed),
             ctypes.c_double(schedule.preempt), schedule.resident, (ctypes.c_uint64 * len(spans))(*spans),
             len(spans) // 2, ctypes.c_uint64(schedule.limit), report, len(report),
         )  # fmt: skip
         return report.value.decode().splitlines()
+
+    def _packed(self, numbers: Sequence[int]) -> bytes:
+        given = bytearray(self.kernel.bytes)
+        for of, place, number in zip(self.kernel.parameters, self.kernel.places, numbers, strict=False):
+            given[place : place + of.size] = (number & (1 << 8 * of.size) - 1).to_bytes(of.size, "little")
+        return bytes(given)
 
 
 def source_of(kernel: Kernel) -> str:
@@ -66,13 +78,11 @@ def source_of(kernel: Kernel) -> str:
     sites = ", ".join(f'"{site}"' for site in kernel.sites)
     return f"""#include "machine.h"
 static const char* const sites[] = {{{sites or '""'}}};
-static void kernel(Thread& me, const u64* parameters) {{
 {kernel.source}
-}}
-extern "C" u64 run(u32 programs, u32 shared, const u64* parameters, u64 seed, double preempt, u32 resident,
+extern "C" u64 run(u32 programs, u32 shared, const u8* parameters, u32 bytes, u64 seed, double preempt, u32 resident,
                    const u64* ranges, u32 count, u64 limit, char* report, u32 size) {{
-  return launch(kernel, {kernel.threads}, sites, programs, shared, parameters, seed, preempt, resident, ranges, count,
-                limit, report, size);
+  return launch(kernel, {kernel.threads}, sites, programs, shared, parameters, bytes, seed, preempt, resident, ranges,
+                count, limit, report, size);
 }}
 """
 
