@@ -37,8 +37,8 @@ OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 # own major version, and newer ones compile the PTX of the last.
 KERNELS = Path("csrc/cuda/sweeps.cu")
 ARCHITECTURES = (80, 90, 100)
-# No contraction here either, so the bits are those of the CPU. -O3 and exact roots and divisions are nvcc's defaults.
-NVCC_FLAGS = ["-std=c++20", "-fmad=false", "--expt-relaxed-constexpr"]
+# No contraction here either, so the bits are those of the CPU. Exact roots and divisions are nvcc's defaults.
+NVCC_FLAGS = ["--options-file", "csrc/cuda/nvcc.options", "-Xfatbin=-compress-all"]
 
 
 def nvcc():

@@ -27,7 +27,10 @@ void use_kernels(const py::bytes& image, const std::optional<std::map<std::strin
 template <class Hyper>
 void add_cuda_step(py::module_& m, const std::string& name, const std::string& base) {
   using Step = cuda::CudaStep<Hyper>;
-  py::class_<Step>(m, name.c_str()).def("run", &Step::run).def("squared_norm", &Step::squared_norm);
+  py::class_<Step>(m, name.c_str())
+      .def("run", &Step::run)
+      .def("squared_norm", &Step::squared_norm)
+      .def("memory", &Step::memory);
   m.def(("prepare_cuda_" + base).c_str(), [base](const py::object& table, int device) {
     return std::make_unique<Step>(base.c_str(), table, device);
   });

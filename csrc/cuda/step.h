@@ -85,6 +85,8 @@ class DeviceTable {
     return memory_.slice(0, at, at + int64_t(sizeof(double))).view(at::kDouble).squeeze(0).clone();
   }
 
+  const Tensor& memory() const { return memory_; }
+
   Args args{};
 
  private:
@@ -93,9 +95,9 @@ class DeviceTable {
   std::unique_ptr<Upload> fixed_, row_;
 };
 
-// The kernels that serve a tensor, by the end of their names.
-enum class Family : uint8_t { f32, bf16, any, any64 };
-constexpr const char* kFamilies[] = {"f32", "bf16", "any", "any64"};
+// The kernels that serve a tensor, by the end of their names. f32_anchor16: as f32, beside an anchor in bf16.
+enum class Family : uint8_t { f32, f32_anchor16, bf16, any, any64 };
+constexpr const char* kFamilies[] = {"f32", "f32_anchor16", "bf16", "any", "any64"};
 constexpr unsigned threads_of(Family family) { return family == Family::any64 ? kThreads64 : kThreads; }
 
 template <class Hyper>
@@ -134,6 +136,17 @@ class CudaStep {
     }
     for (size_t i = 0; i < table_.size(); ++i)
       if (kMoves || table_[i].rule->pulls) bump_version(table_[i].param);
+  }
+
+  // What it has on the device beside the caller's tensors.
+  Tensors memory() const {
+    Tensors all;
+    for (const std::optional<Plan>* plan : {&graded_, &alone_, &norm_}) {
+      if (!*plan) continue;
+      all.push_back((*plan)->table.memory());
+      for (const auto& [index, room] : (*plan)->relaid) all.push_back(room);
+    }
+    return all;
   }
 
   // The sum of the squares of all gradients, a float64 on the device.
@@ -191,8 +204,11 @@ class CudaStep {
     if (!kMoves || none || known || penalty || rule.tracks || rule.by_rows || rule.survey != Survey::none ||
         p.dithered || p.low_state || p.working.data || p.state[kStates - 1].data)
       return Family::any;
-    if (p.grad.dtype != p.param.dtype || (p.anchor.data && p.anchor.dtype != p.param.dtype)) return Family::any;
-    return p.param.dtype == DType::f32 ? Family::f32 : p.param.dtype == DType::bf16 ? Family::bf16 : Family::any;
+    const DType dtype = p.param.dtype, anchor = p.anchor.data ? p.anchor.dtype : dtype;
+    if (p.grad.dtype != dtype) return Family::any;
+    if (dtype == DType::f32)
+      return anchor == dtype ? Family::f32 : anchor == DType::bf16 ? Family::f32_anchor16 : Family::any;
+    return dtype == DType::bf16 && anchor == dtype ? Family::bf16 : Family::any;
   }
 
   Plan planned(const py::list& grads, bool none, void* stream) {

@@ -10,21 +10,24 @@ namespace {
 constexpr int kUnknown = -1;
 
 // What a kernel is compiled for. T: the type of the arithmetic. kPlain: no tensor has a master, bf16 moments, a third
-// moment, a delta, a penalty, stochastic rounding or an alpha other than 1 that is known before the sweep. k...As: the DTypes of the weights, of what is only read, and of the
-// state, or kUnknown if those of the buffers count. kSide: how many neighbours a thread takes at once.
-template <class T, bool kPlain_, int kParam, int kRead, int kState, int kSide_>
+// moment, a delta, a penalty, stochastic rounding or an alpha other than 1 that is known before the sweep. k...As: the DTypes of the weights, gradients, anchors and the state, or
+// kUnknown if those of the buffers count. kSide: how many neighbours a thread takes at once.
+template <class T, bool kPlain_, int kParam, int kGrad, int kAnchor, int kState, int kSide_>
 struct Kind {
   using Number = T;
   static constexpr bool kPlain = kPlain_;
-  static constexpr int kParamAs = kParam, kReadAs = kRead, kStateAs = kState, kSide = kSide_;
+  static constexpr int kParamAs = kParam, kGradAs = kGrad, kAnchorAs = kAnchor, kStateAs = kState;
+  static constexpr int kSide = kSide_;
   static constexpr int kTeam = kLanes / kSide;  // threads that share a block
   static constexpr int kThreads = kTeams * kTeam;
   static_assert(kThreads == (sizeof(T) == 8 ? kThreads64 : robustft::kThreads));
 };
-using F32 = Kind<float, true, int(DType::f32), int(DType::f32), int(DType::f32), 4>;
-using Bf16 = Kind<float, true, int(DType::bf16), int(DType::bf16), int(DType::f32), 4>;
-using Any = Kind<float, false, kUnknown, kUnknown, kUnknown, 4>;
-using Any64 = Kind<double, false, int(DType::f64), kUnknown, int(DType::f64), 2>;
+constexpr int kF32 = int(DType::f32), kF64 = int(DType::f64), kBf16 = int(DType::bf16);
+using F32 = Kind<float, true, kF32, kF32, kF32, kF32, 4>;
+using F32Anchor16 = Kind<float, true, kF32, kF32, kBf16, kF32, 4>;
+using Bf16 = Kind<float, true, kBf16, kBf16, kBf16, kF32, 4>;
+using Any = Kind<float, false, kUnknown, kUnknown, kUnknown, kUnknown, 4>;
+using Any64 = Kind<double, false, kF64, kUnknown, kUnknown, kF64, 2>;
 
 template <int kKnown>
 __device__ __forceinline__ DType dtype_of(const Buffer& buffer) {
@@ -91,6 +94,24 @@ __device__ __forceinline__ void fetch(Image<T, kSide>& image, const Buffer& from
   } else {
 #pragma unroll
     for (int j = 0; j < kSide; ++j) image.words[j] = bit_cast<uint32_t>(float(reinterpret_cast<const double*>(at)[j]));
+  }
+}
+
+// The same one by one, for memory that begins at no multiple of 16 bytes.
+template <class T, int kSide>
+__device__ __forceinline__ void fetch_apart(Image<T, kSide>& image, const Buffer& from, DType dtype, int64_t place) {
+#pragma unroll
+  for (uint32_t& word : image.words) word = 0;
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+    Image<T, 1> one;
+    fetch<T, 1>(one, from, dtype, place + j);
+    if (sizeof(T) == 8 && dtype == DType::f64)
+      image.words[2 * j] = one.words[0], image.words[2 * j + 1] = one.words[sizeof(T) / 8];
+    else if (dtype == DType::bf16 || dtype == DType::f16)
+      image.words[j / 2] |= one.words[0] << 16 * (j % 2);
+    else
+      image.words[j] = one.words[0];
   }
 }
 

@@ -35,6 +35,7 @@ struct Room {
 struct Flags {
   bool measures;  // whether alpha waits for what is measured
   bool graded;    // whether there are gradients
+  bool grads_apart, anchors_apart;  // whether these begin at no multiple of 16 bytes
 };
 
 template <class Base, class Hyper>
@@ -52,7 +53,7 @@ struct Setup {
   double linear, sign;
   int64_t penalty_row;
   uint32_t key, pull_key, moments_key;
-  bool aligned;   // whether all memory begins at multiples of 16 bytes
+  bool aligned;   // whether what is written begins at multiples of 16 bytes
   Flags flags;
   bool at_once;   // whether each row is decided and pulled as soon as it is measured
   int32_t owner;
@@ -83,11 +84,10 @@ __device__ __noinline__ void work_out(const Args& args, int32_t owner, Setup<Bas
   s.moments_key = rounding_key(e.param.seed, s.t, Phase::moments);
   Param& p = s.param = e.param;
   p.grad.data = args.graded ? args.grads[owner] : nullptr;
-  uint32_t odd = misaligned(p.grad) | misaligned(p.param) | misaligned(p.working) | misaligned(p.anchor) |
-                 misaligned(p.delta);
+  uint32_t odd = misaligned(p.param) | misaligned(p.working) | misaligned(p.delta);
   for (const Buffer& state : p.state) odd |= misaligned(state);
   s.aligned = odd == 0;
-  s.flags = {e.rule.measuring != Measuring::none, bool(args.graded)};
+  s.flags = {e.rule.measuring != Measuring::none, bool(args.graded), misaligned(p.grad) != 0, misaligned(p.anchor) != 0};
   s.at_once = e.rule.by_rows && !e.rule.tied && !Pieces(p.rows).split();
   s.owner = owner;
 }
@@ -129,14 +129,17 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
   constexpr int kStates = Base::kStates - (K::kPlain && Base::kStates == 3);
   constexpr int kOptional = Base::kStates - 1;
   const bool measures = kMeasuring != Measuring::none && (K::kPlain || terms.flags.measures), writes = Base::kMoves || !measures;
-  const DType param_as = dtype_of<K::kParamAs>(p.param), grad_as = dtype_of<K::kReadAs>(p.grad);
-  const DType anchor_as = dtype_of<K::kReadAs>(p.anchor), state_as = dtype_of<K::kStateAs>(p.state[0]);
+  const DType param_as = dtype_of<K::kParamAs>(p.param), grad_as = dtype_of<K::kGradAs>(p.grad);
+  const DType anchor_as = dtype_of<K::kAnchorAs>(p.anchor), state_as = dtype_of<K::kStateAs>(p.state[0]);
   const bool all = kOptional >= 0 && kOptional < kStates && p.state[kOptional < 0 ? 0 : kOptional].data != nullptr;
 
   Image<T, kSide> params, grads, anchors, working, states[kStates ? kStates : 1];
   fetch<T, kSide>(params, p.param, param_as, place);
-  if constexpr (Base::kMoves || kMeasuring != Measuring::none) fetch<T, kSide>(grads, p.grad, grad_as, place);
-  fetch<T, kSide>(anchors, p.anchor, anchor_as, place);
+  if constexpr (Base::kMoves || kMeasuring != Measuring::none)
+    kSide > 1 && terms.flags.grads_apart ? fetch_apart(grads, p.grad, grad_as, place)
+                                         : fetch(grads, p.grad, grad_as, place);
+  kSide > 1 && terms.flags.anchors_apart ? fetch_apart(anchors, p.anchor, anchor_as, place)
+                                         : fetch(anchors, p.anchor, anchor_as, place);
   if constexpr (kRare) fetch<T, kSide>(working, p.working, p.working.dtype, place);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) fetch<T, kSide>(states[k], p.state[k], state_as, place);
@@ -495,7 +498,8 @@ __device__ void pull(const Args& args) {
     const Param& p = s.param = e.param;
     s.piece = Pieces(p.rows)[index - e.program];
     s.pull_key = rounding_key(p.seed, e.step ? *e.step : 0, Phase::pull);
-    s.aligned = (misaligned(p.param) | misaligned(p.working) | misaligned(p.anchor)) == 0;
+    s.aligned = (misaligned(p.param) | misaligned(p.working)) == 0;
+    s.flags.anchors_apart = misaligned(p.anchor) != 0;
   }
   __syncthreads();
   pull_piece<K>(s, e.rule.by_rows, alphas);
@@ -506,10 +510,9 @@ template <class K, Measuring kMeasuring>
 __device__ void observe(const Param& seen, const Piece& piece, double sign, bool graded, Measures* found, Room& room) {
   using T = typename K::Number;
   const NoStep<T> base(NoStepHyper{}, 0, sign);
-  const bool aligned = (misaligned(seen.param) | misaligned(seen.working) | misaligned(seen.grad) |
-                        misaligned(seen.anchor)) == 0;
+  const bool aligned = (misaligned(seen.param) | misaligned(seen.working)) == 0;
   const Round<K> round(piece);
-  const Flags flags{true, graded};
+  const Flags flags{true, graded, misaligned(seen.grad) != 0, misaligned(seen.anchor) != 0};
   const RowTerms<T> terms{1, 0, 0, 0, 0, flags};
   for (int64_t row = piece.row; row < piece.row + piece.rows; row += round.step()) {
     const int rows = round.rows(row);
@@ -601,6 +604,7 @@ using namespace robustft;
   ROBUSTFT_KERNEL(rows_##name##_any64, Any64, 1, step<Base, Hyper, Any64, true>)
 #define ROBUSTFT_OF_MOVING_BASE(name, Base, Hyper) \
   ROBUSTFT_KERNEL(step_##name##_f32, F32, 4, step<Base, Hyper, F32, false>) \
+  ROBUSTFT_KERNEL(step_##name##_f32_anchor16, F32Anchor16, 4, step<Base, Hyper, F32Anchor16, false>) \
   ROBUSTFT_KERNEL(step_##name##_bf16, Bf16, 4, step<Base, Hyper, Bf16, false>) \
   ROBUSTFT_KERNEL(survey_##name##_any, Any, 2, survey<Base, Hyper, Any>) \
   ROBUSTFT_KERNEL(survey_##name##_any64, Any64, 1, survey<Base, Hyper, Any64>)

@@ -46,7 +46,7 @@ class Device:
             programs,
             compiled.metadata.shared,
             [arg.data_ptr() for arg in tensors],
-            sorted({span for of in (*tensors, *table.touched()) for span in _spans(of)}),
+            sorted({span for of in (*tensors, *table.touched()) for span in spans_of(of)}),
             self.schedule,
         )
         self.launched.append(name)
@@ -124,7 +124,7 @@ def install() -> Device:
     return device
 
 
-def _spans(tensor: Tensor) -> list[tuple[int, int]]:
+def spans_of(tensor: Tensor) -> list[tuple[int, int]]:
     """The addresses of a tensor, which is dense."""
     begin = tensor.data_ptr()
     return [(begin, begin + tensor.numel() * tensor.element_size())] if tensor.numel() else []

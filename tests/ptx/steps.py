@@ -115,14 +115,8 @@ def step(row: Row) -> Stepper:
         _as_native(row, got, grads)
         return got
     want = before.clone()
-    table, scaled, options = got.table(), grads, {}
-    if row.how == "gradients are unscaled":
-        options = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.zeros(())}
-        scaled = [grad * 1024 for grad in grads]  # exact
-    if row.how == "skipped":
-        options = {"found_inf": torch.ones(())}
-    if row.how == "lr is a tensor":
-        table = _with_live_lr(table)
+    scaled, options = given(row, grads)
+    table = with_live_lr(got.table()) if row.how == "lr is a tensor" else got.table()
     registry.prepare(row.backend, table)(scaled, **options)
     if row.how == "skipped":
         assert all(map(torch.equal, got.tensors(), want.tensors())), "a step that is skipped has written"
@@ -132,14 +126,26 @@ def step(row: Row) -> Stepper:
     return got
 
 
+def given(row: Row, grads: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The gradients and the other arguments of a row's step."""
+    if row.how == "gradients are unscaled":
+        options = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.zeros(())}
+        return [grad * 1024 for grad in grads], options  # exact
+    return grads, {"found_inf": torch.ones(())} if row.how == "skipped" else {}
+
+
+def made_tiny(got: Stepper, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients whose squares are subnormal, for a step without eps and without history."""
+    got.settings = got.settings.but(eps=0.0)
+    for of in (*got.states["exp_avg"], *got.states["exp_avg_sq"]):
+        of.zero_()
+    return [grad * 2.0**-66 for grad in grads]
+
+
 def _as_native(row: Row, got: Stepper, grads: list[torch.Tensor]) -> None:
     """Roots and divisions are exact, so a step whose α needs no sums has the bits of the native backend's. Also where
     v is subnormal and eps is 0: an approximate root of v is 0 there, and the step infinite."""
-    if row.how == TINY:
-        got.settings = got.settings.but(eps=0.0)
-        for of in (*got.states["exp_avg"], *got.states["exp_avg_sq"]):
-            of.zero_()
-        grads = [grad * 2.0**-66 for grad in grads]
+    grads = made_tiny(got, grads) if row.how == TINY else grads
     want = got.clone()
     want.run("native", grads)
     got.run(row.backend, grads)
@@ -152,7 +158,7 @@ def _as_native(row: Row, got: Stepper, grads: list[torch.Tensor]) -> None:
         assert all(of.all() for of in finite), "a subnormal moment was taken for 0"
 
 
-def _with_live_lr(table: StepTable) -> StepTable:
+def with_live_lr(table: StepTable) -> StepTable:
     """The same table, but the learning rate is in a tensor, and a wrong one in the table."""
     column = table.base.hyper.index("lr")
     lr, hyper = table.hyper[0, column].clone(), table.hyper.clone()

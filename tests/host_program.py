@@ -1,0 +1,73 @@
+"""A program, run by test_cuda_host.py. It measures what a step takes of the host, in the CUDA and in the Triton backend:
+microseconds of a prepared step whose gradients have moved, the least of many. Drivers do nothing.
+
+python -m tests.host_program LIBRARY    the driver of counting_driver.c
+"""
+
+import ctypes
+import sys
+import time
+
+import torch
+import triton
+
+import robustft_kernels as rft
+from robustft_kernels.backends import registry
+from robustft_kernels.core.bases import ADAMW, spec_of_hyper
+from robustft_kernels.core.contract import StepTable, StepTensors, empty_results
+
+from .fake_driver import NotingDriver
+from .ptx.device import feign
+from .ptx.driver import SIGNATURES, installed
+
+SIZE, REPEATS = 256, 200
+
+
+def table_of(tensors: int) -> StepTable:
+    """AdamSPD on so many small tensors."""
+    hyper = dict.fromkeys(ADAMW.hyper, 0.0) | dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, strength=1.0, anchored=1.0)
+    spec = spec_of_hyper(ADAMW, hyper, "spd")
+
+    def one() -> StepTensors:
+        state = {key: torch.zeros(SIZE) for key in ("exp_avg", "exp_avg_sq")}
+        return StepTensors(spec, 0, torch.ones(SIZE), torch.zeros(SIZE), state, torch.zeros(()))
+
+    results = empty_results(tensors, torch.device("cpu"))
+    return StepTable(
+        ADAMW, [one() for _ in range(tensors)], torch.tensor([list(hyper.values())], dtype=torch.float64), *results
+    )
+
+
+def least(backend: str, tensors: int) -> float:
+    run = registry.prepare(backend, table_of(tensors))
+    turns = [[torch.ones(SIZE) for _ in range(tensors)] for _ in range(2)]
+    took = []
+    for k in range(REPEATS):
+        begin = time.perf_counter()
+        run(turns[k % 2])
+        took.append(time.perf_counter() - begin)
+    return 1e6 * min(took)
+
+
+def main() -> None:
+    library = ctypes.CDLL(sys.argv[1])
+    installed({name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in SIGNATURES})
+    feign(NotingDriver())
+    for tensors in (256, 2000):
+        for backend in ("cuda", "triton"):
+            print(f"{backend}, {tensors}: {least(backend, tensors):.2f}")
+    params = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(8)]
+    optimizer = rft.AdamSPD(params, backend="cuda")
+    counters = [getattr(library, f"counted_{what}") for what in ("launches", "copies", "allocations")]
+    for _ in range(3):
+        before = [count() for count in counters]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for name, count, was in zip(("launches", "copies", "allocations"), counters, before, strict=True):
+        print(f"{name}: {count() - was}")
+
+
+if __name__ == "__main__":
+    assert not triton.knobs.runtime.interpret
+    main()

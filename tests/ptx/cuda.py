@@ -1,0 +1,162 @@
+"""The kernels of csrc/cuda, run on this CPU: what nvcc makes of them, behind the backend's own host side.
+
+A step must have the bits of the native backend, which shares their formulas and the order of their sums.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustft_kernels.backends import cuda, registry
+from robustft_kernels.core.contract import StepTable
+from robustft_kernels.testing import Stepper
+
+from .device import spans_of
+from .driver import Driver, installed
+from .program import CACHE, Program, Schedule
+from .steps import TINY, Row, given, made_tiny, with_live_lr
+
+CSRC = Path(__file__).parents[2] / "csrc"
+TARGET = "compute_90"
+
+
+@cache
+def ptx() -> str:
+    """What nvcc makes of the kernels. Kept in a cache."""
+    sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*")])
+    asked = b"".join(of.read_bytes() for of in sources) + TARGET.encode()
+    kept = CACHE / f"sweeps-{sha256(asked).hexdigest()[:24]}.ptx"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        options = ["--options-file", str(CSRC / "cuda" / "nvcc.options"), f"-arch={TARGET}", "-lineinfo"]
+        fresh = kept.with_suffix(".new")
+        source = str(CSRC / "cuda" / "sweeps.cu")
+        subprocess.run([nvcc() or "nvcc", *options, "-ptx", source, "-o", str(fresh)], check=True)
+        fresh.rename(kept)
+    return kept.read_text()
+
+
+def nvcc() -> str | None:
+    """Its path, or None."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@dataclass
+class Device:
+    """A GPU that is this machine. schedule, fault, seen, launched: as of device.Device."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    fault: Callable[[str], str] | None = None
+    seen: list[str] = field(default_factory=list)
+    launched: list[str] = field(default_factory=list)
+    _programs: dict[tuple[str, str], Program] = field(default_factory=dict)
+    _touched: Callable[[], Iterator[Tensor]] = lambda: iter(())
+
+    def __post_init__(self) -> None:
+        self.driver = Driver(self._launch)
+
+    def _launch(self, name: str, programs: int, threads: int, parameters: int) -> None:
+        text = ptx() if self.fault is None else self.fault(ptx())
+        if (name, text) not in self._programs:
+            self._programs[name, text] = Program(text, name)
+        program = self._programs[name, text]
+        assert threads == program.kernel.threads
+        spans = sorted({span for of in self._touched() for span in spans_of(of)})
+        given = ctypes.string_at(parameters, program.kernel.bytes)
+        found = program(programs, 0, given, spans, self.schedule)
+        self.launched.append(name)
+        self.seen += [line for line in found if line not in self.seen]
+
+    def prepare(self, table: StepTable) -> Any:
+        """As cuda.prepare. The device knows what the step's kernels may touch."""
+        return _Watched(self, cuda.prepare(table), table)
+
+    def run(self, run: Any, table: StepTable, grads: list[Tensor], others: list[Tensor | None], call: Any) -> Any:
+        """Makes a step. Raises what a launch has raised."""
+
+        def touched() -> Iterator[Tensor]:
+            for of in table.tensors:
+                yield from (t for t in (of.param, of.anchor, of.step, *of.state.values()) if t is not None)
+            yield from (*grads, *(t for t in others if t is not None), *table.live.values())
+            yield from (table.results, table.alphas, *run._step.memory())
+
+        self._touched = touched
+        try:
+            return call()
+        except RuntimeError:
+            raise self.driver.failed or AssertionError("the driver has not failed") from None
+        finally:
+            self.driver.failed = None
+
+
+@dataclass
+class _Watched:
+    device: Device
+    of: Any
+    table: StepTable
+
+    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        others = [grad_scale, found_inf]
+        self.device.run(self.of, self.table, grads, others, lambda: self.of(grads, grad_scale, found_inf))
+
+    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+        squared: Tensor = self.device.run(self.of, self.table, grads, [], lambda: self.of.squared_norm(grads))
+        return squared
+
+
+def install() -> Device:
+    """Makes the backend "cuda" step CPU tensors, for the whole process."""
+    device = Device()
+    installed(device.driver.functions)
+    registry.BACKENDS["cuda"] = replace(registry.BACKENDS["cuda"], prepare=device.prepare)
+    return device
+
+
+def step(row: Row) -> None:
+    """Makes the row's step on both. Raises AssertionError naming what has other bits."""
+    got = row.settled()
+    grads = got.grads()
+    grads = made_tiny(got, grads) if row.how == TINY else grads
+    want = got.clone()
+    if row.how == "norm":
+        norms = [registry.prepare(on, of.table()).squared_norm(grads) for on, of in (("native", want), ("cuda", got))]
+        assert torch.equal(*norms), f"the norm is {norms[1]}, and not {norms[0]}"
+        return
+    scaled, options = given(row, grads)
+    registry.prepare("native", want.table())(scaled, **options)
+    table = with_live_lr(got.table()) if row.how == "lr is a tensor" else got.table()
+    registry.prepare("cuda", table)(scaled, **options)
+    assert_same_bits(got, want)
+
+
+def assert_same_bits(got: Stepper, want: Stepper) -> None:
+    """Raises AssertionError naming the first tensor of the steps that differs, and the first case."""
+    for name, mine, theirs in (
+        ("measures", [got.results], [want.results]), ("alphas", [got.alphas], [want.alphas]),
+        *((key, got.states[key], want.states[key]) for key in got.states),
+        ("steps", got.steps, want.steps), ("params", got.params, want.params),
+    ):  # fmt: skip
+        for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            differ = a.nan_to_num(nan=0.125) != b.nan_to_num(nan=0.125)
+            where = f"{name} of {got.cases[k].name!r}" if len(mine) == len(got.cases) else name
+            assert not differ.any(), f"{where}: {int(differ.sum())} of {a.numel()} differ, {a[differ][:3]}, {b[differ][:3]}"
+
+
+def check(device: Device, row: Row) -> list[str]:
+    """What is wrong with a row's step: a line each."""
+    device.seen.clear()
+    device.launched.clear()
+    try:
+        step(row)
+    except AssertionError as error:
+        return [f"wrong: {error}", *device.seen]
+    return list(device.seen)
