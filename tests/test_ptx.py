@@ -172,6 +172,13 @@ def test_a_parameter_is_read_by_a_generic_address_and_not_written():
         program(1, 0, bytes(8), [], Schedule())
 
 
+def test_bytes_that_a_load_does_not_use_may_lie_outside():
+    declared = ".reg .b32 %r<4>; .shared .align 16 .b8 room[12];"
+    load = "ld.shared.v4.u32 {%r0, %r1, %r2, %r3}, [room];"
+    for pragma, said in (('.pragma "used_bytes_mask 4095";', []), ("", ["out of bounds: ? ld.shared.v4.u32"])):
+        assert Program(module(f"{declared} {pragma} {load}"))(1, 0, [0], [], Schedule()) == said
+
+
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
     """The PTX of the CUDA backend's kernels."""
