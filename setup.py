@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -41,6 +42,11 @@ ARCHITECTURES = (80, 90, 100)
 NVCC_FLAGS = ["--options-file", "csrc/cuda/nvcc.options", "-Xfatbin=-compress-all"]
 
 
+# Kernels and host were compiled from the same sources, or the kernels are refused: they share the layout of memory.
+CSRC = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
+SIGNATURE = "s" + sha256(b"".join(path.read_bytes() for path in CSRC)).hexdigest()[:16]
+
+
 def nvcc():
     """The path of nvcc, or None where it is not, or not wanted."""
     homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
@@ -52,15 +58,16 @@ def compile_kernels(folder):
     """Compiles the kernels into a folder. Says so if it cannot; the rest is installed all the same."""
     target = Path(folder) / "_sweeps.fatbin"
     compiler, asked = nvcc(), os.environ.get("ROBUSTFT_CUDA_ARCHITECTURES", "").split()
-    target.unlink(missing_ok=True)
     if compiler is None:
+        if os.environ.get("ROBUSTFT_CUDA") == "0":
+            target.unlink(missing_ok=True)
         return say_missing("CUDA", "there is no nvcc, or ROBUSTFT_CUDA=0")
     try:
         known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
         wanted = asked or [str(k) for k in ARCHITECTURES if f"compute_{k}\n" in known]
         codes = [f"-gencode=arch=compute_{k},code=sm_{k}" for k in wanted]
         codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(wanted[-1]))
-        command = [compiler, "-fatbin", "--threads=0", *NVCC_FLAGS, *codes, str(KERNELS), "-o", str(target)]
+        command = [compiler, "-fatbin", "--threads=0", *NVCC_FLAGS, f"-DROBUSTFT_SOURCES={SIGNATURE}", *codes, str(KERNELS), "-o", str(target)]
         subprocess.run(command, check=True)
     except (OSError, IndexError, subprocess.CalledProcessError) as error:
         target.unlink(missing_ok=True)
@@ -97,7 +104,8 @@ def native_extension():
                 self.compiler.compile = at_once(self.compiler.compile)
             super().build_extension(extension)
 
-    extension = CppExtension("robustft_kernels._native", SOURCES, extra_compile_args={"cxx": FLAGS + OPENMP})
+    options = FLAGS + OPENMP + [f"-DROBUSTFT_SOURCES={SIGNATURE}"]
+    extension = CppExtension("robustft_kernels._native", SOURCES, extra_compile_args={"cxx": options})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 

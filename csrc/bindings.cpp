@@ -21,7 +21,7 @@ void use_kernels(const py::bytes& image, const std::optional<std::map<std::strin
       const auto found = functions->find(name);
       return found == functions->end() ? nullptr : reinterpret_cast<void*>(found->second);
     });
-  cuda::Kernels::get().use(std::string(image), driver);
+  cuda::Kernels::get().use(std::string(image), C10_STRINGIZE(ROBUSTFT_SIGNATURE), driver);
 }
 
 template <class Hyper>

@@ -1,5 +1,6 @@
-"""A program, run by test_cuda_host.py. It measures what a step takes of the host, in the CUDA and in the Triton backend:
-microseconds of a prepared step whose gradients have moved, the least of many. Drivers do nothing.
+"""A program, run by test_cuda_host.py. It measures what a step takes of the host, in the CUDA and the Triton backend.
+
+These are microseconds of a prepared step whose gradients have moved, the least of many. Drivers do nothing.
 
 python -m tests.host_program LIBRARY    the driver of counting_driver.c
 """
@@ -25,7 +26,8 @@ SIZE, REPEATS = 256, 200
 
 def table_of(tensors: int) -> StepTable:
     """AdamSPD on so many small tensors."""
-    hyper = dict.fromkeys(ADAMW.hyper, 0.0) | dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, strength=1.0, anchored=1.0)
+    values = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, strength=1.0, anchored=1.0)
+    hyper = dict.fromkeys(ADAMW.hyper, 0.0) | values
     spec = spec_of_hyper(ADAMW, hyper, "spd")
 
     def one() -> StepTensors:

@@ -65,7 +65,7 @@ STEPS = {
     "SGD": ([LONG], dict(base=rft.SGDSPD, lr=0.1), ["step_sgd_f32", "pull_any"]),
     "rows": ([(40, 300)], dict(norm="mars_rows"), ["rows_adamw_any"]),
     "long rows": ([(2, 70000)], dict(norm="mars_rows"), ["rows_adamw_any", "pull_any"]),
-    "rows with one alpha": ([(400, 300)], dict(method="project", norm="mars", radius=1.0), ["rows_adamw_any", "pull_any"]),
+    "one alpha for rows": ([(400, 300)], dict(method="project", norm="mars", radius=1), ["rows_adamw_any", "pull_any"]),
     "FTP": ([(40, 300)] * 3, dict(method="ftp"), ["survey_adamw_any", "rows_adamw_any"]),
     "MARS-SP": ([(40, 300)], dict(method="mars_sp"), ["survey_adamw_any", "rows_adamw_any"]),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def test_what_a_graph_has_captured_keeps_its_buffer(driver):
     for _ in range(8):
         optimizer.step()
     assert len(driver.copies) == 8, "each graph has a copy of its own"
-    with pytest.raises(RuntimeError, match="have captured 8 sends .* make a step outside between captures"):
+    with pytest.raises(RuntimeError, match=r"have captured 8 sends .* make a step outside between captures"):
         optimizer.step()
     driver.capturing = False
     optimizer.step()
@@ -165,7 +165,7 @@ def table(**changed):
 
 WRONG = {
     "a moment of another dtype": (
-        lambda t: dict(state={**t.state, "exp_avg": t.state["exp_avg"].half()}), "exp_avg of params\\[0\\], case .* must be",
+        lambda t: dict(state={**t.state, "exp_avg": t.state["exp_avg"].half()}), "exp_avg of params\\[0\\], case .* must",
     ),
     "an anchor of another shape": (lambda t: dict(anchor=torch.ones(3, 7)), "anchor of params\\[0\\]"),
     "no moment": (lambda t: dict(state={}), "params\\[0\\], case .* has no exp_avg in its state"),

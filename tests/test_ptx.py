@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from .ptx import samples
 from .ptx.instructions import UnknownInstructionError
 from .ptx.program import Program, Schedule
 from .ptx.translate import translate
+from .table import METHOD_NORMS
 
 HERE = "the compiled kernels run where there are Linux and g++"
 pytestmark = pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason=HERE)
@@ -179,26 +181,60 @@ def test_bytes_that_a_load_does_not_use_may_lie_outside():
         assert Program(module(f"{declared} {pragma} {load}"))(1, 0, [0], [], Schedule()) == said
 
 
-@pytest.fixture(scope="module")
-def sweeps(tmp_path_factory):
-    """The PTX of the CUDA backend's kernels."""
-    return samples.compiled(samples.ROOT / "csrc" / "cuda" / "sweeps.cu", tmp_path_factory.mktemp("sweeps") / "ptx")
+@with_nvcc
+def test_cuda_kernels_have_no_approximate_instruction_and_fuse_nothing():
+    """As the bits of the native backend demand. Roots and divisions are rounded to nearest, and nothing is flushed."""
+    from .ptx.cuda import ptx
+
+    found = set(re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z]\w*(?:\.\w+)+)", ptx(), re.M))
+    assert {"div.rn.f32", "sqrt.rn.f32", "div.rn.f64"} <= found
+    assert not [name for name in found if re.search(r"^(fma|mad\.rn)|approx|ftz|\bfull\b", name)]
 
 
 @with_nvcc
-def test_a_cuda_kernel_translates_and_compiles(sweeps):
-    program = Program(sweeps, "step_adamw_f32")
-    assert program.kernel.threads == 256
-    assert program.kernel.shared > 24 << 10
+@with_triton
+def test_a_cuda_step_has_the_bits_of_native():
+    """By tensors, by rows in one piece and in several, after a survey, and without one thread in another's way."""
+    said = run("steps", "--of", "cuda", "--pick", "adamw, float32, a step").splitlines()
+    assert len(said) >= 5
+    assert all(line.startswith("ok: ") for line in said)
+    for kernel in ("step_adamw_f32", "rows_adamw_any", "survey_adamw_any", "pull_any"):
+        assert any(kernel in line for line in said)
+
+
+@with_nvcc
+@with_triton
+def test_a_barrier_that_the_cuda_kernels_lack_is_seen():
+    assert run("faults", "--of", "cuda", "--pick", "step_adamw_f32, no barrier 2").splitlines()[-1] == (
+        "ok: 1 of 1 faults are seen"
+    )
 
 
 @pytest.mark.full
 @with_nvcc
-def test_all_cuda_kernels_translate_and_compile(sweeps):
-    names = samples.kernels(sweeps)
+def test_all_cuda_kernels_translate_and_compile():
+    from .ptx.cuda import ptx
+
+    names = samples.kernels(ptx())
     assert len(names) >= 24
     for name in names:
-        Program(sweeps, name)
+        Program(ptx(), name)
+
+
+@pytest.mark.full
+@with_nvcc
+@with_triton
+@pytest.mark.parametrize("what", ["steps", "schedules", "faults"])
+def test_cuda_kernels(what):
+    run(what, "--of", "cuda")
+
+
+@pytest.mark.full
+@with_nvcc
+@with_triton
+@pytest.mark.parametrize("method", ["-".join(map(str, method_norm)) for method_norm in METHOD_NORMS])
+def test_the_whole_table_has_the_bits_of_native(method):
+    run("table", "--of", "cuda", "--pick", " ".join(method.split("-")) + ",")
 
 
 @with_triton

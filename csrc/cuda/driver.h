@@ -73,9 +73,10 @@ class Kernels {
     return *kernels;
   }
 
-  // image: a fat binary. driver: which functions to call, or those of the library.
-  void use(std::string image, std::optional<Driver> driver) {
+  // image: a fat binary. signature: a kernel that it must have. driver: which functions to call, or those of the library.
+  void use(std::string image, const char* signature, std::optional<Driver> driver) {
     image_ = std::move(image);
+    signature_ = signature;
     devices_.clear();
     if (driver) driver_ = *driver;
     ready_ = feigned_ = driver.has_value();
@@ -114,9 +115,12 @@ class Kernels {
       d.check(d.cuDevicePrimaryCtxRetain(&of.context, device), "start on the GPU");
       d.check(d.cuCtxGetCurrent(&before), "tell its context");
       d.check(d.cuCtxSetCurrent(of.context), "change its context");
-      const int status = d.cuModuleLoadData(&of.module, image_.data());
+      void* signature;
+      const int loaded = d.cuModuleLoadData(&of.module, image_.data());
+      const int signed_ = loaded ? 0 : d.cuModuleGetFunction(&signature, of.module, signature_);
       d.cuCtxSetCurrent(before);
-      d.check(status, "load the kernels, which were compiled for other GPUs or a newer driver");
+      d.check(loaded, "load the kernels, which were compiled for other GPUs or a newer driver");
+      TORCH_CHECK(signed_ == 0, "robustft: the CUDA kernels were compiled from other sources; reinstall");
     } catch (...) {
       devices_.erase(index);
       throw;
@@ -125,6 +129,7 @@ class Kernels {
   }
 
   std::string image_;
+  const char* signature_ = "";
   Driver driver_;
   bool ready_ = false, feigned_ = false;
   std::map<int, Device> devices_;

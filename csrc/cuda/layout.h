@@ -5,6 +5,14 @@
 
 namespace robustft {
 
+// The name of an empty kernel that tells from which sources this was compiled. Only kernels with the host's are taken.
+#ifndef ROBUSTFT_SOURCES
+#define ROBUSTFT_SOURCES unknown
+#endif
+#define ROBUSTFT_JOINED(a, b) a##b
+#define ROBUSTFT_NAMED(a, b) ROBUSTFT_JOINED(a, b)
+#define ROBUSTFT_SIGNATURE ROBUSTFT_NAMED(compiled_from_, ROBUSTFT_SOURCES)
+
 constexpr int kTeams = 64;  // of threads, in a program. Each adds up a block of its own.
 static_assert(kTeams * kBlock == kChunk, "a chunk is one round of all teams");
 // Threads of a program: a team has kLanes of numbers, and a thread takes 16 bytes of float32 or of float64 numbers.

@@ -4,17 +4,21 @@ python -m tests.ptx translate                   all kernels that ship can be tra
 python -m tests.ptx steps [--pick TEXT ...]     the rows of steps.py whose name has these texts equal the oracle
 python -m tests.ptx schedules [--count 10]      threads that come in other orders leave the same bits
 python -m tests.ptx faults [--pick TEXT ...]    the faults of faults.py are seen
+
+With --of cuda the kernels are those of csrc/cuda, and steps must have the bits of the native backend. One more check:
+
+python -m tests.ptx table --of cuda [--pick TEXT ...]    the same for the whole table of cases
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks import codegen
 
-from . import faults, steps
+from . import cuda, faults, steps
 from .device import install
 from .harmless import harmful
 from .program import Schedule
@@ -42,26 +46,45 @@ def check_translation(_: argparse.Namespace) -> bool:
 
 
 def check_steps(options: argparse.Namespace) -> bool:
-    """Each row equals the oracle, and no thread does what it should not."""
-    device, fine = install(), True
-    rows = [row for row in steps.ROWS if all(text in row.name for text in options.pick)]
+    """Each row equals the oracle, or native. No thread does what it should not."""
+    return _check_rows(options, (cuda if options.of == "cuda" else steps).ROWS)
+
+
+def check_table(options: argparse.Namespace) -> bool:
+    """The same for the whole table of cases."""
+    return _check_rows(options, cuda.table(), brief=True)
+
+
+def _check_rows(options: argparse.Namespace, rows: Sequence[steps.Row], brief: bool = False) -> bool:
+    device, check = (cuda.install(), cuda.check) if options.of == "cuda" else (install(), steps.check)
+    rows, fine, launched = [row for row in rows if all(text in row.name for text in options.pick)], 0, set()
     for row in rows:
-        failures = harmful(steps.check(device, row))
-        fine &= told(failures, f"{row.name}: {', '.join(device.launched)}")
-    return fine and bool(rows)
+        failures = harmful(check(device, row))
+        launched.update(device.launched)
+        if failures or not brief:
+            told(failures, f"{row.name}: {', '.join(device.launched)}")
+        fine += not failures
+    if brief:
+        print(f"{fine} of {len(rows)} rows, by {', '.join(sorted(launched))}")
+    return fine == len(rows) > 0
 
 
 def check_schedules(options: argparse.Namespace) -> bool:
     """The bits of a step do not depend on which thread and which program comes first."""
-    device, fine = install(), True
-    rows = [row for row in steps.ROWS if row.settings == "adamw" and row.dtype == torch.float32 and row.how == "a step"]
+    fine, is_cuda = True, options.of == "cuda"
+    device, step = (cuda.install(), cuda.step) if is_cuda else (install(), steps.step)
+    rows = [
+        row
+        for row in (cuda if is_cuda else steps).ROWS
+        if row.settings == "adamw" and row.dtype == torch.float32 and row.how == "a step"
+    ]
     rows = [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True]
     for row in rows:
         failures, first = [], None
         for seed in range(options.count):
             device.schedule = Schedule(seed, preempt=(0.0, 0.02, 0.2)[seed % 3], resident=(2, 3, 8)[seed % 3])
             device.seen.clear()
-            bits = [of.clone() for of in steps.step(row).tensors()]
+            bits = [of.clone() for of in step(row).tensors()]
             first = first or bits
             if not all(torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125)) for a, b in zip(first, bits, strict=True)):
                 failures.append(f"seed {seed}: other bits")
@@ -72,11 +95,12 @@ def check_schedules(options: argparse.Namespace) -> bool:
 
 def check_faults(options: argparse.Namespace) -> bool:
     """Most faults are seen, and so the tool has power."""
-    device = install()
+    of = faults.CUDA if options.of == "cuda" else faults.TRITON
+    device = of.install()
     caught, survived = [], []
-    for fault in faults.all_of(device):
+    for fault in faults.all_of(of, device):
         if all(text in fault.name for text in options.pick):
-            seen = fault.seen(device)
+            seen = fault.seen(of, device)
             (caught if seen else survived).append(fault.name)
             print(f"{'caught' if seen else 'SURVIVED'}: {fault.name}: {seen[0] if seen else ''}", flush=True)
     enough = len(caught) >= 3 * len(survived) and bool(caught)
@@ -87,8 +111,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.partition("\n")[0])
     checks: dict[str, Callable[[argparse.Namespace], bool]] = {
         "translate": check_translation, "steps": check_steps, "schedules": check_schedules, "faults": check_faults,
+        "table": check_table,
     }  # fmt: skip
     parser.add_argument("what", choices=checks)
+    parser.add_argument("--of", choices=("triton", "cuda"), default="triton", help="whose kernels")
     parser.add_argument("--pick", nargs="*", default=[])
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()

@@ -4,8 +4,7 @@ A step must have the bits of the native backend, which shares their formulas and
 """
 
 import ctypes
-import shutil
-import subprocess
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,37 +16,47 @@ import torch
 from torch import Tensor
 
 from robustft_kernels.backends import cuda, registry
+from robustft_kernels.core.bases import NO_STEP
 from robustft_kernels.core.contract import StepTable
+from robustft_kernels.core.methods import RULES
+from robustft_kernels.step.no_step import NoStep
 from robustft_kernels.testing import Stepper
+from robustft_kernels.testing.cases import misaligned
 
-from .device import spans_of
+from ..table import ANCHORS, TABLE
+from . import steps
 from .driver import Driver, installed
-from .program import CACHE, Program, Schedule
-from .steps import TINY, Row, given, made_tiny, with_live_lr
+from .module import plain
+from .program import CACHE, Program, Schedule, spans_of
+from .samples import compiled
+from .steps import BF16, F32, F64, TINY, Row, given, made_tiny, with_live_lr
 
+APART, HALVES = "gradients begin anywhere", "without a base step"
+ROWS = (
+    *(row for row in steps.ROWS if not row.tickets),
+    Row("spd", "l2", "adamw", F32, how=APART),
+    Row("spd", "l2", "adamw", BF16, how=APART),
+    Row("spd", "l2", "adamw", F64, F32, how=APART),
+    Row("ftp", "mars_rows", "adamw", F32, BF16, how=APART),
+    Row("spd", "l2", "sgd, momentum, dampening", F32, BF16),
+    Row("none", None, "adamw", F32, how=HALVES),
+    Row("none", None, "adamw, master", BF16, F32, how=HALVES),
+    Row("project", "mars_rows", "sgd, decay", F64, how=HALVES),
+)
 CSRC = Path(__file__).parents[2] / "csrc"
-TARGET = "compute_90"
 
 
 @cache
 def ptx() -> str:
     """What nvcc makes of the kernels. Kept in a cache."""
     sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*")])
-    asked = b"".join(of.read_bytes() for of in sources) + TARGET.encode()
-    kept = CACHE / f"sweeps-{sha256(asked).hexdigest()[:24]}.ptx"
+    kept = CACHE / f"sweeps-{sha256(b''.join(of.read_bytes() for of in sources)).hexdigest()[:24]}.ptx"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        options = ["--options-file", str(CSRC / "cuda" / "nvcc.options"), f"-arch={TARGET}", "-lineinfo"]
-        fresh = kept.with_suffix(".new")
-        source = str(CSRC / "cuda" / "sweeps.cu")
-        subprocess.run([nvcc() or "nvcc", *options, "-ptx", source, "-o", str(fresh)], check=True)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        compiled(CSRC / "cuda" / "sweeps.cu", fresh)
         fresh.rename(kept)
-    return kept.read_text()
-
-
-def nvcc() -> str | None:
-    """Its path, or None."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return plain(kept.read_text())
 
 
 @dataclass
@@ -121,7 +130,16 @@ def install() -> Device:
     return device
 
 
-def step(row: Row) -> None:
+def table() -> list[Row]:
+    """The whole table of cases, as rows."""
+    return [
+        Row(*of.method_norm, of.settings.name, of.dtype, ANCHORS[of.anchor])
+        for of in TABLE
+        if of.settings.acts_on(of.dtype)
+    ]
+
+
+def step(row: Row) -> Stepper:
     """Makes the row's step on both. Raises AssertionError naming what has other bits."""
     got = row.settled()
     grads = got.grads()
@@ -130,12 +148,34 @@ def step(row: Row) -> None:
     if row.how == "norm":
         norms = [registry.prepare(on, of.table()).squared_norm(grads) for on, of in (("native", want), ("cuda", got))]
         assert torch.equal(*norms), f"the norm is {norms[1]}, and not {norms[0]}"
-        return
+        return got
+    if row.how == HALVES:
+        for of, on in ((want, "native"), (got, "cuda")):
+            halves(row, of, on, grads)
+        assert_same_bits(got, want)
+        return got
     scaled, options = given(row, grads)
+    scaled = list(map(misaligned, scaled)) if row.how == APART else scaled
     registry.prepare("native", want.table())(scaled, **options)
     table = with_live_lr(got.table()) if row.how == "lr is a tensor" else got.table()
     registry.prepare("cuda", table)(scaled, **options)
     assert_same_bits(got, want)
+    return got
+
+
+def halves(row: Row, of: Stepper, backend: str, grads: list[Tensor]) -> None:
+    """Measures, with gradients and without, and then pulls by alphas that are given."""
+    by_rows = "_rows" if row.norm else ""
+    hyper = torch.tensor([[0.0] * len(NO_STEP.hyper)], dtype=torch.float64)
+    hyper[0, NO_STEP.hyper.index("anchored")] = 1
+    for name, gradients in (("observe", grads), ("observe", []), ("given", [])):
+        of.rule = RULES[name + by_rows]
+        n = sum(of.segments)
+        alphas = torch.tensor([0.0, 1.0, 0.37], dtype=torch.float64).repeat(n)[:n] if name == "given" else None
+        tensors = [of.tensor(i).under(of.rule, NO_STEP) for i in range(len(of.params))]
+        sweep = NoStep(registry.BACKENDS[backend], tensors, hyper, alphas=alphas)
+        sweep(gradients)
+        of.results, of.alphas = sweep.results, torch.zeros(0)
 
 
 def assert_same_bits(got: Stepper, want: Stepper) -> None:
@@ -148,7 +188,9 @@ def assert_same_bits(got: Stepper, want: Stepper) -> None:
         for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             differ = a.nan_to_num(nan=0.125) != b.nan_to_num(nan=0.125)
             where = f"{name} of {got.cases[k].name!r}" if len(mine) == len(got.cases) else name
-            assert not differ.any(), f"{where}: {int(differ.sum())} of {a.numel()} differ, {a[differ][:3]}, {b[differ][:3]}"
+            assert not differ.any(), (
+                f"{where}: {int(differ.sum())} of {a.numel()} differ, {a[differ][:3]}, {b[differ][:3]}"
+            )
 
 
 def check(device: Device, row: Row) -> list[str]:

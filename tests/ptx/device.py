@@ -18,7 +18,7 @@ from triton.runtime import driver
 
 from robustft_kernels.backends import registry
 
-from .program import Program, Schedule
+from .program import Program, Schedule, spans_of
 
 
 @dataclass
@@ -122,9 +122,3 @@ def install() -> Device:
     feign(Driver())
     launch.started_by, launch.Table = device.started_by, WatchedTable
     return device
-
-
-def spans_of(tensor: Tensor) -> list[tuple[int, int]]:
-    """The addresses of a tensor, which is dense."""
-    begin = tensor.data_ptr()
-    return [(begin, begin + tensor.numel() * tensor.element_size())] if tensor.numel() else []

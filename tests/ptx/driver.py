@@ -21,8 +21,8 @@ class Driver:
     """What csrc/cuda/driver.h asks for. `functions` are addresses.
 
     launched: is told of each launch. copies: how many bytes each copy to the device had. pinned: the memory that is
-    now. broken: the function that fails. capturing: whether streams say so. pending: whether events say that their copies are under way. failed: what a
-    function has raised, since C++ only learns that it failed.
+    now. broken: the function that fails. capturing: whether streams say so. pending: whether events say that their
+    copies are under way. failed: what a function has raised, since C++ only learns that it failed.
     """
 
     launched: Launched

@@ -5,30 +5,56 @@ go 4 bytes further.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from . import steps
-from .device import Device
+from . import cuda, device, steps
 from .harmless import harmful
+from .module import Module, code_of, plain
 from .program import Schedule
 
 SEEDS = (0, 1)
-ROWS = {row.backend: row for row in steps.ROWS[:2]}  # a step in two launches, and in one
-KERNELS = {"step_sweep": "triton", "ticket_sweep": "triton_tickets"}
-KINDS = {
-    "no barrier": (r"bar\.sync\s+0;", ""),
-    "weaker order": (r"\.(?:acq_rel|release)\b", ".relaxed"),
-    "no acquire": (r"ld\.global\.gpu\.acquire", "ld.global"),
-    "no guard": (r"@%p\d+ (?=st\.global)", ""),
-    "4 bytes further": (r"(ld\.global[\w.:]*\.v4\.b32 \{[^}]*\}, \[ %rd\d+) \+ 0", r"\1 + 4"),
-}
+BARRIERS = {"no barrier": (r"bar\.sync\s+0;", ""), "weaker order": (r"\.(?:acq_rel|release)\b", ".relaxed")}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Whose kernels. rows: for each kernel the row whose step launches it. kinds: patterns, and what takes their place.
+    check: of a row's step on a device."""
+
+    install: Callable[[], Any]
+    check: Callable[[Any, steps.Row], list[str]]
+    rows: dict[str, steps.Row]
+    kinds: dict[str, tuple[str, str]]
+
+
+TRITON = Compiler(
+    device.install,
+    steps.check,
+    {"step_sweep": steps.ROWS[0], "ticket_sweep": steps.ROWS[1]},
+    {
+        **BARRIERS,
+        "no acquire": (r"ld\.global\.gpu\.acquire", "ld.global"),
+        "no guard": (r"@%p\d+ (?=st\.global)", ""),
+        "4 bytes further": (r"(ld\.global[\w.:]*\.v4\.b32 \{[^}]*\}, \[ %rd\d+) \+ 0", r"\1 + 4"),
+    },
+)
+CUDA = Compiler(
+    cuda.install,
+    cuda.check,
+    {
+        "step_adamw_f32": cuda.ROWS[0],
+        "rows_adamw_any": next(row for row in cuda.ROWS if row.name.startswith("ftp mars_rows, adamw, float32, a")),
+    },
+    {**BARRIERS, "4 bytes further": (r"(ld\.global\.v4\.u32\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+4]")},
+)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One occurrence of a pattern is replaced in the PTX of a kernel."""
+    """One occurrence of a pattern is replaced in the PTX of a kernel, or of a function that it calls."""
 
     kernel: str
     kind: str
@@ -38,23 +64,23 @@ class Fault:
     def name(self) -> str:
         return f"{self.kernel}, {self.kind} {self.which}"
 
-    def apply(self, ptx: str) -> str:
+    def apply(self, of: Compiler, ptx: str) -> str:
         """The PTX with this fault, if it is of this kernel. Another variant of the kernel may have fewer places."""
-        pattern, new = KINDS[self.kind]
-        places = list(re.finditer(pattern, ptx))
-        if f".entry {self.kernel}(" not in ptx or self.which >= len(places):
+        ptx, (pattern, new) = plain(ptx), of.kinds[self.kind]
+        found = places(ptx, self.kernel, pattern)
+        if self.which >= len(found):
             return ptx
-        found = places[self.which]
-        return ptx[: found.start()] + found.expand(new) + ptx[found.end() :]
+        begin, match = found[self.which]
+        return ptx[: begin + match.start()] + match.expand(new) + ptx[begin + match.end() :]
 
-    def seen(self, device: Device) -> list[str]:
+    def seen(self, of: Compiler, device: Any) -> list[str]:
         """What the check of a step says of it, under two schedules."""
         said: list[str] = []
-        device.fault = partial(Fault.apply, self)
+        device.fault = partial(Fault.apply, self, of)
         try:
             for seed in SEEDS:
                 device.schedule = Schedule(seed, limit=10**7)
-                said += harmful(steps.check(device, ROWS[KERNELS[self.kernel]]))
+                said += harmful(of.check(device, of.rows[self.kernel]))
                 if said:
                     break
         finally:
@@ -62,16 +88,25 @@ class Fault:
         return said
 
 
-def all_of(device: Device) -> Iterator[Fault]:
+def places(ptx: str, kernel: str, pattern: str) -> list[tuple[int, re.Match[str]]]:
+    """Where a pattern occurs in a kernel and in what it calls: the place of a function, and the match in it."""
+    module = Module.parsed(code_of(ptx))
+    if kernel not in module.functions:
+        return []
+    bodies = [of.body for of in module.reached(module.functions[kernel])]
+    return [(ptx.index(body), match) for body in bodies for match in re.finditer(pattern, body)]
+
+
+def all_of(of: Compiler, device: Any) -> Iterator[Fault]:
     """The faults of the kernels, by the PTX that a step without any compiles."""
     texts: list[str] = []
     device.fault = lambda ptx: texts.append(ptx) or ptx
-    for row in ROWS.values():
-        if wrong := harmful(steps.check(device, row)):
+    for row in of.rows.values():
+        if wrong := harmful(of.check(device, row)):
             raise AssertionError(f"without a fault: {wrong[0]}")
     device.fault = None
-    for kernel in KERNELS:
-        ptx = next(text for text in texts if f".entry {kernel}(" in text)
-        for kind, (pattern, _) in KINDS.items():
-            for which in range(len(re.findall(pattern, ptx))):
+    for kernel in of.rows:
+        ptx = plain(next(text for text in texts if f".entry {kernel}(" in text))
+        for kind, (pattern, _) in of.kinds.items():
+            for which in range(len(places(ptx, kernel, pattern))):
                 yield Fault(kernel, kind, which)

@@ -105,6 +105,16 @@ class Module:
         return laid_out(sorted(listed, key=lambda of: of.size == 0))
 
 
+def plain(ptx: str) -> str:
+    """PTX without comments."""
+    return re.sub(r"//.*", "", ptx)
+
+
+def code_of(ptx: str) -> str:
+    """PTX without comments and without what debuggers read."""
+    return plain(re.split(r"^\s*\.section", ptx, flags=re.M)[0])
+
+
 def laid_out(variables: Iterable[Variable]) -> tuple[dict[str, int], int]:
     """Where each lies, one after the other, and the size of all."""
     places, end = {}, 0

@@ -1,11 +1,14 @@
 """A kernel, compiled for this CPU."""
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+from torch import Tensor
 
 from .translate import Kernel, translate
 
@@ -73,6 +76,12 @@ class Program:
         return bytes(given)
 
 
+def spans_of(tensor: Tensor) -> list[tuple[int, int]]:
+    """The addresses of a tensor, which is dense."""
+    begin = tensor.data_ptr()
+    return [(begin, begin + tensor.numel() * tensor.element_size())] if tensor.numel() else []
+
+
 def source_of(kernel: Kernel) -> str:
     """A file of C++ with the kernel and a function `run` that launches it."""
     sites = ", ".join(f'"{site}"' for site in kernel.sites)
@@ -93,9 +102,10 @@ def _compiled(kernel: Kernel) -> Path:
     library = CACHE / f"{kernel.name}-{sha256(''.join(asked).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        text = library.with_suffix(".cpp")
+        text = library.with_suffix(f".{os.getpid()}.cpp")
         text.write_text(source)
-        fresh = library.with_suffix(".new")
+        fresh = library.with_suffix(f".{os.getpid()}")
         subprocess.run([*COMPILER, f"-I{HERE}", str(text), "-o", str(fresh)], check=True)
         fresh.rename(library)
+        text.unlink()
     return library

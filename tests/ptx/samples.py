@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NVCC = ("nvcc", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-O3", "-arch=compute_90", "-lineinfo", "-ptx")
+NVCC = ("nvcc", "--options-file", f"{ROOT}/csrc/cuda/nvcc.options", "-arch=compute_90", "-lineinfo", "-ptx")
 ONE = 0x3FF0000000000000  # 1.0
 NAN = 0x7FF8000000000000
 LEAST = 1 << 63

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from .instructions import TYPES, Operands, UnknownInstructionError, emit
-from .module import CALL, Function, Module, Variable, laid_out
+from .module import CALL, Function, Module, Variable, code_of, laid_out
 
 LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*inlined_at\s+\d+\s+(\d+))?")
 MANY = re.compile(r"%(\w+)<(\d+)>")
@@ -105,8 +105,7 @@ class _Body:
 def translate(ptx: str, name: str | None = None) -> Kernel:
     """The kernel of that name, or of a module with one. Raises UnknownInstructionError naming what it does not know."""
     files = {int(k): PurePath(file).name for k, file in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
-    code = re.sub(r"//.*", "", re.split(r"^\s*\.section", ptx, flags=re.M)[0])
-    module = Module.parsed(code)
+    module = Module.parsed(code_of(ptx))
     kernel = module.kernel(name)
     functions = module.reached(kernel)
     shared, size = module.laid_out(functions)

@@ -1,0 +1,103 @@
+// Spot: a step on a few neighbours.
+#pragma once
+
+#include "../measure.h"
+#include "../pull.h"
+#include "setup.cuh"
+#include "streams.cuh"
+
+namespace robustft {
+namespace {
+
+__device__ __forceinline__ uint32_t bits_at(uint32_t key, int64_t place) {
+  return random_bits(key, uint32_t(place), upper_bits(key, place));
+}
+
+template <class T>
+struct RowTerms {
+  T alpha;            // known before the sweep
+  T linear, sign;     // of the penalty
+  uint32_t key, moments_key;
+  const Flags& flags;
+};
+
+// Makes the base step, then pulls by a known alpha or measures.
+// kSide: how many neighbours it takes, from a place on. lane: of the first, among those of this thread.
+template <class K, Measuring kMeasuring, int kSide, class Base, class T, class Sums>
+__device__ __forceinline__ void step_spot(const Param& p, const Base& base, const RowTerms<T>& terms, int64_t place,
+                                          int lane, Sums& sums) {
+  constexpr bool kRare = !K::kPlain;
+  constexpr int kStates = Base::kStates - (K::kPlain && Base::kStates == 3);
+  constexpr int kOptional = Base::kStates - 1;
+  const bool measures = kMeasuring != Measuring::none && (K::kPlain || terms.flags.measures), writes = Base::kMoves || !measures;
+  const DType param_as = dtype_of<K::kParamAs>(p.param), grad_as = dtype_of<K::kGradAs>(p.grad);
+  const DType anchor_as = dtype_of<K::kAnchorAs>(p.anchor), state_as = dtype_of<K::kStateAs>(p.state[0]);
+  const bool all = kOptional >= 0 && kOptional < kStates && p.state[kOptional < 0 ? 0 : kOptional].data != nullptr;
+
+  Image<T, kSide> params, grads, anchors, working, states[kStates ? kStates : 1];
+  fetch<T, kSide>(params, p.param, param_as, place);
+  if constexpr (Base::kMoves || kMeasuring != Measuring::none)
+    kSide > 1 && terms.flags.grads_apart ? fetch_apart(grads, p.grad, grad_as, place)
+                                         : fetch(grads, p.grad, grad_as, place);
+  kSide > 1 && terms.flags.anchors_apart ? fetch_apart(anchors, p.anchor, anchor_as, place)
+                                         : fetch(anchors, p.anchor, anchor_as, place);
+  if constexpr (kRare) fetch<T, kSide>(working, p.working, p.working.dtype, place);
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) fetch<T, kSide>(states[k], p.state[k], state_as, place);
+
+  T next[kSide], moments[kStates ? kStates : 1][kSide], delta[kSide];
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) {
+    asm volatile("" ::: "memory");
+    T param = number<T>(params, param_as, j);
+    if constexpr (kRare)
+      if (p.working.data) param = reconciled(p.working.dtype, number<T>(working, p.working.dtype, j), param);
+    const T anchor = number<T>(anchors, anchor_as, j), d = param - anchor;
+    T grad = param;  // without a gradient, the sum of its products means nothing
+    if constexpr (Base::kMoves || kMeasuring != Measuring::none)
+      if (Base::kMoves || terms.flags.graded) grad = number<T>(grads, grad_as, j);
+    T used = grad;
+    if constexpr (kRare && Base::kMoves)
+      if (terms.linear != 0 || terms.sign != 0) used = penalized<T>(base.sign, terms.linear, terms.sign, d, grad);
+    T state[Base::kStates ? Base::kStates : 1] = {};
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) state[k] = number<T>(states[k], state_as, j);
+    next[j] = base(param, used, state, all);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) moments[k][j] = state[k];
+    if (!measures && terms.alpha != 1) next[j] = pulled<T>(terms.alpha, next[j], anchor);
+    if constexpr (sizeof(T) == 4) {
+      if (kRare && p.dithered && writes) {
+        next[j] = dithered(next[j], bits_at(terms.key, place + j) >> 16);
+      } else {
+        next[j] = nearest(param_as, next[j]);
+      }
+      if constexpr (kRare && kStates > 0)
+        if (p.low_state && p.state[0].data) {
+          const uint32_t bits = bits_at(terms.moments_key, place + j);
+          moments[0][j] = dithered(moments[0][j], bits >> 16);
+          if constexpr (kStates > 1) moments[1][j] = dithered(moments[1][j], bits & 0xffff);
+        }
+    }
+    if constexpr (kMeasuring != Measuring::none) {
+#pragma unroll
+      for (int l = 0; l < K::kSide; ++l)  // accumulators are registers, which have no index that varies
+        if (measures && l == (kSide == 1 ? lane : j)) sums.add(l, param, next[j], grad, d);
+    }
+    delta[j] = next[j] - anchor;
+  }
+
+  asm volatile("" ::: "memory");  // as in Round::each
+  if (!writes) return;
+#pragma unroll
+  for (int k = 0; k < kStates; ++k)
+    if (k < kOptional || all) put<T, kSide>(moments[k], p.state[k], state_as, place);
+  if constexpr (kRare) {
+    if (measures && p.delta.data) put<T, kSide>(delta, p.delta, dtype_of<K::kParamAs>(p.delta), place);
+    if (p.working.data) put<T, kSide>(next, p.working, p.working.dtype, place);
+  }
+  put<T, kSide>(next, p.param, param_as, place);
+}
+
+}  // namespace
+}  // namespace robustft
