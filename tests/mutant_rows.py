@@ -20,7 +20,7 @@ class Mutant(NamedTuple):
 
 
 STEPS = ("test_steps.py",)
-ORACLE, NATIVE, TRITON = "equals_oracle and native", "native", "equal and triton"
+ORACLE, NATIVE, TRITON, CUDA = "equals_oracle and native", "native", "equal and triton", "cuda_step"
 
 MUTANTS = [
     # The package in Python.
@@ -386,4 +386,31 @@ MUTANTS = [
            'rule.tied = flag("tied")', "rule.tied = false", STEPS, "native and mars"),
     Mutant("the fingerprint does not see the form of a gradient", "csrc/fingerprint.h",
            "    add_metadata(of_grad.here());", "", ("test_ops.py",), "fingerprint"),
+    # The CUDA backend. Its kernels run in tests/ptx.
+    Mutant("CUDA: a tensor is decided one program too early", "csrc/cuda/settle.cuh",
+           "room.last = before == programs - 1;", "room.last = before == programs - 2;", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: programs do not wait for the last one's news", "csrc/cuda/settle.cuh",
+           "atom.acq_rel.gpu", "atom.relaxed.gpu", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: blocks of a row are added from the second on", "csrc/cuda/piece.cuh",
+           "for (int b = 0; b < round.blocks(); ++b)", "for (int b = 1; b < round.blocks(); ++b)", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: the tail of a row is left out", "csrc/cuda/piece.cuh",
+           "while (i < n) {", "while (i + kSide < n) {", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: a learned radius is not brought under the largest row", "csrc/cuda/settle.cuh",
+           "if (largest < e.learned[0]) e.learned[0] = largest;", "", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: MARS-SP pushes the last of the largest rows", "csrc/cuda/settle.cuh",
+           "value > most) most = value, place = i;", "value < most || most < 0) most = value, place = i;",
+           ("test_ptx.py",), CUDA),
+    Mutant("CUDA: nobody counts the steps", "csrc/cuda/settle.cuh",
+           "*e.step = float(s.t);", "*e.step = float(s.t - 1);", ("test_ptx.py",), CUDA),
+    Mutant("CUDA: contraction is on", "csrc/cuda/nvcc.options", "-fmad=false", "-fmad=true", ("test_ptx.py",), "cuda"),
+    Mutant("CUDA: what was sent is sent again", "csrc/cuda/upload.h",
+           "std::memcmp(front.memory, sent_, bytes_) == 0) return;", "false) return;", ("test_cuda_host.py",), "copies"),
+    Mutant("CUDA: a graph's copy is forgotten", "csrc/cuda/upload.h",
+           "captured_ = true;", "captured_ = false;", ("test_cuda_host.py",), "captured"),
+    Mutant("CUDA: a buffer is written while it is copied", "csrc/cuda/upload.h",
+           "if (driver_.cuEventQuery(ring_.front().event) != 0) ring_", "if (false) ring_", ("test_cuda_host.py",), "ring"),
+    Mutant("CUDA: plain kernels take weights that are rounded stochastically", "csrc/cuda/step.h",
+           "        p.dithered || p.low_state", "        p.low_state", ("test_cuda_host.py",), "launches"),
+    Mutant("CUDA: kernels of other sources are taken", "csrc/cuda/driver.h",
+           "TORCH_CHECK(signed_ == 0,", "TORCH_CHECK(true,", ("test_cuda_host.py",), "sources"),
 ]  # fmt: skip

@@ -165,7 +165,8 @@ def table(**changed):
 
 WRONG = {
     "a moment of another dtype": (
-        lambda t: dict(state={**t.state, "exp_avg": t.state["exp_avg"].half()}), "exp_avg of params\\[0\\], case .* must",
+        lambda t: dict(state={**t.state, "exp_avg": t.state["exp_avg"].half()}),
+        "exp_avg of params\\[0\\], case .* must be",
     ),
     "an anchor of another shape": (lambda t: dict(anchor=torch.ones(3, 7)), "anchor of params\\[0\\]"),
     "no moment": (lambda t: dict(state={}), "params\\[0\\], case .* has no exp_avg in its state"),
@@ -217,6 +218,20 @@ def test_a_failing_driver_is_an_error(driver):
     driver.broken = "cuLaunchKernel"
     with pytest.raises(RuntimeError, match="CUDA's driver cannot launch a kernel: the feigned driver failed"):
         optimizer.step()
+
+
+def test_kernels_of_other_sources_are_refused(driver):
+    """They share the layout of memory with the host, and a file may have been carried here."""
+    driver.lacks = "compiled_from_"
+    _, optimizer = optimizer_of([SHORT])
+    with pytest.raises(RuntimeError, match="compiled from other sources; reinstall"):
+        optimizer.step()
+    driver.lacks = "step_adamw_f32"
+    with pytest.raises(RuntimeError, match="cannot find a kernel"):
+        optimizer.step()
+    driver.lacks = "none"
+    optimizer.step()
+    assert driver.take() == ["step_adamw_f32"]
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

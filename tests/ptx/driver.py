@@ -20,9 +20,10 @@ FAILED = 999
 class Driver:
     """What csrc/cuda/driver.h asks for. `functions` are addresses.
 
-    launched: is told of each launch. copies: how many bytes each copy to the device had. pinned: the memory that is
-    now. broken: the function that fails. capturing: whether streams say so. pending: whether events say that their
-    copies are under way. failed: what a function has raised, since C++ only learns that it failed.
+    launched: is told of each launch. copies: how many bytes each copy to the device had. pinned: the memory that
+    is now. broken: the function that fails. lacks: how the name of a kernel begins that the module does not have.
+    capturing: whether streams say so. pending: whether events say that their copies are under way. failed: what a
+    function has raised, since C++ only learns that it failed.
     """
 
     launched: Launched
@@ -31,6 +32,7 @@ class Driver:
     capturing: bool = False
     pending: bool = False
     broken: str = ""
+    lacks: str = "none"
     failed: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class Driver:
         """The addresses by name."""
         return {name: ctypes.cast(of, c_void_p).value or 0 for name, of in self._kept.items()}
 
-    def _guarded(self, function: Callable[..., None]) -> Callable[..., int]:
+    def _guarded(self, function: Callable[..., int | None]) -> Callable[..., int]:
         def call(*args: Any) -> int:
             if function.__name__ == self.broken:
                 return FAILED
@@ -79,8 +81,11 @@ class Driver:
     def cuModuleLoadData(self, to: Any, image: int) -> None:
         self._handle(to)
 
-    def cuModuleGetFunction(self, to: Any, module: int, name: bytes) -> None:
+    def cuModuleGetFunction(self, to: Any, module: int, name: bytes) -> int:
+        if name.decode().startswith(self.lacks):
+            return 500  # CUDA_ERROR_NOT_FOUND
         self._handle(to, name.decode())
+        return 0
 
     def cuLaunchKernel(self, function: int, *rest: Any) -> None:
         x, y, z, threads, more, most, shared, _, parameters, extra = rest
