@@ -34,8 +34,8 @@ FLAGS = [
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 # The kernels of the CUDA backend. They need nvcc, and no CUDA in torch. ROBUSTFT_CUDA=0 leaves them out.
-# ROBUSTFT_CUDA_ARCHITECTURES="90 120" replaces the GPUs that they are compiled for: a GPU runs what was compiled for its
-# own major version, and newer ones compile the PTX of the last.
+# ROBUSTFT_CUDA_ARCHITECTURES="90 120" replaces the GPUs that they are compiled for. A GPU runs what was compiled for its
+# own major version. Newer ones compile the PTX of the last.
 KERNELS = Path("csrc/cuda/sweeps.cu")
 ARCHITECTURES = (80, 90, 100)
 # No contraction here either, so the bits are those of the CPU. Exact roots and divisions are nvcc's defaults.
@@ -45,6 +45,16 @@ NVCC_FLAGS = ["--options-file", "csrc/cuda/nvcc.options", "-Xfatbin=-compress-al
 # Kernels and host were compiled from the same sources, or the kernels are refused: they share the layout of memory.
 CSRC = sorted(path for path in Path("csrc").rglob("*") if path.is_file())
 SIGNATURE = "s" + sha256(b"".join(path.read_bytes() for path in CSRC)).hexdigest()[:16]
+
+
+def signed():
+    """The folder of a header with the signature. It is written if it is new, so that only what includes it is built
+    again."""
+    header, text = Path("build", "signature", "robustft_signature.h"), f"#define ROBUSTFT_SOURCES {SIGNATURE}\n"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+    return str(header.parent.resolve())
 
 
 def nvcc():
@@ -67,8 +77,8 @@ def compile_kernels(folder):
         wanted = asked or [str(k) for k in ARCHITECTURES if f"compute_{k}\n" in known]
         codes = [f"-gencode=arch=compute_{k},code=sm_{k}" for k in wanted]
         codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(wanted[-1]))
-        command = [compiler, "-fatbin", "--threads=0", *NVCC_FLAGS, f"-DROBUSTFT_SOURCES={SIGNATURE}", *codes, str(KERNELS), "-o", str(target)]
-        subprocess.run(command, check=True)
+        flags = ["-fatbin", "--threads=0", *NVCC_FLAGS, f"-DROBUSTFT_SOURCES={SIGNATURE}", *codes]
+        subprocess.run([compiler, *flags, str(KERNELS), "-o", str(target)], check=True)
     except (OSError, IndexError, subprocess.CalledProcessError) as error:
         target.unlink(missing_ok=True)
         say_missing("CUDA", f"nvcc did not compile its kernels ({error})")
@@ -104,8 +114,9 @@ def native_extension():
                 self.compiler.compile = at_once(self.compiler.compile)
             super().build_extension(extension)
 
-    options = FLAGS + OPENMP + [f"-DROBUSTFT_SOURCES={SIGNATURE}"]
-    extension = CppExtension("robustft_kernels._native", SOURCES, extra_compile_args={"cxx": options})
+    extension = CppExtension(
+        "robustft_kernels._native", SOURCES, include_dirs=[signed()], extra_compile_args={"cxx": FLAGS + OPENMP}
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 

@@ -1,6 +1,8 @@
 // The C++ side as Python sees it.
 #include <torch/extension.h>
 
+#include "robustft_signature.h"  // of setup.py
+
 #include "cpu/step.h"
 #include "cuda/step.h"
 #include "fingerprint.h"
