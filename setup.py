@@ -34,8 +34,8 @@ FLAGS = [
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 
 # The kernels of the CUDA backend. They need nvcc, and no CUDA in torch. ROBUSTFT_CUDA=0 leaves them out.
-# ROBUSTFT_CUDA_ARCHITECTURES="90 120" replaces the GPUs that they are compiled for. A GPU runs what was compiled for its
-# own major version. Newer ones compile the PTX of the last.
+# ROBUSTFT_CUDA_ARCHITECTURES="90 120" replaces the GPUs that they are compiled for. A GPU runs what was compiled for
+# its own major version. Newer ones compile the PTX of the last.
 KERNELS = Path("csrc/cuda/sweeps.cu")
 ARCHITECTURES = (80, 90, 100)
 # No contraction here either, so the bits are those of the CPU. Exact roots and divisions are nvcc's defaults.
@@ -92,7 +92,7 @@ def native_extension():
         say_missing(
             "native",
             f"torch cannot be imported in the build environment ({error}); "
-            "install torch first and build with --no-build-isolation"
+            "install torch first and build with --no-build-isolation",
         )
         return {}
 
@@ -105,7 +105,7 @@ def native_extension():
                 say_missing(
                     "native",
                     f"the C++ extension did not build ({type(error).__name__}: {error}); "
-                    "a C++20 compiler (g++ or clang++) is needed"
+                    "a C++20 compiler (g++ or clang++) is needed",
                 )
                 self.extensions = []  # or an editable install looks for what was not built
 

@@ -9,7 +9,7 @@ Then, for each row, one line of source is changed, the tests that concern it run
 whose tests all pass has *survived*: then a test is missing, or the change is no fault. Exit codes: 0 if all rows are
 caught, 1 if any survived, 2 if a row or the copy is not in order.
 
-The rows are in mutant_rows.py, which says how one must be.
+The rows are in mutant_rows.py, which says how one must be, and in mutant_rows_csrc.py.
 """
 
 import argparse
@@ -24,8 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from .mutant_rows import MUTANTS
+from .mutant_rows import PACKAGE
+from .mutant_rows_csrc import CSRC
 
+MUTANTS = (*PACKAGE, *CSRC)
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds for a mutant's tests; then they hang, and that too is caught
 LONG = 3600  # for a build, and for the tests without a mutant

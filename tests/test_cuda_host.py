@@ -241,17 +241,17 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     assert torch.cuda.is_available() or rft.backends()["cuda"] == "torch sees no GPU"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "ROCm" in rft.backends()["cuda"]
-    monkeypatch.setattr(cuda, "NO_EXTENSION", "no extension")
+    monkeypatch.setattr(native, "MISSING", "no extension")
     assert rft.backends()["cuda"] == "no extension"
 
 
 def test_a_driver_that_lacks_a_function_is_refused():
     with pytest.raises(RuntimeError, match="CUDA's driver has no function cuGetErrorName"):
-        native._native.use_kernels(b"", {})
+        native.use_kernels(b"", {})
     if not torch.cuda.is_available() and not shutil.which("nvidia-smi"):
-        native._native.use_kernels(b"")
+        native.use_kernels(b"")
         with pytest.raises(RuntimeError, match="CUDA's driver cannot be loaded"):
-            native._native.try_kernels(0)
+            native.try_kernels(0)
 
 
 def run_program(*args):

@@ -14,7 +14,6 @@ import pytest
 import robustft_kernels as rft
 
 from . import mutants, prose
-from .mutant_rows import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
@@ -55,7 +54,7 @@ STACK = {
         "fingerprint",
         "ops",
     ),
-    "backends": ("digests", "registry", "triton", "native", "reference", "backend"),
+    "backends": ("digests", "registry", "cuda", "triton", "native", "reference", "backend"),
     "core": (
         "checkpoint",
         "anchors",
@@ -264,4 +263,4 @@ def test_arithmetic_fills_the_registers(unit, width, tmp_path):
 
 def test_every_mutant_fits_the_sources():
     """A row that no longer fits stops all of them, and they run seldom."""
-    mutants.check(MUTANTS)
+    mutants.check(mutants.MUTANTS)

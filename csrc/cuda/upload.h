@@ -74,7 +74,8 @@ class Upload {
   void* pinned() {
     void* memory = nullptr;
     driver_.check(driver_.cuMemHostAlloc(&memory, bytes_ ? bytes_ : 1, 0), "pin memory of the host");
-    return std::memset(memory, 0, bytes_);
+    std::memset(memory, 0, bytes_);
+    return memory;
   }
   void fill_spares() {
     while (spares_.size() < kSpares) spares_.push_back(pinned());

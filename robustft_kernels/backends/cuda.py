@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 
 from ..core.contract import Run, StepTable
+from . import native
 from .backend import KERNEL_DTYPES, Backend
-from .native import MISSING as NO_EXTENSION
-
-if not NO_EXTENSION:
-    from .. import _native
 
 KERNELS = Path(__file__).parents[1] / "_sweeps.fatbin"  # setup.py puts it there
 
 
 def missing() -> str:
     """Why the kernels cannot run here, or ""."""
-    if NO_EXTENSION:
-        return NO_EXTENSION
+    if native.MISSING:
+        return native.MISSING
     if not KERNELS.exists():
         return (
             "its kernels are not compiled: there was no nvcc at installation, or ROBUSTFT_CUDA=0; put nvcc on PATH and "
@@ -49,7 +46,7 @@ def trial(device: torch.device | None = None) -> str:
 def _try_on(index: int) -> str:
     try:
         _load()
-        _native.try_kernels(index)
+        native.try_kernels(index)
     except RuntimeError as error:
         return f"{_first_line(error)} (cuda:{index})"
     return ""
@@ -57,7 +54,7 @@ def _try_on(index: int) -> str:
 
 @cache
 def _load() -> None:
-    _native.use_kernels(KERNELS.read_bytes())
+    native.use_kernels(KERNELS.read_bytes())
 
 
 def _first_line(error: BaseException) -> str:
@@ -85,11 +82,11 @@ def _stream(device: torch.device) -> int:
 
 def prepare(table: StepTable) -> Run:
     """The step of a table of CUDA tensors. Raises RuntimeError naming the first tensor that does not fit."""
-    if reason := NO_EXTENSION:
-        raise RuntimeError(f"backend='cuda' is not available: {reason}")
+    if native.MISSING:
+        raise RuntimeError(f"backend='cuda' is not available: {native.MISSING}")
     _load()
     device = table.results.device
-    return PreparedStep(getattr(_native, f"prepare_cuda_{table.base.name}")(table, device.index or 0), device)
+    return PreparedStep(native.prepare_cuda(table, device.index or 0), device)
 
 
 BACKEND = Backend(

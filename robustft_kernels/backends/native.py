@@ -29,6 +29,22 @@ def prepare(table: StepTable) -> Run:
     return run
 
 
+def prepare_cuda(table: StepTable, device: int) -> Any:
+    """The step of a table of CUDA tensors, as the CUDA backend calls it: with a stream besides."""
+    return getattr(_native, f"prepare_cuda_{table.base.name}")(table, device)
+
+
+def use_kernels(image: bytes, functions: dict[str, int] | None = None) -> None:
+    """Makes this image the kernels of the CUDA backend. functions: addresses of those of a driver that is not CUDA's,
+    by name."""
+    _native.use_kernels(image, functions)
+
+
+def try_kernels(device: int) -> None:
+    """Loads them on a GPU. Raises RuntimeError saying why it cannot."""
+    _native.try_kernels(device)
+
+
 def addresses(tensors: list[Tensor], out: Tensor) -> int:
     """Writes the address of each tensor's memory to `out`, int64 on the CPU. Returns them or-ed together. A power of
     two that divides this divides each."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from robustft_kernels import _native
-from robustft_kernels.backends import cuda, registry
+from robustft_kernels.backends import cuda, native, registry
 
 Launched = Callable[[str, int, int, int], None]  # the kernel, its programs, its threads, the address of its parameters
 FAILED = 999
@@ -144,7 +143,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 def installed(functions: dict[str, int]) -> None:
     """Makes the backend "cuda" serve CPU tensors by these functions of a driver, for the whole process."""
-    _native.use_kernels(b"no image", functions)
+    native.use_kernels(b"no image", functions)
     cuda._load = lambda: None
     registry.BACKENDS["cuda"] = replace(cuda.BACKEND, missing=lambda: "", device_type=lambda: "cpu", trial=lambda _: "")
 
@@ -159,5 +158,5 @@ def feigned(driver: Driver) -> Iterator[Driver]:
     finally:
         registry.BACKENDS["cuda"], cuda._load = before
         gc.collect()  # steps give their memory back to this driver
-        _native.use_kernels(b"")
+        native.use_kernels(b"")
         cuda._load.cache_clear()
