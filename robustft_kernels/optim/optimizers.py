@@ -66,7 +66,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         max_grad_norm: scale all gradients together down to this 2-norm, as torch.nn.utils.clip_grad_norm_ does, but
             inside the step. The gradients are read once more and stay as they are. Nothing waits for the device.
             `optimizer.grad_norm` is then the norm that they had, a tensor.
-        backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
+        backend: "auto" (the fastest that can serve), "cuda", "triton", "native" or "reference".
         save_anchors: what `state_dict` carries: the anchors with a digest of each (True), the digests ("digest"), or
             neither (False). Loading compares digests. For anchors from a file, True means "digest" too.
 

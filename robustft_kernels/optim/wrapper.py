@@ -61,7 +61,7 @@ class Anchored(WrappingOptimizer):
             - A list of tensors parallel to the parameters of all groups that have no anchor of their own.
             - A mapping from parameter name to tensor, or the path of a safetensors file. Either needs a wrapped
               optimizer that was made with names.
-        backend: "auto" (the fastest that can serve), "triton", "native" or "reference".
+        backend: "auto" (the fastest that can serve), "cuda", "triton", "native" or "reference".
         save_anchors: whether `state_dict` carries the anchors, with a digest of each. Loading compares the digests.
 
     Precision: ‖c‖ − ‖d‖ is the difference of two sums here, and a sum over the step itself in `AnchoredAdamW`. In
