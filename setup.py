@@ -1,5 +1,6 @@
 """Builds the native CPU sweeps where torch and a C++ compiler are at hand; installs without them otherwise."""
 
+import json
 import os
 import platform
 import shutil
@@ -71,7 +72,7 @@ def compile_kernels(folder):
     if compiler is None:
         if os.environ.get("ROBUSTFT_CUDA") == "0":
             target.unlink(missing_ok=True)
-        return say_missing("CUDA", "there is no nvcc, or ROBUSTFT_CUDA=0")
+        return say_missing("cuda", "there was no nvcc, or ROBUSTFT_CUDA=0")
     try:
         known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
         wanted = asked or [str(k) for k in ARCHITECTURES if f"compute_{k}\n" in known]
@@ -81,33 +82,30 @@ def compile_kernels(folder):
         subprocess.run([compiler, *flags, str(KERNELS), "-o", str(target)], check=True)
     except (OSError, IndexError, subprocess.CalledProcessError) as error:
         target.unlink(missing_ok=True)
-        say_missing("CUDA", f"nvcc did not compile its kernels ({error})")
+        say_missing("cuda", f"nvcc did not compile its kernels ({error})")
 
 
 def native_extension():
     """The keyword arguments that build robustft_kernels._native, or none where torch is absent."""
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        say_missing(
-            "native",
-            f"torch cannot be imported in the build environment ({error}); "
-            "install torch first and build with --no-build-isolation",
-        )
+        say_missing("native", f"torch could not be imported in the build environment ({error})")
         return {}
 
     class OptionalBuild(BuildExtension):
         def run(self):
+            folder = Path(self.get_ext_fullpath("robustft_kernels._native")).parent
             try:
                 super().run()
-                compile_kernels(Path(self.get_ext_fullpath("robustft_kernels._native")).parent)
+                compile_kernels(folder)
             except Exception as error:  # whatever a tool chain can do wrong
-                say_missing(
-                    "native",
-                    f"the C++ extension did not build ({type(error).__name__}: {error}); "
-                    "a C++20 compiler (g++ or clang++) is needed",
-                )
+                told = (str(error).splitlines() or [""])[0]
+                say_missing("native", f"{type(error).__name__}: {told}; a C++20 compiler (g++ or clang++) is needed")
                 self.extensions = []  # or an editable install looks for what was not built
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_built.json").write_text(json.dumps({"torch": torch.__version__, **MISSING}))
 
         def build_extension(self, extension):
             if not self.use_ninja:  # setuptools compiles one source after another
@@ -130,7 +128,11 @@ def at_once(compile_all):
     return compile_at_once
 
 
+MISSING = {}  # the backends that are left out, and why
+
+
 def say_missing(backend, what):
+    MISSING[backend] = what
     print(f"robustft_kernels: installing WITHOUT the {backend} backend: {what}.", file=sys.stderr)
 
 

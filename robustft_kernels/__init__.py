@@ -1,6 +1,7 @@
 """Fused multi-tensor kernels for robust fine-tuning, as PyTorch optimizers."""
 
 from ._import_paths import install
+from .backends import built as _built
 from .backends.registry import backends
 from .core.methods import METHODS
 from .finetune.param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_probe, partial_fusion
@@ -14,6 +15,7 @@ from .optim.wrapper import Anchored
 from .step import ops as _ops  # noqa: F401 - defines torch.ops.robustft
 
 install()
+_built.warn_if_unusable()
 
 __version__ = "0.3.0"
 __all__ = [

@@ -54,7 +54,7 @@ STACK = {
         "fingerprint",
         "ops",
     ),
-    "backends": ("digests", "registry", "cuda", "triton", "native", "reference", "backend"),
+    "backends": ("digests", "registry", "cuda", "triton", "native", "built", "reference", "backend"),
     "core": (
         "checkpoint",
         "anchors",

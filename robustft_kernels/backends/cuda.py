@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.contract import Run, StepTable
-from . import native
+from . import built, native
 from .backend import KERNEL_DTYPES, Backend
 
 KERNELS = Path(__file__).parents[1] / "_sweeps.fatbin"  # setup.py puts it there
@@ -19,10 +19,8 @@ def missing() -> str:
     if native.MISSING:
         return native.MISSING
     if not KERNELS.exists():
-        return (
-            "its kernels are not compiled: there was no nvcc at installation, or ROBUSTFT_CUDA=0; put nvcc on PATH and "
-            "reinstall"
-        )
+        why = built.failure("cuda") or f"put nvcc on PATH, and then: {built.command()}"
+        return f"its kernels are not compiled: {why}"
     if torch.version.hip is not None:
         return "it serves CUDA, and this torch is built for ROCm, where Triton serves"
     return "" if torch.cuda.is_available() else "torch sees no GPU"

@@ -1,6 +1,7 @@
 """The door to the native backend: the sweeps of csrc, on CPU tensors."""
 
 import ctypes
+import importlib.util
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor
 
 from ..core.contract import Run, StepTable
+from . import built
 from .backend import KERNEL_DTYPES, Backend
 
-try:
-    from .. import _native
-except ImportError as error:
-    _native = None  # type: ignore[assignment]
-    MISSING = f"the C++ extension cannot be imported ({error}); reinstall with a C++ compiler and torch at hand"
-else:
-    MISSING = ""
+_native: Any = None
+MISSING = built.objection()
+if not MISSING and importlib.util.find_spec("robustft_kernels._native") is None:
+    MISSING = f"the C++ extension is not built; {built.command()}"
+if not MISSING:
+    try:
+        from .. import _native
+    except ImportError as error:
+        MISSING = f"the C++ extension cannot be loaded ({error}); build it anew: {built.command()}"
 ISA = "" if MISSING else _native.ISA  # the instruction set of its sweeps
 
 
@@ -49,10 +53,10 @@ def addresses(tensors: list[Tensor], out: Tensor) -> int:
     """Writes the address of each tensor's memory to `out`, int64 on the CPU. Returns them or-ed together. A power of
     two that divides this divides each."""
     if _native is not None:
-        return _native.addresses(tensors, out)
+        return int(_native.addresses(tensors, out))
     assert out.is_contiguous()
     assert out.dtype == torch.int64
-    all_of = list(map(Tensor.data_ptr, tensors))
+    all_of: list[Any] = list(map(Tensor.data_ptr, tensors))
     (ctypes.c_int64 * out.numel()).from_address(out.data_ptr())[:] = all_of
     return reduce(or_, all_of, 0)
 
