@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 RESULTS ?= benchmarks/results/gpu.json
 
 .PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants \
-	test-integrations test-ptx lint bench bench-check peers codegen bringup test-gpu bench-gpu clean
+	test-integrations test-ptx lint bench bench-check peers codegen bringup test-gpu bench-gpu docs clean
 
 install: .venv/.installed
 
@@ -88,6 +88,11 @@ bench-check: install
 
 codegen: install
 	$(BIN)/python -m benchmarks.codegen --write
+
+# The pages as a site, in results/site. A link that leads nowhere is an error.
+docs: install
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 # These three install nothing, so they run on a machine without network: with .venv if it is there, else with $(PYTHON).
 # They build the extension in place if it is not there. Without a GPU they say so, and succeed.
