@@ -5,10 +5,13 @@ pytest -m full          what takes long (make test-full)
 pytest                  both
 pytest --device cuda    the table of cases on the GPU, and what only a GPU can show (make test-gpu)
 
+On a GPU the backends stand side by side. A test that names one is skipped where that is not ready.
+
 A test, or a row of one, is of the full tier if it is marked @pytest.mark.full. Some tests take long in Triton's
 interpreter. For these, @pytest.mark.lean(keep=...) leaves the rows whose keep(**parameters) is false to the full tier.
 """
 
+import importlib.util
 import os
 from dataclasses import replace
 
@@ -17,8 +20,13 @@ import torch
 
 import robustft_kernels as rft
 from robustft_kernels.backends import registry
+from robustft_kernels.finetune import projection
+from robustft_kernels.step.sweep_cache import SweepCache
 
 from .durations import Durations
+
+FORMS = ("cuda", "triton", "triton_tickets")  # the backends of a GPU
+CHOSEN = ("cuda", "triton")  # those that "auto" may take there
 
 
 def pytest_addoption(parser):
@@ -31,12 +39,31 @@ def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         quicken_interpreter()
-    elif missing := registry.BACKENDS["triton"].missing():
-        pytest.exit(f"nothing to test on a GPU: {missing}", returncode=0)
-    elif fault := registry.BACKENDS["triton"].trial(None):
-        pytest.exit(fault, returncode=1)
     else:
+        need_a_backend()
         torch.set_default_device("cuda")
+
+
+def need_a_backend():
+    """Ends the run if no backend is ready for a GPU. If one is there, and cannot run, that is a failure."""
+    found = [registry.BACKENDS[name] for name in CHOSEN]
+    reasons = {of.name: of.missing() or of.trial(None) for of in found}
+    if all(reasons.values()):
+        told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        pytest.exit(f"nothing to test on a GPU: {told}", returncode=0 if all(of.missing() for of in found) else 1)
+
+
+class NeedsTriton(pytest.Module):
+    """A file of tests that imports Triton, where there is none."""
+
+    def collect(self):
+        pytest.skip(registry.BACKENDS["triton"].missing())
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if module_path.name.startswith("test_triton") and importlib.util.find_spec("triton") is None:
+        return NeedsTriton.from_parent(parent, path=module_path)
+    return None
 
 
 def quicken_interpreter():
@@ -73,6 +100,40 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+def skip_unless_ready(name, device):
+    if why := registry.objection_to(name, device, {torch.float32}):
+        pytest.skip(f"{name}: {why}")
+
+
+@pytest.fixture(params=FORMS)
+def form(request, device):
+    """Each backend of a GPU."""
+    skip_unless_ready(request.param, device)
+    return request.param
+
+
+@pytest.fixture
+def taken(request, device, monkeypatch):
+    """What "auto" takes: on a GPU, each backend that it may take, and on the CPU its own choice."""
+    name = request.param
+    if name == "auto":
+        return registry.choose_backend(name, device, {torch.float32}).name
+    skip_unless_ready(name, device)
+    take(name, monkeypatch)
+    return name
+
+
+def take(name, monkeypatch):
+    """Makes "auto" take a backend. What projections keep is another's, so they begin anew."""
+    for other, backend in registry.BACKENDS.items():
+        if other != name:
+            passed_over = replace(backend, not_chosen=lambda: "it is another's turn in this test")
+            monkeypatch.setitem(registry.BACKENDS, other, passed_over)
+    for kept in ("SWEEPS", "SWEEPS_OF_COPIES"):
+        monkeypatch.setattr(projection, kept, SweepCache())
+    monkeypatch.setattr(projection.Ball.__init__, "__defaults__", (projection.SWEEPS,))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Every core has a worker already. Tests about threads set the number of threads themselves."""
@@ -91,7 +152,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_generate_tests(metafunc):
     """Every ready backend except the second form of the Triton one, which test_triton.py holds to the oracle."""
+    device = torch.device(metafunc.config.getoption("--device"))
+    if "taken" in metafunc.fixturenames:
+        metafunc.parametrize("taken", CHOSEN if device.type == "cuda" else ["auto"], indirect=True)
     if "backend" in metafunc.fixturenames:
-        device = torch.device(metafunc.config.getoption("--device"))
         names = [name for name in registry.BACKENDS if name != "triton_tickets"]
         metafunc.parametrize("backend", [n for n in names if not registry.objection_to(n, device, {torch.float32})])

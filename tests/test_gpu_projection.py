@@ -5,12 +5,14 @@ make test-gpu
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import robustft_kernels as rft
+from robustft_kernels.backends import registry
 from robustft_kernels.core.methods import NORMS
 
 from .plain_projection import norms_of, oracle
@@ -24,15 +26,24 @@ def _on_a_gpu(device):
         pytest.skip("needs a GPU: make test-gpu")
 
 
+pytestmark = pytest.mark.usefixtures("taken")  # each backend in turn
+
+
 @contextmanager
-def no_waiting():
-    """Raises RuntimeError where torch would make the host wait."""
+def no_waiting(busy=False):
+    """Raises RuntimeError where torch would make the host wait. busy: the GPU has half a second of work first, and an
+    AssertionError tells of any wait for it."""
     torch.cuda.synchronize()
+    end = torch.cuda.Event()
+    if busy:
+        torch.cuda._sleep(10**9)
+        end.record()
     try:
         with warnings.catch_warnings():  # one says that the mode is a prototype
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
         yield
+        assert not busy or not end.query(), "the host has waited for the GPU"
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -100,9 +111,7 @@ def test_neither_the_first_call_waits_nor_a_later_one(norm, dtype):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_steady_call_builds_no_table(norm, monkeypatch):
-    from robustft_kernels.triton_kernels import table
-
+def test_a_steady_call_builds_no_table(norm, monkeypatch, taken):
     params, anchors = pair()
     radii = radii_for(params, anchors, norm)
 
@@ -112,9 +121,13 @@ def test_a_steady_call_builds_no_table(norm, monkeypatch):
         rft.interpolate_(params, anchors, radii.clamp(max=1))
 
     calls()
-    monkeypatch.setattr(table, "Table", None)
-    monkeypatch.setattr(table.DeviceRow, "__init__", None)
-    with no_waiting():
+    monkeypatch.setitem(registry.BACKENDS, taken, replace(registry.BACKENDS[taken], prepare=None))
+    if taken == "triton":
+        from robustft_kernels.triton_kernels import table
+
+        monkeypatch.setattr(table, "Table", None)
+        monkeypatch.setattr(table.DeviceRow, "__init__", None)
+    with no_waiting(busy=True):
         calls()
 
 
