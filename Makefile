@@ -95,10 +95,13 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 # These three install nothing, so they run on a machine without network: with .venv if it is there, else with $(PYTHON).
-# They build the extension in place if it is not there. Without a GPU they say so, and succeed.
+# They build the extension in place if it is not there, and the CUDA backend's kernels if there is nvcc. A machine
+# without it takes the robustft_kernels/_sweeps.fatbin that another made of the same sources. Without a GPU they say so,
+# and succeed.
 HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-# The first run on a GPU: is it right, and how fast? In 9 minutes. ARGS="--device cpu" tries the program itself.
+# The first run on a GPU: is it right, and how fast, backend by backend? In 9 minutes. ARGS="--device cpu" tries the
+# program itself.
 bringup:
 	$(HERE) -m benchmarks.bringup $(ARGS)
 

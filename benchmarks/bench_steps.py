@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from .contenders import BASELINE, CHOICES, COMPILED, EAGER, METHODS, ONE_LAUNCH, PEERS, PROJECTS, TORCH, ours
+from .contenders import BASELINE, CHOICES, COMPILED, EAGER, METHODS, PEERS, PROJECTS, TORCH, other_forms, ours
 from .contest import COPY, Field, Stepper, Work, copy_of
 from .shapes import ADAPTERS, MODELS, SMOKE, Shapes, numel
 
@@ -28,9 +28,7 @@ def bench_peers(ring, model, dtype, room):
     n = numel(shapes)
     anchor = {"anchor": "zero"} if model in ADAPTERS else {}
     like_torch = {"AdamSPD, bf16 moments": ours("spd", state_dtype=BF16, **anchor)} if dtype == BF16 else {}
-    contenders = {"AdamSPD": ours("spd", **anchor), **like_torch}
-    if ring.device.type == "cuda":
-        contenders = {ONE_LAUNCH: ours("spd", "triton_tickets", **anchor), **contenders}
+    contenders = {**other_forms(ring.device, **anchor), "AdamSPD": ours("spd", **anchor), **like_torch}
     if n > LARGE:  # in bfloat16 the moments of the largest fit beside each other only as torch keeps them
         contenders = {**FUSED, **(like_torch or contenders)}
     else:

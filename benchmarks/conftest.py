@@ -5,12 +5,11 @@ import gc
 import pytest
 import torch
 
-import robustft_kernels as rft
 from robustft_kernels.testing import CASES, SETTINGS, Stepper, assert_same_step
 
 from .contenders import versions
 from .contest import Ring
-from .machine import describe, free_memory
+from .machine import describe, free_memory, refusal, serving
 
 
 def pytest_addoption(parser):
@@ -21,9 +20,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    backend = {"cpu": "native", "cuda": "triton"}[config.getoption("--device")]
-    if missing := rft.backends()[backend]:
-        pytest.exit(f"nothing to measure: {missing}", returncode=0)
+    if why := refusal(torch.device(config.getoption("--device"))):
+        pytest.exit(f"nothing to measure: {why}", returncode=0)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -33,8 +31,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def check_results(device, methods=(("spd", None), ("ftp", None), ("project", "mars"))):
-    """Raises AssertionError if a backend's steps are not the oracle's."""
-    for backend in {"cpu": ("native",), "cuda": ("triton", "triton_tickets")}[device.type]:
+    """Raises AssertionError if a backend's steps are not the oracle's. Each that may be timed is asked."""
+    for backend in (name for name, why in serving(device).items() if not why):
         for method, norm in methods:
             for settings in (SETTINGS[0], SETTINGS[-1]):
                 got = Stepper(CASES, settings, method, torch.float32, device=device, norm=norm)

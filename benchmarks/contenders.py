@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import robustft_kernels as rft
+from robustft_kernels.backends import registry
 from robustft_kernels.testing import CHUNK
 
 from .loops import LoopFTP, LoopSPD
-from .machine import versions_of
+from .machine import chosen, versions_of
 
 Params = list[nn.Parameter]
 LR = 1e-3
@@ -27,16 +28,19 @@ BF16 = torch.bfloat16
 class Contender:
     """make: makes an optimizer of these parameters. module: what it needs beside torch, imported when it is made.
     state: the dtype of its moments, None for that of the parameters. moves: the bytes of a step over tensors of these
-    sizes, if they are counted.
+    sizes, if they are counted. backend: the one that it asks for by name, or "".
     """
 
     make: Callable[[Params], Any]
     module: str = ""
     state: torch.dtype | None = None
     moves: Callable[[list[int], torch.dtype, float], float] | None = None
+    backend: str = ""
 
-    def missing(self) -> str:
-        """Why it cannot be measured here, or ""."""
+    def missing(self, device: torch.device) -> str:
+        """Why it cannot be measured on that device, or ""."""
+        if self.backend:
+            return registry.objection_to(self.backend, device, {torch.float32})
         return f"{self.module} is not installed" if self.module and not find_spec(self.module) else ""
 
 
@@ -109,7 +113,7 @@ def ours(method: str, backend: str = "auto", *, moved: dict[str, Any] | None = N
     facts.update(moved or {})
     return Contender(
         lambda params: rft.AnchoredAdamW(params, method=method, backend=backend, lr=LR, **options),
-        state=facts["state"], moves=partial(anchored_bytes, **facts),
+        state=facts["state"], moves=partial(anchored_bytes, **facts), backend="" if backend == "auto" else backend,
     )  # fmt: skip
 
 
@@ -127,7 +131,8 @@ METHODS = {
     "AdamPGM, mars_rows": ours("project", norm="mars_rows", radius=0.05, moved=ROWS),
     "AdamFTP": ours("ftp", moved={**ROWS, "survey": 1, "tracks": True}),
 }
-ONE_LAUNCH = "AdamSPD, one launch"
+CUDA, TRITON, ONE_LAUNCH = "AdamSPD, CUDA", "AdamSPD, Triton", "AdamSPD, one launch"
+FORMS = {"cuda": CUDA, "triton": TRITON, "triton_tickets": ONE_LAUNCH}  # the backends of a GPU
 PROJECTS = ("AdamPGM, l2", "AdamPGM, mars")  # every tensor of theirs fires
 CHOICES = {
     "float32": {
@@ -145,6 +150,12 @@ CHOICES = {
         "AdamSPD, both": ours("spd", master_weights=True, state_dtype=BF16),
     },
 }
+
+
+def other_forms(device: torch.device, **options: Any) -> dict[str, Contender]:
+    """AdamSPD on each backend of a GPU but that of "AdamSPD", which is what "auto" takes. None for a CPU."""
+    taken = chosen(device) if device.type == "cuda" else ""
+    return {name: ours("spd", on, **options) for on, name in FORMS.items() if taken and on != taken}
 
 
 def _eager(loop: type[Optimizer]) -> Contender:

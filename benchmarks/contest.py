@@ -62,7 +62,7 @@ class Field:
         self._shapes, self._block = shapes, torch.randn(2**20, generator=generator, device=device) * 0.02
         self.grads = [self._tiled(shape).neg_() for shape in shapes]
         self.fired = self._choose(fire)
-        self._later = False
+        self._later, self._firing = False, True
 
     def _choose(self, fire: float) -> list[bool]:
         chosen, seen, fired = [], 0, 0
@@ -87,6 +87,15 @@ class Field:
             for grad, fires in zip(self.grads, self.fired, strict=True):
                 grad.mul_(-TINY if fires else TINY)
             self._later = True
+
+    def let_fire(self, firing: bool) -> None:
+        """Whether the tensors that are to fire do so in the next steps. Their later gradients lead back, or not."""
+        assert self._later
+        if firing != self._firing:
+            for grad, fires in zip(self.grads, self.fired, strict=True):
+                if fires:
+                    grad.neg_()
+            self._firing = firing
 
 
 class Entrant(Protocol):
@@ -147,7 +156,7 @@ def entered(
     entrants: dict[str, Stepper] = {}
     absent: dict[str, str] = {}
     for name, contender in contenders.items():
-        if why := contender.missing():
+        if why := contender.missing(device):
             absent[name] = why
             continue
         try:

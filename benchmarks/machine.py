@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from robustft_kernels.backends import native
+import robustft_kernels as rft
+from robustft_kernels.backends import native, registry
 
 BUSY = 0.2  # cores that others may use
 ROOT = Path(__file__).parent.parent
+BACKENDS = {"cpu": ("native",), "cuda": ("cuda", "triton", "triton_tickets")}  # those with kernels for a device
 SOURCES = ("robustft_kernels", "triton_kernels", "csrc", "benchmarks", "tests")
 
 
@@ -30,16 +32,32 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def serving(device: torch.device) -> dict[str, str]:
+    """The backends with kernels for a type of device: "" for one that is ready, else why it is not."""
+    ready = rft.backends()
+    return {name: ready[name] for name in BACKENDS[device.type]}
+
+
+def refusal(device: torch.device) -> str:
+    """Why no backend has kernels for the device here, or ""."""
+    found = serving(device)
+    return "; ".join(f"{name}: {why}" for name, why in found.items()) if all(found.values()) else ""
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What must stand beside a number for it to mean anything."""
     facts: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
-        import triton
-
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-        return {**facts, "device": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
+        facts.update(device=torch.cuda.get_device_name(), driver=driver, backend=chosen(device))
+        return {**facts, **versions_of(["triton"])}
     name = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return {**facts, "device": name or platform.machine(), "cores": os.cpu_count(), "isa": native.ISA}
+
+
+def chosen(device: torch.device) -> str:
+    """The backend that "auto" takes there."""
+    return registry.choose_backend("auto", device, {torch.float32}).name
 
 
 def commit() -> str:

@@ -64,7 +64,7 @@ def found(choice: str, device: str, smoke: bool = False) -> dict[str, float | st
 
 def main(choice: str, device: str, *smoke: str) -> None:
     dtype, contender = CHOICES[choice]
-    if why := contender.missing():
+    if why := contender.missing(torch.device(device)):
         raise SystemExit(why)
     _run(contender, _weights(SMOKE, dtype, device))  # what is loaded only once does not count as the optimizer's
     shapes = SMOKE if smoke else MODELS["Swin-T"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .contenders import BASELINE, CHOICES, METHODS, ONE_LAUNCH
+from .contenders import BASELINE, CHOICES, FORMS, METHODS
 from .contest import COPY
 from .results import Results, Row, eager_over_ours
 
@@ -13,7 +13,7 @@ PARTS = ("whole step", "backend", "backend, none fires")
 
 
 def is_ours(contender: str) -> bool:
-    return contender in {*METHODS, *(name for of in CHOICES.values() for name in of), ONE_LAUNCH}
+    return contender in {*METHODS, *(name for of in CHOICES.values() for name in of), *FORMS.values()}
 
 
 def draw_peers(results: Results, file: Path) -> None:

@@ -78,6 +78,23 @@ def test_as_much_fires_as_was_asked_for_round_after_round(fire, dtype, contender
     assert all(abs(share - fire) < 0.03 for share in fired[1:]), fired
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_to_fire_can_be_held_back(dtype):
+    """With what is counted of the bytes: without firing, those of sweep 1 alone."""
+    on = Field([(50, 400)] * 40, dtype, torch.device("cpu"), 0.5)
+    stepper = Stepper(METHODS["AdamSPD"], on)
+    for t, firing in enumerate((True, True, False, False, True, True)):
+        if t:
+            on.let_fire(firing)
+        stepper.prepare()
+        stepper.step()
+        on.turn()
+        expected = 0.5 if firing and t else 0.0
+        assert stepper.fired() == pytest.approx(expected, abs=0.03)
+        assert stepper.moved() == pytest.approx(METHODS["AdamSPD"].moves(on.sizes, dtype, expected), rel=0.02)
+
+
 def test_host_and_wall_are_told_apart():
     times = Times()
     times.add(lambda: sum(range(10**5)), torch.device("cpu"))
@@ -95,7 +112,7 @@ def test_other_processes_are_noticed():
 
 def test_what_is_not_installed_says_so(monkeypatch):
     contender = Contender(lambda params: None, "no_such_package")
-    assert contender.missing() == "no_such_package is not installed"
+    assert contender.missing(torch.device("cpu")) == "no_such_package is not installed"
     monkeypatch.setitem(memory.CHOICES, "it", (torch.float32, contender))
     with pytest.raises(SystemExit, match="no_such_package is not installed"):
         memory.main("it", "cpu")

@@ -189,18 +189,32 @@ def test_end_to_end_on_a_bare_machine(bare, tmp_path):
         ("facts", "smoke", "gpu", "timings"), "ok"
     )
     assert set(found["gpu"]["counts"]) == {"skipped"}
+    absent = rft.backends()["cuda"]
+    assert found["smoke"]["items"].pop("cuda, all methods") == {"outcome": "skipped", "why": absent}
+    assert {of["outcome"] for of in found["smoke"]["items"].values()} == {"ok"}
     (timed,) = found["timings"]["items"].values()
     assert set(timed["contenders"]) == {"torch fused", "AdamSPD", "AdamSPD, one launch", "AdamSPD, eager", "copy"}
     assert all(of["device"] > 0 and of["seconds"] > 0 for of in timed["contenders"].values())
     assert set(timed["sweeps"]) == {"step_sweep", "pull_sweep", "ticket_sweep"}
     assert timed["fired"] > 0
+    assert timed["absent"] == {"AdamSPD, CUDA": absent}
     text = (tmp_path / "out" / "bringup.md").read_text()
     assert "No GPU was at work" in text
     assert "Predictions" not in text
+    assert f"- smoke, cuda, all methods: skipped: {absent}" in text
+    assert f"AdamSPD, CUDA: {absent}" in text
+    assert f"cuda is not ready ({absent}), triton is ready" in text
+    assert "| host time: µs until the call returns | torch fused | AdamSPD |" in text
 
 
-@pytest.mark.parametrize("files", ["tests/test_steps.py tests/test_precision.py tests/test_triton.py tests/test_gpu.py "
-                                   "tests/test_spread.py", "benchmarks.bringup.timings"])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        "tests/test_steps.py tests/test_precision.py tests/test_triton.py tests/test_gpu.py tests/test_gpu_cuda.py "
+        "tests/test_spread.py",
+        "benchmarks.bringup.timings",
+    ],
+)
 def test_nothing_on_the_way_needs_what_is_absent(bare, files):
     """Collects what `make test-gpu` runs, and imports what `bringup` runs."""
     collect = ["-m", "pytest", "--collect-only", "-q", *files.split()]
@@ -294,10 +308,11 @@ def test_the_facts_of_a_gpu(monkeypatch):
 def test_the_largest_lists_leave_out_what_has_no_room():
     n, free = 1_235_814_400, 83e9
     taken, absent = timings.with_room(timings.contenders(torch.float32, {}), n, torch.float32, free)
-    assert list(taken) == ["torch fused", "AdamSPD", "AdamSPD, one launch"]
-    assert absent == {"AdamSPD, eager": "needs 40 GB beside the others"}
+    assert list(taken) == ["torch fused", "AdamSPD", "AdamSPD, CUDA"]
+    needed = {"AdamSPD, one launch": 20, "AdamSPD, eager": 40}
+    assert absent == {name: f"needs {gigabytes} GB beside the others" for name, gigabytes in needed.items()}
     taken, absent = timings.with_room(timings.contenders(torch.bfloat16, {}), n, torch.bfloat16, free)
-    assert "AdamSPD, bf16 moments" in taken
+    assert {"AdamSPD, one launch", "AdamSPD, bf16 moments"} <= set(taken)
     assert not timings.with_room(timings.contenders(torch.float32, {}), 10**6, torch.float32, free)[1]
 
 
@@ -336,6 +351,7 @@ def test_what_runs_on_a_gpu_installs_nothing():
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "-m pytest --device cuda" in told
     assert "tests/test_gpu.py" in told
+    assert "tests/test_gpu_cuda.py" in told
     assert "pip" not in told.split()
 
 

@@ -3,6 +3,7 @@
 python -m benchmarks.bringup.facts cuda
 """
 
+import os
 import shutil
 import sys
 import sysconfig
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 
+import robustft_kernels as rft
 from benchmarks.machine import describe, versions_of
 
 from .items import Log
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "setuptools", "ninja", "pytest-benchmark", "pytest-xdist")
-TOOLS = ("c++", "g++", "cc", "gcc", "ninja", "make", "nvidia-smi", "ptxas", "compute-sanitizer")
+TOOLS = ("c++", "g++", "cc", "gcc", "ninja", "make", "nvidia-smi", "ptxas", "nvcc", "compute-sanitizer")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -25,6 +27,18 @@ def machine(device: str) -> dict[str, Any]:
         facts.update(gpu_facts())
     facts["header of Python"] = Path(sysconfig.get_path("include"), "Python.h").exists()
     return facts
+
+
+def tools() -> dict[str, bool]:
+    """Which are there, on PATH or where setup.py looks for nvcc."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
+    return {name: bool(shutil.which(name, path=places)) for name in TOOLS}
+
+
+def told(backends: dict[str, str]) -> dict[str, str]:
+    """What `backends()` says, in words."""
+    return {name: f"is not ready ({why})" if why else "is ready" for name, why in backends.items()}
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -56,7 +70,8 @@ def main(device: str) -> None:
         {
             "machine": lambda: {"facts": machine(device)},
             "packages": lambda: {"facts": versions_of(PACKAGES)},
-            "tools": lambda: {"facts": {name: bool(shutil.which(name)) for name in TOOLS}},
+            "tools": lambda: {"facts": tools()},
+            "backends, before the build": lambda: {"facts": told(rft.backends())},
         }
     )
 

@@ -8,6 +8,8 @@ from benchmarks.contest import COPY
 from benchmarks.markdown import number, table, told
 
 OURS = "AdamSPD"
+SWEEPS = """Launches of the Triton backend are timed one by one. Of the CUDA backend there are whole steps, alone on the
+device: those in which nothing fires, and those of the table above. What the latter take longer is what firing costs."""
 VIT_L, LORA, SMALL = "ViT-L/16, float32", "LoRA, 256 × 32,768", "2,000 × 256"
 
 
@@ -72,7 +74,7 @@ def page_of(record: dict[str, Any]) -> str:
             _ratios(timings, "ratio", "wall time"),
             _ratios(timings, "device_ratio", "device time"),
         ]
-        parts += [_absent(timings), "## Sweeps", _sweeps(timings)]
+        parts += [_host(timings), _absent(timings), "## Sweeps", SWEEPS, _sweeps(timings)]
     if gpu:
         parts += ["## Predictions", "They were made without a GPU, for an H100.", _predictions(timings)]
     parts += ["## Last lines", *(f"{name}:\n\n```\n{of['tail']}\n```" for name, of in stages.items() if of["tail"])]
@@ -80,7 +82,12 @@ def page_of(record: dict[str, Any]) -> str:
 
 
 def _facts(stages: dict[str, Any]) -> str:
-    items = stages.get("facts", {}).get("items", {})
+    items = {
+        name: of
+        for stage in ("facts", "build")
+        for name, of in stages.get(stage, {}).get("items", {}).items()
+        if stage == "facts" or "facts" in of
+    }
     lines = []
     for name, of in items.items():
         facts = ", ".join(f"{key} {value}" for key, value in of.get("facts", {}).items() if value not in ("", False))
@@ -124,6 +131,15 @@ def _ratios(timings: dict[str, Any], key: str, what: str) -> str:
     return table([f"{what}: median (quartiles)", "parameters", f"{BASELINE}, ms", *over], rows)
 
 
+def _host(timings: dict[str, Any]) -> str:
+    names = _names(timings)
+    rows = [
+        [on, *(f"{1e6 * of['contenders'][name]['host']:.0f}" if name in of["contenders"] else "–" for name in names)]
+        for on, of in timings.items()
+    ]
+    return table(["host time: µs until the call returns", *names], rows)
+
+
 def _absent(timings: dict[str, Any]) -> str:
     return "\n".join(f"- {on}, {name}: {why}" for on, of in timings.items() for name, why in of["absent"].items())
 
@@ -136,7 +152,7 @@ def _sweeps(timings: dict[str, Any]) -> str:
         for kernel, sweep in of["sweeps"].items():
             speed = sweep["bytes"] / sweep["seconds"][1] / 1e9
             peak = number(sweep.get("of peak", float("nan")), "{:.0%}")
-            fired = number(of.get("fired", float("nan")), "{:.0%}")
+            fired = number(sweep.get("fired", float("nan")), "{:.0%}")
             rows.append(
                 [
                     on,

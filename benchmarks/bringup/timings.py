@@ -4,8 +4,9 @@ python -m benchmarks.bringup.timings cuda
 
 All take turns in one process. There are three passes. The first takes wall time from an idle device, and the host's
 part of it. The second takes the device's time alone: a wait is queued ahead, so that all of a step is queued when the
-device begins with it. (The eager loop waits for the device, so its time there is about its wall time.) The third marks
-each of our launches, which are the sweeps.
+device begins with it. (The eager loop waits for the device, so its time there is about its wall time.) The third is
+about sweeps. It marks each launch of the Triton backend. Of the CUDA backend it takes whole steps in which nothing
+fires, to stand beside those of the second pass: what these take longer is what firing costs.
 """
 
 import gc
@@ -20,10 +21,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from robustft_kernels.triton_kernels import launch
 from torch import Tensor
 
-from benchmarks.contenders import BASELINE, EAGER, ONE_LAUNCH, TORCH, Contender, ours
+from benchmarks.contenders import BASELINE, CUDA, EAGER, ONE_LAUNCH, TORCH, Contender, ours
 from benchmarks.contest import COPY, Entrant, Field, Ring, Stepper, copy_of, entered, quartiles, ratios
 from benchmarks.machine import free_memory
 from benchmarks.shapes import MODELS, SMOKE, Shapes, numel
@@ -41,11 +41,14 @@ LISTS: dict[str, tuple[Shapes, torch.dtype, dict[str, Any]]] = {
     "LLaMA-1B, bfloat16": (MODELS["LLaMA-1B"], BF16, {}),
     "LLaMA-1B, float32": (MODELS["LLaMA-1B"], F32, {}),
 }
+# OURS is the Triton backend's, of which the predictions are.
 OURS, MOMENTS, LOOP = "AdamSPD", "AdamSPD, bf16 moments", "AdamSPD, eager"
 STEPS = 11  # of each pass; together they are fewer than after which a bf16 weight stands still, see contest.ROUNDS
 MARGIN = 3 * 2**30  # bytes: the buffers of a copy, and what the eager loop needs beside its state
 CYCLES = 2e9  # a second, at about the highest clock
 SECONDS = 4.0  # of the first pass
+NONE = 0.03  # the share that may fire by rounding where nothing should
+NONE_FIRES, SOME_FIRE = "a step, CUDA, nothing fires", "a step, CUDA"
 
 
 def contenders(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Contender]:
@@ -53,10 +56,17 @@ def contenders(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Contend
     return {
         BASELINE: TORCH[BASELINE],
         OURS: ours("spd", "triton", **options),
+        CUDA: ours("spd", "cuda", **options),
         ONE_LAUNCH: ours("spd", "triton_tickets", **options),
         **like_torch,
         LOOP: EAGER["AdamSPD"],
     }
+
+
+def here(names: dict[str, Contender], device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those whose backend is ready, and why that of the others is not."""
+    absent = {name: why for name, of in names.items() if (why := of.missing(device))}
+    return {name: of for name, of in names.items() if name not in absent}, absent
 
 
 def with_room(
@@ -117,6 +127,8 @@ class Clock:
 @contextmanager
 def marked(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """The launches of our Triton kernels: name, mark before, mark after."""
+    from robustft_kernels.triton_kernels import launch  # which need not be there
+
     marks: list[tuple[str, Any, Any]] = []
     original = launch.Launch.__call__
 
@@ -155,18 +167,33 @@ def sweeps_of(stepper: Stepper, clock: Clock, host: float, steps: int) -> dict[s
     return found
 
 
+def none_fires(stepper: Stepper, on: Field, clock: Clock, host: float, steps: int) -> list[float]:
+    """The seconds of each round in which the device was at work on a step in which nothing fires."""
+    on.let_fire(False)
+    try:
+        seconds = on_device({"": stepper}, clock, {"": host}, steps)[""]
+        if (fired := stepper.fired()) > NONE:
+            raise RuntimeError(f"{fired:.0%} fired in steps in which nothing should")
+        return seconds
+    finally:
+        on.let_fire(True)
+
+
 def sweeps_told(
     seconds: dict[str, list[float]], contender: Contender, on: Field, fired: float, of_peak: float
 ) -> dict[str, dict[str, Any]]:
-    """What is kept of sweeps 1 and 2: quartiles of seconds, bytes, and the share of the peak bandwidth."""
+    """What is kept of sweeps, or of whole steps of the CUDA backend: quartiles of seconds, bytes, the share of the peak
+    bandwidth, and how much fired."""
     assert contender.moves is not None
     first = contender.moves(on.sizes, on.dtype, 0.0)
     whole = contender.moves(on.sizes, on.dtype, fired)
     moved = {"step_sweep": first, "pull_sweep": whole - first, "ticket_sweep": whole}
+    moved.update({NONE_FIRES: first, SOME_FIRE: whole})
     return {
         name: {
             "seconds": quartiles(of),
             "bytes": moved[name],
+            "fired": 0.0 if name == NONE_FIRES else fired,
             **({"of peak": round(moved[name] / median(of) / of_peak, 4)} if of_peak else {}),
         }
         for name, of in seconds.items()
@@ -180,7 +207,9 @@ def measure(shapes: Shapes, dtype: torch.dtype, options: dict[str, Any], device:
     small = device.type == "cpu"
     steps = 2 if small else STEPS
     shapes, n = (SMOKE, numel(SMOKE)) if small else (shapes, numel(shapes))
-    taken, absent = with_room(contenders(dtype, options), n, dtype, free_memory(device))
+    all_of, absent = here(contenders(dtype, options), device)
+    taken, too_large = with_room(all_of, n, dtype, free_memory(device))
+    absent.update(too_large)
     on, entrants, failed = entered(taken, shapes, dtype, device)
     info = Pedantic()
     ring = Ring(info, device, SECONDS, small, patience=0, at_most=steps)
@@ -194,12 +223,16 @@ def measure(shapes: Shapes, dtype: torch.dtype, options: dict[str, Any], device:
         over = quartiles(ratios(seconds, alone[BASELINE]))
         told["contenders"][name].update(device=median(seconds), device_ratio=[round(q, 4) for q in over])
     told["sweeps"], of_peak = {}, 0.0 if small else peak()
-    for name in (OURS, ONE_LAUNCH):
+    for name in (OURS, CUDA, ONE_LAUNCH):
         if name in entrants:
             try:
-                seconds_of = sweeps_of(entrants[name], clock, host[name], steps)
-                told["fired"] = round(entrants[name].fired(), 4)
-                told["sweeps"].update(sweeps_told(seconds_of, taken[name], on, told["fired"], of_peak))
+                fired = told["fired"] = round(entrants[name].fired(), 4)
+                if name == CUDA:
+                    seconds_of = {NONE_FIRES: none_fires(entrants[name], on, clock, host[name], steps)}
+                    seconds_of[SOME_FIRE] = alone[name]
+                else:
+                    seconds_of = sweeps_of(entrants[name], clock, host[name], steps)
+                told["sweeps"].update(sweeps_told(seconds_of, taken[name], on, fired, of_peak))
             except Exception as error:  # the rest is worth keeping
                 failed[f"sweeps of {name}"] = f"{type(error).__name__}: {error}"
     if failed:
