@@ -70,6 +70,48 @@ def test_api_has_every_public_name():
     assert set(rft.__all__) - {"METHODS"} <= set(shown)
 
 
+def rows(markdown):
+    """The rows of all tables, each by the headings of its columns."""
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.M):
+        head, _, *body = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines())
+        yield from (dict(zip(head, cells, strict=False)) for cells in body)
+
+
+def measured(page, section, rate):
+    """OOD over AdamW by method, in the tables of a page's section."""
+    text = next(part for part in re.split(r"^#+ ", (DOCS / page).read_text(), flags=re.M) if part.startswith(section))
+    return {row["method"]: float(row["OOD over AdamW"].split()[0]) for row in rows(text) if row.get("lr") == rate
+            and re.match(r"[-+\d]", row["OOD over AdamW"])}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_shown_numbers_are_those_of_the_experiments(page):
+    found = {
+        "digits": measured("digits.md", "Digits", "0.003"),
+        "emoji": measured("emoji.md", "At each", "0.001"),
+        "sentiment": measured("sentiment.md", "At the larger", "0.0008"),
+    }
+    called = {
+        "AdamFTP": "FTP", "TPGM": "TPGM, each step", "AdamPGM": "PGM", "AdamL2SP": "L2-SP", "AdamSPD": "SPD",
+        "FTP": "FTP", "PGM": "PGM", "L2-SP": "L2-SP", "SPD": "SPD", "wise_sweep": "WiSE-FT", "WiSE-FT": "WiSE-FT",
+    }  # fmt: skip
+    compared = 0
+    for row in rows((ROOT / page).read_text()):
+        name = re.sub(r"[`*]", "", row.get("take", row.get("", ""))).split(",")[0]
+        for column, shown in row.items():
+            experiment = column.split(",")[0]
+            if name not in called or experiment not in found or not shown.startswith(("+", "-")):
+                continue
+            of = {
+                key: value
+                for key, value in found[experiment].items()
+                if re.sub("^Adam", "", key).startswith(called[name])
+            }
+            assert {float(number) for number in re.findall(r"[-+][\d.]+", shown)} <= set(of.values()), (row, of)
+            compared += 1
+    assert compared == 17
+
+
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs: make docs")
 def test_site_builds_without_a_warning(tmp_path):
