@@ -92,7 +92,7 @@ codegen: install
 # The pages as a site, in results/site. A link that leads nowhere is an error.
 docs: install
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
-	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # These three install nothing, so they run on a machine without network: with .venv if it is there, else with $(PYTHON).
 # They build the extension in place if it is not there, and the CUDA backend's kernels if there is nvcc. A machine
