@@ -122,4 +122,5 @@ bench-gpu:
 		$(HERE) -m benchmarks.bringup --only smoke timings --out results/bench-gpu; fi
 
 clean:
-	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so
+	rm -rf .venv build dist results .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info robustft_kernels/*.so \
+		robustft_kernels/_sweeps.fatbin robustft_kernels/_built.json

@@ -31,7 +31,7 @@ def _empty(monkeypatch):
     monkeypatch.setattr(projection.Ball.__init__, "__defaults__", (projection.SWEEPS,))
 
 
-@pytest.fixture(params=[name for name in ("native", "triton") if not rft.backends()[name]])
+@pytest.fixture(params=[name for name in ("native", "cuda", "triton") if not rft.backends()[name]])
 def prepared(request, device, monkeypatch):
     """One backend serves. Returns how many tensors each sweep was prepared for."""
     if objection := registry.objection_to(request.param, device, {torch.float32}):
