@@ -8,6 +8,7 @@ from .finetune.param_groups import bitfit, keep_requires_grad, layerwise_decay, 
 from .finetune.projection import deviation, interpolate_, project, project_
 from .finetune.tpgm import TPGM
 from .finetune.wise import wise_ft, wise_ft_, wise_sweep
+from .optim.for_model import for_model
 from .optim.in_backward import StepInBackward
 from .optim.named import SGDFTP, SGDL2SP, SGDPGM, SGDSPD, AdamFTP, AdamL2SP, AdamPGM, AdamSPD
 from .optim.optimizers import AnchoredAdamW, AnchoredSGD
@@ -20,7 +21,7 @@ _built.warn_if_unusable()
 __version__ = "0.3.0"
 __all__ = [
     "METHODS", "SGDFTP", "SGDL2SP", "SGDPGM", "SGDSPD", "TPGM", "AdamFTP", "AdamL2SP", "AdamPGM", "AdamSPD",
-    "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "deviation", "interpolate_",
+    "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "deviation", "for_model", "interpolate_",
     "keep_requires_grad", "layerwise_decay", "linear_probe", "partial_fusion", "project", "project_", "wise_ft",
     "wise_ft_", "wise_sweep",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: the optimizer is given as an object, or as a class that Trainer makes an object of.
+"""Hugging Face Trainer: the optimizer is given as an object, or Trainer makes it.
 
 python -m examples.clients.hf_trainer
 """
@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import robustft_kernels as rft
 
-from . import Outcome, groups, snapshot
+from . import Outcome, snapshot
 
 STEPS = 30
 
@@ -23,14 +23,14 @@ def main(
     method: str = "spd",
     strength: float = 1.0,
     *,
-    as_class: bool = False,
+    by_trainer: bool = False,
     seed: int = 0,
     resume: str | Path | None = None,
     save_anchors: bool = True,
 ) -> Outcome:
     """Fine-tunes a small BERT, random in place of pre-trained, with clipping, accumulation and checkpoints in `folder`.
 
-    as_class: Trainer makes the optimizer; else it is made here, with names and a free head.
+    by_trainer: whether Trainer makes the optimizer; else it is made here.
     resume: a checkpoint to go on from.
     """
     torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def main(
     data = [{"input_ids": row, "labels": (row < 8).any().long()} for row in tokens]
 
     options: dict[str, Any] = {"lr": 3e-3, "method": method, "strength": strength, "save_anchors": save_anchors}
-    optimizer = None if as_class else rft.AdamSPD(groups(model, "classifier"), **options)
+    make = rft.for_model("AdamSPD", head="classifier", **options)  # with names, and the head free
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -52,20 +52,20 @@ def main(
             logging_strategy="no", disable_tqdm=True,
         ),
         train_dataset=data,
-        # A scheduler of None is made by Trainer. A class gets Trainer's groups (with and without weight decay), not its
-        # learning rate; "params" among the keywords would take the place of these groups.
-        optimizers=(optimizer, None),
-        optimizer_cls_and_kwargs=(rft.AdamSPD, options) if as_class else None,
+        # A scheduler of None is made by Trainer, and leads the learning rate. Of the keywords, Trainer takes the model
+        # and gives it to what makes the optimizer.
+        optimizers=(None if by_trainer else make(model), None),
+        optimizer_cls_and_kwargs=(make, {"model": model}) if by_trainer else None,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate(data)["eval_loss"]
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     after = trainer.evaluate(data)["eval_loss"]
     query = "bert.encoder.layer.0.attention.self.query.weight"
-    return Outcome(before, after, start, model, trainer.optimizer, "0" if as_class else query)
+    return Outcome(before, after, start, model, trainer.optimizer, query)
 
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         print(main(folder))
-        print("\nas a class:", main(folder, as_class=True), sep="\n")
+        print("\nmade by Trainer:", main(folder, by_trainer=True), sep="\n")

@@ -107,16 +107,35 @@ def _asked(dtype: torch.dtype | str | None, param: Tensor) -> torch.dtype:
 
 def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor]:
     """The entries of a mapping for these names. What wrappers put into names does not count. Other entries are passed
-    over, since a state dict has buffers and second names of tied weights."""
+    over, since a state dict has buffers and second names of tied weights. Names that are missing may all differ by one
+    prefix: a base model's checkpoint lacks the "bert." that a model with a head puts before its names."""
     if names is None:
         raise ValueError("an anchor mapping needs named parameters: pass model.named_parameters() as params")
     bare = {bare_name(name): tensor for name, tensor in spec.items()}
-    if missing := [name for name in names if bare_name(name) not in bare]:
+    missing = [name for name in names if bare_name(name) not in bare]
+    found = _under_one_prefix(list(map(bare_name, missing)), bare)
+    if missing and found is None:
         raise ValueError(
             f"the anchor mapping lacks {_some(missing)}; add what is missing, or give a fresh head a group of its own "
             "with method='none'"
         )
+    bare.update(found or {})
     return [bare[bare_name(name)] for name in names]
+
+
+def _under_one_prefix(names: list[str], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The entries for these names with one prefix taken away from each, or put before it. None if no prefix does, or
+    several do."""
+    if not names:
+        return {}
+    first = names[0]
+    ends = [at + 1 for at, letter in enumerate(first) if letter == "."]
+    fewer = [first[:end] for end in ends if first[end:] in given]
+    more = {key.removesuffix(first) for key in given if key.endswith(f".{first}")}
+    ways = [{name: name.removeprefix(prefix) for name in names if name.startswith(prefix)} for prefix in fewer]
+    ways += [{name: prefix + name for name in names} for prefix in more]
+    whole = [way for way in ways if len(way) == len(names) and all(key in given for key in way.values())]
+    return {name: given[key] for name, key in whole[0].items()} if len(whole) == 1 else None
 
 
 def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Anchor]:

@@ -177,6 +177,15 @@ def keep_requires_grad(model: nn.Module) -> Iterator[None]:
             param.requires_grad_(flag)
 
 
+def trained_parts(model: nn.Module, head: Part | None) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """The named parameters that require a gradient, in two lists: those outside of the head, and those in it. The head
+    is as `linear_probe` takes it, or None. A parameter that both share belongs to the head."""
+    resharded(model.parameters())
+    ours = set() if head is None else _find(model, head, "head")
+    named: list[tuple[str, Tensor]] = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return [(name, param) for name, param in named if id(param) not in ours], _named(named, ours)
+
+
 def _split(model: nn.Module, head: Part) -> tuple[list[tuple[str, Tensor]], set[int]]:
     """All named parameters, and the identities of those in the head."""
     resharded(model.parameters())

@@ -61,8 +61,9 @@ class AnchoredAdamW(AnchoredOptimizer):
             below half a unit in the last place are not lost. Other dtypes are rounded to nearest.
         seed: 0 ≤ seed < 2³¹, of that rounding, which is a function of seed, parameter, step and place. So a run repeats
             itself, and replicas agree. The seed is saved with the group.
-        capturable: permit the capture of `step` in a CUDA graph. That takes the Triton backend, and one step before the
-            capture. What changes between replays (lr, strength ...) must be a tensor on the device. Numbers are frozen.
+        capturable: permit the capture of `step` in a CUDA graph. That takes the CUDA or the Triton backend, and one
+            step before the capture. What changes between replays (lr, strength ...) must be a tensor on the device.
+            Numbers are frozen.
         max_grad_norm: scale all gradients together down to this 2-norm, as torch.nn.utils.clip_grad_norm_ does, but
             inside the step. The gradients are read once more and stay as they are. Nothing waits for the device.
             `optimizer.grad_norm` is then the norm that they had, a tensor.

@@ -71,7 +71,7 @@ def test_it_trains_and_spd_holds_it_nearer(client, name):
     ("name", "options", "checkpoint"),
     [
         ("hf_trainer", {}, "checkpoint-15"),
-        ("hf_trainer", {"as_class": True}, "checkpoint-15"),
+        ("hf_trainer", {"by_trainer": True}, "checkpoint-15"),
         ("accelerate_loop", {}, "epoch-5"),
         ("accelerate_loop", {"precision": "bf16"}, "epoch-5"),
         ("lightning_module", {}, "epoch=5.ckpt"),
@@ -95,14 +95,15 @@ def test_trainer_without_anchors_in_the_checkpoint(client, tmp_path):
     """An optimizer that is given keeps its anchors; one that Trainer makes on resuming has those of the checkpoint's
     weights, which are not the pre-trained ones."""
     main = client("hf_trainer")
-    for as_class in (False, True):
-        whole = main(as_class=as_class, save_anchors=False)
-        resumed = main(as_class=as_class, save_anchors=False, resume=tmp_path / "checkpoint-15")
-        assert (state_of(resumed) == state_of(whole)) == (not as_class)
+    for by_trainer in (False, True):
+        whole = main(by_trainer=by_trainer, save_anchors=False)
+        resumed = main(by_trainer=by_trainer, save_anchors=False, resume=tmp_path / "checkpoint-15")
+        assert (state_of(resumed) == state_of(whole)) == (not by_trainer)
 
 
-def test_trainer_leads_the_learning_rate_and_keeps_names(client):
-    outcome = client("hf_trainer")()
+@pytest.mark.parametrize("by_trainer", [False, True])
+def test_trainer_leads_the_learning_rate_and_keeps_names(client, by_trainer):
+    outcome = client("hf_trainer")(by_trainer=by_trainer)
     assert {group["lr"] for group in outcome.optimizer.param_groups} == {0.0}  # a linear schedule, at its end
     told = outcome.optimizer.optimizer.telemetry()
     assert set(told) == {name for name, _ in outcome.model.named_parameters()}
