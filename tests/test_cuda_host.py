@@ -141,9 +141,10 @@ def test_what_a_graph_has_captured_keeps_its_buffer(driver):
     with pytest.raises(RuntimeError, match=r"have captured 8 sends .* make a step outside between captures"):
         optimizer.step()
     driver.capturing = False
-    optimizer.step()
+    for copies in (9, 10):
+        optimizer.step()
+        assert len(driver.copies) == copies, "a replay may have overwritten what was sent"
     assert before < set(driver.pinned), "spares are replaced"
-    assert len(driver.copies) == 9, "a replay may have overwritten what was sent"
     driver.capturing = True
     optimizer.step()
 
