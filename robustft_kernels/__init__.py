@@ -22,6 +22,6 @@ __version__ = "0.3.0"
 __all__ = [
     "METHODS", "SGDFTP", "SGDL2SP", "SGDPGM", "SGDSPD", "TPGM", "AdamFTP", "AdamL2SP", "AdamPGM", "AdamSPD",
     "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "deviation", "for_model",
-    "interpolate_", "keep_requires_grad", "layerwise_decay", "linear_probe", "partial_fusion", "project", "project_", "wise_ft",
-    "wise_ft_", "wise_sweep",
+    "interpolate_", "keep_requires_grad", "layerwise_decay", "linear_probe", "partial_fusion", "project",
+    "project_", "wise_ft", "wise_ft_", "wise_sweep",
 ]  # fmt: skip

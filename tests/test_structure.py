@@ -21,6 +21,7 @@ PACKAGE = ROOT / "robustft_kernels"
 STACK = {
     "": ("__init__",),
     "optim": (
+        "for_model",
         "named",
         "optimizers",
         "wrapper",
