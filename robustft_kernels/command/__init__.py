@@ -1,0 +1,1 @@
+"""The command `robustft`: checkpoints compared, interpolated and projected, and what this machine can do."""

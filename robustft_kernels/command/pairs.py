@@ -1,0 +1,94 @@
+"""Which tensor of BASE is the θ₀ of which tensor of TUNED, and whether the two fit."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..core.names import bare_name
+from .source import Source, some
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of two checkpoints.
+
+    base_of: for the name of an entry of TUNED that has a θ₀, the name of that in BASE. All are floats.
+    integers, excluded: the entries of TUNED that have none, by why.
+    """
+
+    base_of: dict[str, str]
+    integers: list[str]
+    excluded: list[str]
+
+
+def pair(base: Source, tuned: Source, exclude: Iterable[str] = ()) -> Pairs:
+    """Pairs the tensors of two checkpoints by name. What wrappers put into names does not count.
+
+    exclude: names, prefixes of whole components, or patterns with * of what stays as it is in TUNED, such as a fresh
+        head. It may also name what only BASE has, such as the old head.
+
+    Raises ValueError, listing what differs: tensors that one side lacks, other shapes, floats against integers, numbers
+    that have no arithmetic here, and exclude matching nothing.
+    """
+    ours, theirs = _keys(tuned, "TUNED"), _keys(base, "BASE")
+    left = _excluded(exclude, {**theirs, **ours})
+    names: dict[str, list[str]] = {}
+    for bare, key in ours.items():
+        names.setdefault(key, []).append(bare)
+    pairs = Pairs({}, [], [])
+    lacking, unfit = [], []
+    for key, entry in tuned.entries.items():
+        candidates = {theirs[bare]: None for bare in names[key] if bare in theirs}
+        if not left.isdisjoint(names[key]):
+            pairs.excluded.append(key)
+            continue
+        if not candidates:
+            lacking.append(key)
+            continue
+        if len(candidates) > 1:
+            unfit.append(f"TUNED ties {some(names[key])}, which BASE has apart")
+            continue
+        (found,) = candidates
+        other = base.entries[found]
+        if (entry.shape, entry.kind) != (other.shape, other.kind):
+            unfit.append(f"{key!r} is {entry} in TUNED, {other} in BASE")
+        elif entry.kind == "other":
+            unfit.append(f"{key!r} is {entry.dtype}, which is not computed with; convert both to BF16 first")
+        elif entry.kind == "integer":
+            pairs.integers.append(key)
+        else:
+            pairs.base_of[key] = found
+    used = {theirs[bare] for bare in ours if bare in theirs}
+    surplus = [key for bare, key in theirs.items() if key not in used and bare not in left]
+    objections = [f"BASE lacks {some(lacking)}"] if lacking else []
+    objections += [f"TUNED lacks {some(dict.fromkeys(surplus))}"] if surplus else []
+    objections += unfit[:10] + [f"{len(unfit) - 10} more do not fit"] * (len(unfit) > 10)
+    if objections:
+        raise ValueError(f"{'; '.join(objections)}. --exclude NAME leaves a tensor as it is in TUNED, as a fresh head")
+    if not pairs.base_of:
+        raise ValueError("there is no tensor of floats that both have")
+    return pairs
+
+
+def _keys(source: Source, label: str) -> dict[str, str]:
+    """The name of the entry for each name of a tensor, without what wrappers add. Raises ValueError if two entries then
+    have one name."""
+    keys: dict[str, str] = {}
+    for name, key in {**{name: name for name in source.entries}, **source.ties}.items():
+        if keys.setdefault(bare_name(name), key) != key:
+            raise ValueError(
+                f"{label} has {name!r} and {keys[bare_name(name)]!r}, which a wrapper's prefix alone tells"
+            )
+    return keys
+
+
+def _excluded(exclude: Iterable[str], keys: Mapping[str, str]) -> set[str]:
+    """The names that are excluded. Raises ValueError if a pattern matches none."""
+    excluded: set[str] = set()
+    for given in exclude:
+        pattern = bare_name(given)
+        found = {name for name in keys if f"{name}.".startswith(f"{pattern}.") or fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"--exclude {given!r} matches no tensor of TUNED or BASE")
+        excluded |= found
+    return excluded
