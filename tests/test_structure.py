@@ -19,7 +19,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
 # Folders, and the modules in each: from what users import down to what imports nothing of ours.
 STACK = {
-    "": ("__init__",),
+    "": ("__main__", "__init__"),
+    "command": (
+        "entry",
+        "cli",
+        "doctor",
+        "picture",
+        "report",
+        "output",
+        "blends",
+        "spans",
+        "pairs",
+        "opening",
+        "shards",
+        "torch_file",
+        "source",
+    ),
     "optim": (
         "for_model",
         "named",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.ranges import FROM_0_TO_1, check_number
-from ..finetune.projection import NO_BOUND, Ball, check_norm
+from ..finetune.projection import NO_BOUND, Ball, check_norm, interpolate_
 from ..finetune.wise import wise_ft
 from .pairs import Pairs
 from .source import Source
@@ -42,7 +42,10 @@ class Blend:
 
 
 class Wise(Blend):
-    """θ₀ + α·(θ − θ₀), as `wise_ft` computes it: the bits are those that it gives for the whole state dicts.
+    """θ₀ + α·(θ − θ₀), as `interpolate_` computes it. α = 1 keeps all bytes.
+
+    `interpolate_` makes ∞ − ∞ no number, and `wise_ft` leaves what is equal on both sides as it is. So a span with what
+    is not finite goes to `wise_ft`, which takes up to a hundred times as long.
 
     Raises ValueError for an α outside [0, 1].
     """
@@ -57,7 +60,11 @@ class Wise(Blend):
 
     def _blended(self, name: str) -> Iterator[Tensor]:
         for _, theta, theta_0 in self.both(name):
-            yield wise_ft({name: theta_0}, {name: theta}, self.alpha, buffers="interpolate")[name]
+            if theta.sum().isfinite():
+                interpolate_([theta], [theta_0], self.alpha)
+                yield theta
+            else:
+                yield wise_ft({name: theta_0}, {name: theta}, self.alpha, buffers="interpolate")[name]
 
 
 class Projection(Blend):

@@ -1,12 +1,13 @@
 """The commands and their options."""
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from . import doctor as machine
@@ -150,7 +151,19 @@ def doctor() -> None:
         click.echo(line)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One core keeps up with the disk. Threads that wait for each other after each span are slow where others run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _opened(stack: ExitStack, base: Path, tuned: Path, exclude: tuple[str, ...]) -> tuple[Source, Source, Pairs]:
+    stack.enter_context(_one_thread())
     theirs, ours = stack.enter_context(opened(base)), stack.enter_context(opened(tuned))
     return theirs, ours, pair(theirs, ours, exclude)
 

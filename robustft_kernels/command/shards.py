@@ -110,8 +110,8 @@ class SafetensorsSource(Source):
 
     def write(self, folder: Path, values: Values, progress: Callable[[int], object]) -> None:
         for shard in self._shards:
-            with (folder / shard.path.name).open("xb") as file:
-                file.write(shard.head)
+            with (folder / shard.path.name).open("xb", buffering=0) as file:
+                _write(file, memoryview(shard.head))
                 for name in shard.begins:
                     new = values(name)
                     for piece in self._as_it_is(name) if new is None else new:
@@ -127,3 +127,9 @@ class SafetensorsSource(Source):
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _write(file: io.FileIO, data: memoryview) -> None:
+    """Writes all of it. A file without a buffer may take a part."""
+    while data:
+        data = data[file.write(data) :]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..finetune.projection import deviation
 
-SPAN = 2**22  # elements that are in memory at once of each checkpoint
+SPAN = 2**20  # elements of each checkpoint that are in memory at once, and in the cache from the read to the write
 
 
 @dataclass(frozen=True)
