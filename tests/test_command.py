@@ -89,7 +89,7 @@ def command(*arguments):
 def refused(capsys, code, *arguments):
     """The one line of an error."""
     assert command(*arguments) == code
-    err = capsys.readouterr().err
+    err = capsys.readouterr().err.lstrip("\n")  # click ends the line of ^C
     assert err.startswith("robustft: ")
     assert err.count("\n") == 1
     return err
