@@ -368,3 +368,5 @@ def test_advice_names_what_is_missing(monkeypatch):
     assert any("it was not built" in line for line in doctor.advice(ready))
     monkeypatch.setattr(doctor, "_cores", lambda: torch.get_num_threads() + 1)
     assert any("OMP_NUM_THREADS" in line for line in doctor.advice({**ready, "native": ""}))
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e9, 0.0, 0.0))
+    assert any("load" in line for line in doctor.advice({**ready, "native": ""}))

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("click")
 safetensors = pytest.importorskip("safetensors.torch")
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 
 
 def make_pair(folder, nbytes, files):

@@ -61,6 +61,8 @@ def advice(ready: dict[str, str]) -> list[str]:
         lines.append("there is an NVIDIA driver, and torch sees no GPU: install a torch that is built for CUDA")
     if torch.get_num_threads() < _cores():
         lines.append(f"torch uses {torch.get_num_threads()} of {_cores()} cores: see OMP_NUM_THREADS")
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > _cores():
+        lines.append(f"other programs want the cores (load {load:.1f} on {_cores()}), so these times say little")
     if _instructions() == "DEFAULT":
         lines.append("this CPU has no AVX2, and steps are several times slower without")
     return lines or ["nothing that is known: the fastest backend of each device is ready"]
