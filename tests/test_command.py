@@ -289,6 +289,22 @@ def test_a_file_that_is_cut_short(base, tuned, out, capsys):
     assert "cut short" in refused(capsys, 1, "wise", base, tuned, "--out", out)
 
 
+def test_what_has_no_arithmetic(tmp_path, out, capsys):
+    for name in ("a", "b"):
+        state = {"x": torch.ones(3), "codes": torch.ones(4).to(torch.float8_e4m3fn)}
+        safetensors.save_file(state, tmp_path / f"{name}.safetensors")
+    line = ["wise", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", out]
+    assert "'codes' is F8_E4M3" in refused(capsys, 1, *line)
+    assert command(*line, "--exclude", "codes") == 0
+
+
+def test_a_full_disk(base, tuned, out, capsys, monkeypatch):
+    free = shutil.disk_usage(base)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert "are free" in refused(capsys, 1, "wise", base, tuned, "--out", out)
+    assert not out.exists()
+
+
 def test_force(base, tuned, out, capsys):
     assert command("wise", base, tuned, "--out", out, "--alpha", 0) == 0
     capsys.readouterr()

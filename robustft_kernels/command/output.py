@@ -72,7 +72,7 @@ def copy_beside(tuned: Source, folder: Path) -> list[str]:
     found = [
         path
         for path in sorted(tuned.path.iterdir())
-        if path.is_file() and path not in tuned.files and path.suffix in _COPIED and not path.name.endswith(_NOT_COPIED)
+        if path.is_file() and path.suffix in _COPIED and not path.name.endswith(_NOT_COPIED)
     ]
     for path in found:
         shutil.copyfile(path, folder / path.name)
