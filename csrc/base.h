@@ -30,6 +30,12 @@ struct NoStepHyper {
 };
 #undef ROBUSTFT_FIELD
 
+// What turns a gradient, multiplied by `scale`, into that of what the step minimizes.
+template <class Hyper>
+ROBUSTFT_ANYWHERE double sign_of(const Hyper& h, double scale) {
+  return (h.maximize ? -1 : 1) / scale;
+}
+
 // beta^t by squaring, as on a GPU, so that both have the same bits.
 ROBUSTFT_ANYWHERE inline double power(double beta, double t) {
   double result = 1;

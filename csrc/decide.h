@@ -125,6 +125,17 @@ struct Rule {
   ROBUSTFT_ANYWHERE Penalty penalty(double strength) const { return {linear ? strength : 0, sign ? strength : 0, -1}; }
 };
 
+// What a survey measures. For the slope it is the delta with the gradient. For the largest row it is d.
+ROBUSTFT_ANYWHERE inline Param surveyed(Survey survey, const Param& of) {
+  Param seen;
+  seen.rows = of.rows, seen.sign = of.sign;
+  if (survey == Survey::slope)
+    seen.param = of.delta, seen.grad = of.grad;
+  else
+    seen.param = of.param, seen.working = of.working, seen.anchor = of.anchor;
+  return seen;
+}
+
 // Writes what was found of a segment. graded: whether there was a gradient.
 ROBUSTFT_ANYWHERE inline void record(double* results, double* alphas, int64_t segment, Measures m, double alpha,
                                      bool graded) {

@@ -66,7 +66,7 @@ CSRC = [
     Mutant("MARS-SP takes the smallest row", "csrc/cpu/schedule.cpp",
            "if (found[i].before > most)", "if (found[i].before < most)",
            STEPS, "native and mars_sp"),
-    Mutant("a step to maximize minimizes", "csrc/cpu/step.h",
+    Mutant("a step to maximize minimizes", "csrc/base.h",
            "(h.maximize ? -1 : 1) / scale", "1 / scale", STEPS, ORACLE),
     Mutant("a step is made although a gradient is infinite", "csrc/cpu/step.h",
            "if (found_inf && found_inf->item<double>() != 0) return;\n", "",

@@ -237,7 +237,7 @@ def test_kernels_of_other_sources_are_refused(driver):
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "KERNELS", tmp_path / "none")
-    assert "put nvcc on PATH and reinstall" in rft.backends()["cuda"]
+    assert "put nvcc on PATH, and then: pip install" in rft.backends()["cuda"]
     (tmp_path / "none").touch()
     assert torch.cuda.is_available() or rft.backends()["cuda"] == "torch sees no GPU"
     monkeypatch.setattr(torch.version, "hip", "6.4")

@@ -140,12 +140,13 @@ def test_auto_says_once_that_it_is_slow(monkeypatch):
 
 
 def test_a_backend_asked_for_by_name_serves_or_raises():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
-        registry.check_backend("cuda")
-    if rft.backends()["triton"]:
-        with pytest.raises(RuntimeError, match="backend='triton' is not available"):
-            registry.check_backend("triton")
-    else:
+    with pytest.raises(ValueError, match="unknown backend 'numpy': choose one of 'auto', 'cuda', 'triton'"):
+        registry.check_backend("numpy")
+    for name in ("cuda", "triton"):
+        if registry.BACKENDS[name].missing():
+            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available"):
+                registry.check_backend(name)
+    if not rft.backends()["triton"]:
         with pytest.raises(RuntimeError, match="it serves CPU tensors, not meta"):
             registry.choose_backend("triton", torch.device("meta"), {torch.float32})
     if not rft.backends()["native"]:

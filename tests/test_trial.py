@@ -31,7 +31,8 @@ def assert_falls_back(found, reason):
     assert reason in found["backends"]
     assert found["auto"] == "reference"
     (warning,) = found["warnings"]
-    assert "the slow reference backend serves the cuda parameters (triton: " in warning
+    assert "the slow reference backend serves the cuda parameters (cuda: " in warning
+    assert "; triton: " in warning
     assert reason in warning
     assert reason in found["named"]
 

@@ -65,15 +65,9 @@ void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
   }
 }
 
-// Sweep 0. For the slope it measures the delta with the gradient. For the largest row it measures d.
+// Sweep 0.
 void survey(const Job& job, const Piece& piece, Measures* found) {
-  Param seen;
-  seen.rows = job.param.rows;
-  seen.sign = job.param.sign;
-  if (job.rule->survey == Survey::slope)
-    seen.param = job.param.delta, seen.grad = job.param.grad;
-  else
-    seen.param = job.param.param, seen.working = job.param.working, seen.anchor = job.param.anchor;
+  const Param seen = surveyed(job.rule->survey, job.param);
   sweeps().no_step(seen, {}, 0, {}, piece, Measuring::magnitudes, found);
 }
 

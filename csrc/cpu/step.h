@@ -94,7 +94,7 @@ class NativeStep {
     job.results = table_.results.data_ptr<double>() + kResults * held.first;
     job.alphas = table_.alphas.data_ptr<double>() + held.first;
     job.learned = held.learned.defined() ? held.learned.template data_ptr<double>() : nullptr;
-    job.param.sign = (h.maximize ? -1 : 1) / scale;
+    job.param.sign = sign_of(h, scale);
     job.param.penalty = job.rule->penalty(h.strength);
     table_.bind(i, job.param);
   }

@@ -68,7 +68,7 @@ __device__ __noinline__ void work_out(const Args& args, int32_t owner, Setup<Bas
   const Entry& e = args.entries[owner];
   const double scale = args.grad_scale ? *args.grad_scale : 1;
   s.t = e.step ? *e.step + Base::kMoves : 0;
-  s.base = Base(s.hyper, s.t, (s.hyper.maximize ? -1 : 1) / scale);
+  s.base = Base(s.hyper, s.t, sign_of(s.hyper, scale));
   s.terms = terms_of(s.hyper);
   if (e.rule.learning != Learning::none) s.terms.radius = e.learned[0];
   s.piece = Pieces(e.param.rows)[blockIdx.x - e.program];

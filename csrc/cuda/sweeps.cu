@@ -55,8 +55,7 @@ __device__ void pull(const Args& args) {
   pull_piece<K>(s, e.rule.by_rows, alphas);
 }
 
-// Sweep 0: what a step must know of all rows. For the slope it measures the last delta with the gradient. For the
-// largest row it measures d.
+// Sweep 0: what a step must know of all rows.
 template <template <class> class BaseOf, class Hyper, class K>
 __device__ void survey(const Args& args) {
   __shared__ Shared<Room> of_room;
@@ -71,12 +70,7 @@ __device__ void survey(const Args& args) {
   const int64_t program = blockIdx.x - e.program;
   set_up(args, owner, s);
   const bool slope = e.rule.survey == Survey::slope;
-  Param seen;
-  seen.rows = e.param.rows;
-  if (slope)
-    seen.param = e.param.delta, seen.grad = {args.grads[owner], e.param.grad.dtype};
-  else
-    seen.param = e.param.param, seen.working = e.param.working, seen.anchor = e.param.anchor;
+  const Param seen = surveyed(e.rule.survey, s.param);
   const Pieces pieces(e.param.rows);
   observe<K, Measuring::magnitudes>(seen, s.piece, s.base.sign, slope,
                                     args.found + e.found + pieces.first_found(program), room);

@@ -10,6 +10,23 @@ from ..core.contract import Run, StepTable
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
+def tried(device: torch.device | None, try_on: Callable[[int], str]) -> str:
+    """What `try_on` says of a GPU, by its index. "" for other devices, and while torch.compile traces. It starts CUDA.
+    None is the current GPU."""
+    if torch.compiler.is_compiling() or (device is not None and device.type != "cuda"):
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # as in a forked process
+        return f"CUDA does not start ({first_line(error)})"
+    return try_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+def first_line(error: BaseException) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to execute a step.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.contract import Run, StepTable
 from . import built, native
-from .backend import KERNEL_DTYPES, Backend
+from .backend import KERNEL_DTYPES, Backend, first_line, tried
 
 KERNELS = Path(__file__).parents[1] / "_sweeps.fatbin"  # setup.py puts it there
 
@@ -31,13 +31,7 @@ def trial(device: torch.device | None = None) -> str:
 
     This starts CUDA, so it is asked only when tensors on a GPU are to be served, or by `backends()`.
     """
-    if torch.compiler.is_compiling() or (device is not None and device.type != "cuda"):
-        return ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # as in a forked process
-        return f"CUDA does not start ({_first_line(error)})"
-    return _try_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    return tried(device, _try_on)
 
 
 @cache
@@ -46,17 +40,13 @@ def _try_on(index: int) -> str:
         _load()
         native.try_kernels(index)
     except RuntimeError as error:
-        return f"{_first_line(error)} (cuda:{index})"
+        return f"{first_line(error)} (cuda:{index})"
     return ""
 
 
 @cache
 def _load() -> None:
     native.use_kernels(KERNELS.read_bytes())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 class PreparedStep:

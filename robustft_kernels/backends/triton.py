@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.contract import Run, StepTable
-from .backend import KERNEL_DTYPES, Backend
+from .backend import KERNEL_DTYPES, Backend, first_line, tried
 from .native import MISSING, addresses
 
 
@@ -34,13 +34,7 @@ def trial(device: torch.device | None = None) -> str:
     This starts CUDA, so it is asked only when tensors on a GPU are to be served, or by `backends()`. It allocates
     nothing and does not wait. None is the current GPU.
     """
-    if interpreted() or torch.compiler.is_compiling() or (device is not None and device.type != "cuda"):
-        return ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # as in a forked process
-        return f"CUDA does not start ({_first_line(error)})"
-    return _try_on(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    return "" if interpreted() else tried(device, _try_on)
 
 
 @cache
@@ -50,7 +44,7 @@ def _try_on(index: int) -> str:
             _launch_nothing()
     except Exception as error:
         return (
-            f"Triton cannot run a kernel on cuda:{index} ({_first_line(error)}). It needs a C compiler and Python's "
+            f"Triton cannot run a kernel on cuda:{index} ({first_line(error)}). It needs a C compiler and Python's "
             "headers: install gcc or clang, or name a compiler in CC"
         )
     return ""
@@ -65,10 +59,6 @@ def _launch_nothing() -> None:
 
 def _nothing():  # type: ignore[no-untyped-def]
     """A kernel without arguments, which does nothing."""
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def prepare(table: StepTable, *, tickets: bool) -> Run:

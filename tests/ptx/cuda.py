@@ -195,10 +195,4 @@ def assert_same_bits(got: Stepper, want: Stepper) -> None:
 
 def check(device: Device, row: Row) -> list[str]:
     """What is wrong with a row's step: a line each."""
-    device.seen.clear()
-    device.launched.clear()
-    try:
-        step(row)
-    except AssertionError as error:
-        return [f"wrong: {error}", *device.seen]
-    return list(device.seen)
+    return steps.check(device, row, step)

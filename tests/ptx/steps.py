@@ -1,14 +1,14 @@
 """Steps by the compiled kernels, each compared with the oracle: one row for each way in which kernels differ."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from robustft_kernels.backends import registry
 from robustft_kernels.core.contract import StepTable
 from robustft_kernels.testing import LEAN_CASES, ROW_CASES, SETTINGS, Stepper, assert_same_step
-
-from .device import Device
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 BY_NAME = {settings.name: settings for settings in SETTINGS}
@@ -172,7 +172,7 @@ def _norm(row: Row, got: Stepper, grads: list[torch.Tensor]) -> None:
     torch.testing.assert_close(found, want.to(found.dtype), rtol=1e-6, atol=0)
 
 
-def check(device: Device, row: Row) -> list[str]:
+def check(device: Any, row: Row, step: Callable[[Row], Stepper] = step) -> list[str]:
     """What is wrong with a row's step: a line each."""
     device.seen.clear()
     device.launched.clear()
