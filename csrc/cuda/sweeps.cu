@@ -114,7 +114,7 @@ __device__ void norm(const Args& args) {
 
 using namespace robustft;
 
-extern "C" __global__ void ROBUSTFT_SIGNATURE() {}
+extern "C" __global__ void __launch_bounds__(1) ROBUSTFT_SIGNATURE() {}
 
 // kResident: programs that an SM is to hold. It bounds the registers of a thread.
 #define ROBUSTFT_KERNEL(name, kind, kResident, ...) \

@@ -100,7 +100,7 @@ def check_faults(options: argparse.Namespace) -> bool:
     caught, survived = [], []
     for fault in faults.all_of(of, device):
         if all(text in fault.name for text in options.pick):
-            seen = fault.seen(of, device)
+            seen = faults.in_a_fork(lambda fault=fault: fault.seen(of, device))
             (caught if seen else survived).append(fault.name)
             print(f"{'caught' if seen else 'SURVIVED'}: {fault.name}: {seen[0] if seen else ''}", flush=True)
     enough = len(caught) >= 3 * len(survived) and bool(caught)
