@@ -122,6 +122,10 @@ struct Rule {
   Alpha alpha = Alpha::keep;
   Learning learning = Learning::none;
 
+  // Whether a step must process the tensor row by row.
+  ROBUSTFT_ANYWHERE bool crosses_rows() const { return by_rows || survey != Survey::none; }
+  // Whether each row is decided and pulled as soon as it is measured. If not, it waits for the whole tensor.
+  ROBUSTFT_ANYWHERE bool pulls_at_once(const Pieces& pieces) const { return by_rows && !tied && !pieces.split(); }
   ROBUSTFT_ANYWHERE Penalty penalty(double strength) const { return {linear ? strength : 0, sign ? strength : 0, -1}; }
 };
 

@@ -41,6 +41,12 @@ struct Measures {
 #undef ROBUSTFT_READ
     return all;
   }
+  // From sums of g as it is. `sign` turns it into the gradient of what the step minimizes.
+  ROBUSTFT_ANYWHERE static Measures of_sums(const double* sums, double sign) {
+    Measures all = read(sums);
+    all.grad_dot_delta *= sign;
+    return all;
+  }
   ROBUSTFT_ANYWHERE void write(double* to) const {
 #define ROBUSTFT_WRITE(name) *to++ = name;
     ROBUSTFT_MEASURES(ROBUSTFT_WRITE)

@@ -125,8 +125,10 @@ struct Held {
   Tensor param, anchor, state[kStates], delta, learned, master, step;
   std::string label;
   const Rule* rule;
-  int row;               // of the hyper-parameters
-  int64_t first, count;  // its segments
+  int row;        // of the hyper-parameters
+  int64_t first;  // of its segments
+  int64_t seed;   // of the stochastic rounding
+  bool dithered;  // whether its weights are rounded stochastically
 };
 
 class Table {
@@ -179,9 +181,9 @@ class Table {
   Param param_of(size_t i) const {
     const Held& held = held_[i];
     Param p;
-    p.rows = rows_of(held.param, held.rule->by_rows || held.rule->survey != Survey::none);
+    p.rows = rows_of(held.param, held.rule->crosses_rows());
     p.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
-    p.seed = seeds_[i].first, p.dithered = seeds_[i].second;
+    p.seed = held.seed, p.dithered = held.dithered;
     return p;
   }
   void check_count(size_t grads) const {
@@ -201,7 +203,8 @@ class Table {
                 i, "] asks for row ", held.row);
     held.label = of.attr("label").cast<std::string>();
     held.param = of.attr("param").cast<Tensor>();
-    seeds_.emplace_back(of.attr("seed").cast<int64_t>(), of.attr("dithered").cast<bool>());
+    held.seed = of.attr("seed").cast<int64_t>();
+    held.dithered = of.attr("dithered").cast<bool>();
     const py::dict state = of.attr("state").cast<py::dict>();
     const auto kept = [&](const std::string& key) {
       return state.contains(key) ? state[key.c_str()].cast<Tensor>() : Tensor();
@@ -229,8 +232,7 @@ class Table {
                 "robustft: ", place_of("step", i, held.label), " must be one Float on ", device_, ", got ",
                 held.step.defined() ? described(held.step) : "");
     held.first = segments_;
-    held.count = rule->by_rows ? rows_of(held.param, true).count : 1;
-    segments_ += held.count;
+    segments_ += rule->by_rows ? rows_of(held.param, true).count : 1;
   }
 
   // The memory of a tensor. It must have one of these dtypes, and lie in memory as its param does.
@@ -251,7 +253,6 @@ class Table {
   std::vector<std::string> moments_;  // their names
   std::deque<Rule> rules_;            // parameters point to them
   std::vector<Held> held_;
-  std::vector<std::pair<int64_t, bool>> seeds_;  // and whether weights are rounded stochastically
   int64_t segments_ = 0;
 };
 

@@ -24,7 +24,7 @@ class PieceSums {
     block = {};
   }
 
-  // Ends the piece. `sign` turns g into the gradient of what the step minimizes.
+  // Ends the piece.
   Measures total(double sign) {
     next_block();
     double sums[kMeasures];
@@ -32,9 +32,7 @@ class PieceSums {
       sums[m] = 0;
       for (const double lane : lanes_[m]) sums[m] += lane;
     }
-    Measures all = Measures::read(sums);
-    all.grad_dot_delta *= sign;
-    return all;
+    return Measures::of_sums(sums, sign);
   }
 
  private:
@@ -52,9 +50,7 @@ Measures total_of(const Block& block, double sign, int used) {
     sums[m] = 0;
     for (int l = 0; l < used; ++l) sums[m] += double(lanes[l / kEach][l % kEach]);
   });
-  Measures all = Measures::read(sums);
-  all.grad_dot_delta *= sign;
-  return all;
+  return Measures::of_sums(sums, sign);
 }
 
 template <class T>

@@ -240,12 +240,8 @@ class Run {
   }
 
   bool surveys(int j) const { return jobs_[j].rule->survey != Survey::none; }
-  // Whether rows are pulled as soon as they are measured. If not, they wait until the whole tensor is measured.
-  static bool pulls_at_once(const Job& job, const Pieces& pieces) {
-    return job.rule->by_rows && !job.rule->tied && !pieces.split();
-  }
   bool pulls_later(int j) const {
-    return jobs_[j].rule->measuring != Measuring::none && !pulls_at_once(jobs_[j], Pieces(jobs_[j].param.rows));
+    return jobs_[j].rule->measuring != Measuring::none && !jobs_[j].rule->pulls_at_once(Pieces(jobs_[j].param.rows));
   }
 
   void survey_piece(int j, int64_t i) {
@@ -265,7 +261,7 @@ class Run {
     if (surveys(j) && !progress->steps.take(i)) return;  // a helper has taken it
     if (job.rule->measuring == Measuring::none)
       return step_(job, alphas_of(job), pieces[i], Measuring::none, nullptr);
-    if (pulls_at_once(job, pieces))
+    if (job.rule->pulls_at_once(pieces))
       step_and_pull(job, step_, pieces[i]);
     else
       step_(job, {}, pieces[i], job.rule->measuring, &progress->found[pieces.first_found(i)]);

@@ -97,13 +97,10 @@ __device__ void add_up(const Sums& sums, const Piece& piece, int64_t row, Room& 
   __syncthreads();
 }
 
-// `sign` turns g into the gradient of what the step minimizes.
 __device__ Measures added_up(const Room& room, int at, double sign) {
   double sums[kMeasures];
   for (int m = 0; m < kMeasures; ++m) sums[m] = room.lanes[at][m * kLanes];
-  Measures all = Measures::read(sums);
-  all.grad_dot_delta *= sign;
-  return all;
+  return Measures::of_sums(sums, sign);
 }
 
 template <class K, class Base, class Hyper>

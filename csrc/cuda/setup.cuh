@@ -84,7 +84,7 @@ __device__ __noinline__ void work_out(const Args& args, int32_t owner, Setup<Bas
   for (const Buffer& state : p.state) odd |= misaligned(state);
   s.aligned = odd == 0;
   s.flags = {e.rule.measuring != Measuring::none, bool(args.graded), misaligned(p.grad) != 0, misaligned(p.anchor) != 0};
-  s.at_once = e.rule.by_rows && !e.rule.tied && !Pieces(p.rows).split();
+  s.at_once = e.rule.pulls_at_once(Pieces(p.rows));
   s.owner = owner;
 }
 

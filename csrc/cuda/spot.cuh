@@ -29,7 +29,8 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
   constexpr bool kRare = !K::kPlain;
   constexpr int kStates = Base::kStates - (K::kPlain && Base::kStates == 3);
   constexpr int kOptional = Base::kStates - 1;
-  const bool measures = kMeasuring != Measuring::none && (K::kPlain || terms.flags.measures), writes = Base::kMoves || !measures;
+  const bool measures = kMeasuring != Measuring::none && (K::kPlain || terms.flags.measures);
+  const bool writes = Base::kMoves || !measures;
   const DType param_as = dtype_of<K::kParamAs>(p.param), grad_as = dtype_of<K::kGradAs>(p.grad);
   const DType anchor_as = dtype_of<K::kAnchorAs>(p.anchor), state_as = dtype_of<K::kStateAs>(p.state[0]);
   const bool all = kOptional >= 0 && kOptional < kStates && p.state[kOptional < 0 ? 0 : kOptional].data != nullptr;

@@ -171,8 +171,6 @@ class CudaStep {
   };
   // Programs that one launch runs, of tensors alike.
   struct Class {
-    Family family;
-    bool by_rows;
     std::vector<size_t> later, others;  // tensors: those that sweep 2 may pull, and the others
     bool surveys = false;
     size_t first = 0, pulled = 0, programs = 0;
@@ -201,7 +199,7 @@ class CudaStep {
     const Rule& rule = *held.rule;
     const bool known = rule.pulls && rule.measuring == Measuring::none, penalty = rule.linear || rule.sign;
     if (p.param.dtype == DType::f64) return Family::any64;
-    if (!kMoves || none || known || penalty || rule.tracks || rule.by_rows || rule.survey != Survey::none ||
+    if (!kMoves || none || known || penalty || rule.tracks || rule.crosses_rows() ||
         p.dithered || p.low_state || p.working.data || p.state[kStates - 1].data)
       return Family::any;
     const DType dtype = p.param.dtype, anchor = p.anchor.data ? p.anchor.dtype : dtype;
@@ -228,7 +226,7 @@ class CudaStep {
         e.param.grad = table_.grad(i, grad_at(grads, i), room);
         if (room.defined()) relaid.emplace(i, room);
       }
-      const bool by_rows = held.rule->by_rows || held.rule->survey != Survey::none;
+      const bool by_rows = held.rule->crosses_rows();
       const Pieces pieces(e.param.rows);
       e.programs = int32_t(std::max<int64_t>(1, pieces.count()));
       e.hyper = held.row * kColumns;
@@ -239,7 +237,7 @@ class CudaStep {
       e.learned = held.learned.defined() ? static_cast<double*>(held.learned.data_ptr()) : nullptr;
       Class& of = classes[{family_of(held, e.param, none), by_rows}];
       const bool waits = held.rule->measuring != Measuring::none && held.rule->pulls && e.programs > 1;
-      const bool later = waits && (!by_rows || held.rule->tied || pieces.split());
+      const bool later = waits && !held.rule->pulls_at_once(pieces);
       (later ? of.later : of.others).push_back(i);
       of.surveys |= held.rule->survey != Survey::none;
     }

@@ -10,8 +10,9 @@ namespace {
 constexpr int kUnknown = -1;
 
 // What a kernel is compiled for. T: the type of the arithmetic. kPlain: no tensor has a master, bf16 moments, a third
-// moment, a delta, a penalty, stochastic rounding or an alpha other than 1 that is known before the sweep. k...As: the DTypes of the weights, gradients, anchors and the state, or
-// kUnknown if those of the buffers count. kSide: how many neighbours a thread takes at once.
+// moment, a delta, a penalty, stochastic rounding or an alpha other than 1 that is known before the sweep. k...As: the
+// DTypes of the weights, gradients, anchors and the state, or kUnknown if those of the buffers count. kSide: how many
+// neighbours a thread takes at once.
 template <class T, bool kPlain_, int kParam, int kGrad, int kAnchor, int kState, int kSide_>
 struct Kind {
   using Number = T;

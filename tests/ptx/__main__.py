@@ -7,7 +7,7 @@ python -m tests.ptx faults [--pick TEXT ...]    the faults of faults.py are seen
 
 With --of cuda the kernels are those of csrc/cuda, and steps must have the bits of the native backend. One more check:
 
-python -m tests.ptx table --of cuda [--pick TEXT ...]    the same for the whole table of cases
+python -m tests.ptx table --of cuda [--pick TEXT ...]    the same for the table of cases
 """
 
 import argparse
@@ -51,7 +51,7 @@ def check_steps(options: argparse.Namespace) -> bool:
 
 
 def check_table(options: argparse.Namespace) -> bool:
-    """The same for the whole table of cases."""
+    """The same for the rows of the table of cases."""
     return _check_rows(options, cuda.table(), brief=True)
 
 

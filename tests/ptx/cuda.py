@@ -131,7 +131,7 @@ def install() -> Device:
 
 
 def table() -> list[Row]:
-    """The whole table of cases, as rows."""
+    """The table of cases as rows: all whose settings act in their dtype."""
     return [
         Row(*of.method_norm, of.settings.name, of.dtype, ANCHORS[of.anchor])
         for of in TABLE
