@@ -26,13 +26,13 @@ STACK = {
         "doctor",
         "picture",
         "report",
-        "output",
         "blends",
         "spans",
         "pairs",
         "opening",
         "shards",
         "torch_file",
+        "output",
         "source",
     ),
     "optim": (
@@ -239,7 +239,7 @@ print([str(w.message) for w in caught])
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert "reinstall with a C++ compiler" in out[0]
+    assert "a C++20 compiler (g++ or clang++) is needed" in out[0] and "pip install --force-reinstall" in out[0]
     assert out[1].count("slow reference backend serves the cpu parameters") == 1
 
 

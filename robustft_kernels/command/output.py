@@ -34,10 +34,10 @@ def new_folder(out: Path, sources: Iterable[Source], nbytes: int, force: bool) -
     try:
         yield made
         for path in made.iterdir():
-            _to_disk(path)
-        _to_disk(made)
+            to_disk(path)
+        to_disk(made)
         _put_in_place(made, out)
-        _to_disk(out.parent)
+        to_disk(out.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -115,7 +115,7 @@ def _put_in_place(made: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk. A rename may otherwise come before its data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

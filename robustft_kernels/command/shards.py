@@ -11,6 +11,7 @@ import io
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .output import to_disk
 from .source import FLOATS, Entry, Source, Values, some
 
 PIECE = 2**22  # bytes that are copied at once
@@ -109,14 +111,19 @@ class SafetensorsSource(Source):
         return into
 
     def write(self, folder: Path, values: Values, progress: Callable[[int], object]) -> None:
-        for shard in self._shards:
-            with (folder / shard.path.name).open("xb", buffering=0) as file:
-                _write(file, memoryview(shard.head))
-                for name in shard.begins:
-                    new = values(name)
-                    for piece in self._as_it_is(name) if new is None else new:
-                        file.write(piece.view(torch.uint8).numpy().data)
-                        progress(piece.nbytes)
+        with ThreadPoolExecutor(1) as disk:  # takes a finished file while the next one is made
+            waits = []
+            for shard in self._shards:
+                with (folder / shard.path.name).open("xb", buffering=0) as file:
+                    _write(file, memoryview(shard.head))
+                    for name in shard.begins:
+                        new = values(name)
+                        for piece in self._as_it_is(name) if new is None else new:
+                            _write(file, piece.view(torch.uint8).numpy().data)
+                            progress(piece.nbytes)
+                waits.append(disk.submit(to_disk, folder / shard.path.name))
+            for wait in waits:
+                wait.result()
         if self._index is not None:
             (folder / self._index.name).write_bytes(self._index.read_bytes())
 
