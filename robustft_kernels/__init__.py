@@ -4,6 +4,7 @@ from ._import_paths import install
 from .backends import built as _built
 from .backends.registry import backends
 from .core.methods import METHODS
+from .finetune.by_radius import by_radius, suggest_radii
 from .finetune.param_groups import bitfit, keep_requires_grad, layerwise_decay, linear_probe, partial_fusion
 from .finetune.projection import deviation, interpolate_, project, project_
 from .finetune.tpgm import TPGM
@@ -21,7 +22,7 @@ _built.warn_if_unusable()
 __version__ = "0.3.0"
 __all__ = [
     "METHODS", "SGDFTP", "SGDL2SP", "SGDPGM", "SGDSPD", "TPGM", "AdamFTP", "AdamL2SP", "AdamPGM", "AdamSPD",
-    "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "deviation", "for_model",
-    "interpolate_", "keep_requires_grad", "layerwise_decay", "linear_probe", "partial_fusion", "project",
-    "project_", "wise_ft", "wise_ft_", "wise_sweep",
+    "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "by_radius", "deviation",
+    "for_model", "interpolate_", "keep_requires_grad", "layerwise_decay", "linear_probe", "partial_fusion", "project",
+    "project_", "suggest_radii", "wise_ft", "wise_ft_", "wise_sweep",
 ]  # fmt: skip

@@ -110,7 +110,7 @@ PACKAGE = [
            "_Made((key, stream), value)", "_Made((key, 0), value)", ("test_sweep_cache.py",), "stream"),
     Mutant("a kept sweep keeps its tensors alive", "robustft_kernels/step/sweep_cache.py",
            "rule, _unowned(params), None if", "rule, params, None if", ("test_sweep_cache.py",), "alive"),
-    Mutant("WiSE-FT rounds weights that did not move", "robustft_kernels/finetune/wise.py",
+    Mutant("WiSE-FT rounds weights that did not move", "robustft_kernels/finetune/pairing.py",
            "torch.where(start == end, end, start * (1 - alpha) + end * alpha)", "start * (1 - alpha) + end * alpha",
            ("test_wise.py",), "ends or dtypes"),
     Mutant("telemetry tells the deviation before the pull", "robustft_kernels/telemetry.py",

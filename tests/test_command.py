@@ -228,6 +228,22 @@ def test_wrapped_names_and_an_excluded_head(base, tmp_path, out):
     assert torch.equal(found["module._orig_mod.head.weight"], torch.ones(3))
 
 
+@pytest.mark.parametrize("longer", ["base", "tuned"])
+def test_one_prefix(base, tuned, tmp_path, out, capsys, longer):
+    """A base model and a model with a head: "bert." stands before all names of one side."""
+    assert command("wise", base, tuned, "--out", tmp_path / "plain") == 0
+    places = {"base": base, "tuned": tuned}
+    state = {f"bert.{name}": value for name, value in weights(int(longer == "tuned")).items()}
+    safetensors.save_file({**state, "classifier.weight": torch.ones(2)}, tmp_path / "t.safetensors")
+    places[longer] = tmp_path / "t.safetensors"
+    refused(capsys, 1, "wise", *places.values(), "--out", out)
+    assert command("wise", *places.values(), "--out", out, "--exclude", "classifier") == 0
+    found = {name.removeprefix("bert."): value for name, value in loaded(out).items() if "classifier" not in name}
+    plain = loaded(tmp_path / "plain")
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 def test_tied_tensors_stay_tied(tmp_path, out):
     for name, shift in (("a", 0.0), ("b", 1.0)):
         shared = torch.arange(6.0) + shift

@@ -60,7 +60,9 @@ MISTAKES = {
     "one beta": (
         lambda m: rft.AdamSPD(m.parameters(), betas=0.9), ValueError, ["betas must be two numbers, such as (0.9"],
     ),
-    "a list of radii": (lambda m: rft.AdamPGM(m.parameters(), radius=[1.0]), TypeError, ["radius must be one number"]),
+    "a list of one radius": (
+        lambda m: rft.AdamPGM(m.parameters(), radius=[1.0]), ValueError, ["1 radii for 4 parameters", "or a mapping"],
+    ),
     "model for parameters": (rft.AdamSPD, TypeError, ["params is a model (Sequential)", "give model.parameters()"]),
     "model in a group": (lambda m: rft.AdamSPD([{"params": m}]), TypeError, ["give model.parameters()"]),
     "state dict for parameters": (

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "robustft_kernels"
 # Folders, and the modules in each: from what users import down to what imports nothing of ours.
 STACK = {
-    "": ("__main__", "__init__"),
+    "": ("__main__", "timm", "__init__"),
     "command": (
         "entry",
         "cli",
@@ -50,7 +50,18 @@ STACK = {
         "shown_state",
     ),
     " ": ("telemetry",),
-    "finetune": ("tpgm", "radii", "slopes", "wise", "param_groups", "evaluation", "prefixes", "projection"),
+    "finetune": (
+        "tpgm",
+        "radii",
+        "slopes",
+        "wise",
+        "pairing",
+        "by_radius",
+        "param_groups",
+        "evaluation",
+        "prefixes",
+        "projection",
+    ),
     "testing": ("tolerances", "stepper", "cases"),
     "step": (
         "plan",

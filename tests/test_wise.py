@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustft_kernels.finetune import wise
+from robustft_kernels.finetune import pairing
 from robustft_kernels.finetune.wise import wise_ft, wise_ft_, wise_sweep
 
 
@@ -146,14 +146,14 @@ def test_in_place_equals_loading(alpha, buffers, dtype):
 
 
 def test_in_place_goes_tensor_by_tensor(monkeypatch):
-    made, blend = [], wise._blend
+    made, blend = [], pairing._blend
 
     def counted(*args):
         assert sum(ref() is not None for ref in made) <= 1
         made.append(weakref.ref(out := blend(*args)))
         return out
 
-    monkeypatch.setattr(wise, "_blend", counted)
+    monkeypatch.setattr(pairing, "_blend", counted)
     first, second = pair()
     wise_ft_(second, first, 0.3)
     assert len(made) == len(PARAMETERS)
@@ -276,7 +276,8 @@ def test_alpha_out_of_range(alpha):
 
 
 REFUSED = [
-    (TypeError, "pretrained is a str", "weights.pt", {"w": ONES}),
+    (TypeError, "pretrained is a list", [ONES], {"w": ONES}),
+    (ValueError, "the path of a safetensors file", "weights.pt", {"w": ONES}),
     (TypeError, "finetuned is a list", {"w": ONES}, [ONES]),
     (ValueError, "pretrained holds no tensors", {"state_dict": {"w": ONES}}, {"w": ONES}),
     (ValueError, "sparse tensors: 'w'", {"w": ONES}, {"w": torch.eye(2).to_sparse()}),

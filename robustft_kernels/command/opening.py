@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.files import INDEX
+from ..core.names import some
 from .shards import SafetensorsSource
-from .source import Source, some
+from .source import Source
 from .torch_file import TorchSource
 
 _TORCH = (".pt", ".pth", ".bin")

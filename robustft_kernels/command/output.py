@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .source import Source, some
+from ..core.names import some
+from .source import Source
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")  # configs, tokenizers, templates, code

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..core.names import bare_name
-from .source import Source, some
+from ..core.names import bare_name, some, under_one_prefix
+from .source import Source
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Pairs:
 
 
 def pair(base: Source, tuned: Source, exclude: Iterable[str] = ()) -> Pairs:
-    """Pairs the tensors of two checkpoints by name. What wrappers put into names does not count.
+    """Pairs the tensors of two checkpoints by name. What wrappers put into names does not count, nor does one prefix
+    that one side puts before the names that the other lacks, such as "bert.".
 
     exclude: names, prefixes of whole components, or patterns with * of what stays as it is in TUNED, such as a fresh
         head. It may also name what only BASE has, such as the old head.
@@ -35,6 +36,8 @@ def pair(base: Source, tuned: Source, exclude: Iterable[str] = ()) -> Pairs:
     names: dict[str, list[str]] = {}
     for bare, key in ours.items():
         names.setdefault(key, []).append(bare)
+    alone = [of[0] for of in names.values() if left.isdisjoint(of) and theirs.keys().isdisjoint(of)]
+    theirs |= {bare: theirs[other] for bare, other in (under_one_prefix(alone, theirs) or {}).items()}
     pairs = Pairs({}, [], [])
     lacking, unfit = [], []
     for key, entry in tuned.entries.items():

@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..core.names import some
 from .output import to_disk
-from .source import FLOATS, Entry, Source, Values, some
+from .source import FLOATS, Entry, Source, Values
 
 PIECE = 2**22  # bytes that are copied at once
 

@@ -1,7 +1,7 @@
 """What a checkpoint is to the commands: tensors known by name and form, read piece by piece, and written anew."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -83,9 +83,3 @@ class Source(ABC):
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
-
-
-def some(names: Iterable[str]) -> str:
-    """The first ten names, and how many more there are."""
-    given = list(names)
-    return ", ".join(map(repr, given[:10])) + (f" and {len(given) - 10} more" if len(given) > 10 else "")

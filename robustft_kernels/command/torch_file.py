@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .source import FLOATS, INTEGERS, Entry, Source, Values, some
+from ..core.names import some
+from .source import FLOATS, INTEGERS, Entry, Source, Values
 
 _WORDS = {dtype: word for word, dtype in (FLOATS | INTEGERS).items()}
 

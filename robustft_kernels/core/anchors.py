@@ -13,7 +13,7 @@ from .exchange import agree
 from .files import DISK, Path_, read
 from .memory import without_memory
 from .mistakes import refuse_model
-from .names import bare_name
+from .names import bare_name, some, under_one_prefix
 from .sharding import local
 from .state import is_dense, is_reachable, keep_anchor
 
@@ -113,29 +113,14 @@ def _by_name(spec: Mapping[str, Tensor], names: list[str] | None) -> list[Tensor
         raise ValueError("an anchor mapping needs named parameters: pass model.named_parameters() as params")
     bare = {bare_name(name): tensor for name, tensor in spec.items()}
     missing = [name for name in names if bare_name(name) not in bare]
-    found = _under_one_prefix(list(map(bare_name, missing)), bare)
-    if missing and found is None:
+    found = under_one_prefix(list(map(bare_name, missing)), bare)
+    if found is None:
         raise ValueError(
-            f"the anchor mapping lacks {_some(missing)}; add what is missing, or give a fresh head a group of its own "
+            f"the anchor mapping lacks {some(missing)}; add what is missing, or give a fresh head a group of its own "
             "with method='none'"
         )
-    bare.update(found or {})
+    bare.update({name: bare[key] for name, key in found.items()})
     return [bare[bare_name(name)] for name in names]
-
-
-def _under_one_prefix(names: list[str], given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The entries for these names with one prefix taken away from each, or put before it. None if no prefix does, or
-    several do."""
-    if not names:
-        return {}
-    first = names[0]
-    ends = [at + 1 for at, letter in enumerate(first) if letter == "."]
-    fewer = [first[:end] for end in ends if first[end:] in given]
-    more = {key.removesuffix(first) for key in given if key.endswith(f".{first}")}
-    ways = [{name: name.removeprefix(prefix) for name in names if name.startswith(prefix)} for prefix in fewer]
-    ways += [{name: prefix + name for name in names} for prefix in more]
-    whole = [way for way in ways if len(way) == len(names) and all(key in given for key in way.values())]
-    return {name: given[key] for name, key in whole[0].items()} if len(whole) == 1 else None
 
 
 def over_groups(spec: Anchor, groups: Sequence[Mapping[str, Any]]) -> list[Anchor]:
@@ -199,8 +184,3 @@ def _check_apart(anchor: Tensor, param: Tensor, label: str) -> None:
     anchor, param = local(anchor), local(param)
     if anchor.numel() and anchor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr():
         raise ValueError(f"the anchor of {label} shares its memory with a parameter and would move along; clone it")
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + rest

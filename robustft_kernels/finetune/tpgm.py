@@ -117,7 +117,7 @@ class TPGM(LearnedRadii):
         if isinstance(anchor, Mapping):
             bare = {bare_name(name): value for name, value in anchor.items()}
             aliases = {names[p][0]: next((n for n in names[p] if n in bare), None) for p in self._params}
-            anchor = {name: bare[alias] for name, alias in aliases.items() if alias is not None}
+            anchor = bare | {name: bare[alias] for name, alias in aliases.items() if alias is not None}
         elif not isinstance(anchor, str | PathLike):
             refuse_model("anchor", anchor, "its state_dict()")
             raise TypeError(f"anchor must be 'initial', 'zero', a path or a mapping, not a {type(anchor).__name__}")

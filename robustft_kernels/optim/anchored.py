@@ -1,7 +1,8 @@
 """What the optimizers of this package share: the protocol of torch.optim, groups, anchors, plans, checkpoints."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..core.mistakes import (
 )
 from ..core.ranges import Range, check_number
 from ..core.unsharded import resharded
+from ..finetune import by_radius
 from ..step.guard import StepGuard
 from ..step.launch import label_of
 from ..step.plan import Plan
@@ -81,6 +83,9 @@ class AnchoredOptimizer(KeepingOptimizer):
         self._late = LateAnchors()
         self._given: list[Anchor] = []  # for the groups that the constructor has still to add
         listed, groups = _listed(params)
+        if groups and not by_radius.is_one(defaults["radius"]):
+            listed = groups = by_radius.for_groups(groups, defaults)
+            defaults = {**defaults, "radius": None}
         self._given = [] if words else anchors.over_groups(anchor, groups)
         super().__init__(listed, {**defaults, "anchor": anchor if words else "initial"})
         self._given = []
@@ -93,9 +98,16 @@ class AnchoredOptimizer(KeepingOptimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group. Its keys are the constructor's, and `params`. `pre` is another name for `anchor`.
 
+        If `radius` is not one number, it adds several: a group for each radius.
+
         Raises ValueError, RuntimeError or TypeError naming the key or parameter that is unfit. Nothing is added then.
         """
         check_group(param_group)
+        with _all_or_nothing(self):
+            for group in by_radius.for_groups([param_group], {}):
+                self._add(group)
+
+    def _add(self, param_group: Group) -> None:
         group = {**param_group, "params": with_shards(param_group["params"])}
         if "backend" in group:
             raise ValueError("backend is chosen for the whole optimizer, not for a group")
@@ -105,13 +117,9 @@ class AnchoredOptimizer(KeepingOptimizer):
         own = "anchor" in group or "pre" in group
         spec: Anchor = group.pop("pre", None) if "pre" in group else group.pop("anchor", None)
         super().add_param_group(group)  # names, duplicates of other groups, defaults
-        try:
-            shared = self._given.pop(0) if self._given else group["anchor"]
-            self._adopt(group, spec if own else shared, shared=not own)
-            warn_of_decay(group, self.param_groups[:-1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        shared = self._given.pop(0) if self._given else group["anchor"]
+        self._adopt(group, spec if own else shared, shared=not own)
+        warn_of_decay(group, self.param_groups[:-1])
         self._plans.clear()
 
     def _adopt(self, group: Group, spec: Anchor, *, shared: bool) -> None:
@@ -230,6 +238,19 @@ class AnchoredOptimizer(KeepingOptimizer):
             if group.get("anchor_device") == DISK and any(file_of(anchor) is None for anchor in anchors_of):
                 group["anchor_device"] = None  # those of a copy are in memory
         self._late = self.__dict__.get("_late") or LateAnchors()  # torch comes here to load, too
+
+
+@contextmanager
+def _all_or_nothing(optimizer: Optimizer) -> Iterator[None]:
+    """Takes groups that are added within away again, with the state of their parameters, if there is an error."""
+    before, known = len(optimizer.param_groups), set(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        for param in [param for param in optimizer.state if param not in known]:
+            del optimizer.state[param]
+        del optimizer.param_groups[before:]
+        raise
 
 
 def _listed(params: Params) -> tuple[Any, list[Group]]:

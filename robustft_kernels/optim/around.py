@@ -15,6 +15,7 @@ from ..core.memory import in_memory, without_memory
 from ..core.methods import MEASURES, METHODS, RULES, Rule, rule_of
 from ..core.ranges import check_number
 from ..core.sharding import local, placed_as, spec_of_shards
+from ..finetune.by_radius import is_one
 from ..step.agreement import Agreement
 from ..step.decide import Terms
 from ..step.fingerprint import fingerprint
@@ -220,6 +221,11 @@ def rule_around(method: str, norm: str | None) -> Rule:
 
 def check_settings(group: Group) -> None:
     """Raises ValueError naming a setting of a group that is out of its range. Reads no tensor."""
+    if not is_one(group.get("radius")):
+        raise ValueError(
+            "radius must be one number for a group of another optimizer; make the optimizer of "
+            "rft.by_radius(model.named_parameters(), radius), which has a group for each radius"
+        )
     for key in rule_around(group["method"], group["norm"]).reads:
         check_number(key, group.get(key), RANGES[key], f"method {group['method']!r}", read=False)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..core.anchors import Anchor
 from ..core.bases import ADAMW, SGD
 from ..core.methods import METHODS, documents
+from ..finetune.by_radius import Radii
 from .anchored import AnchoredOptimizer, Params
 
 Betas = tuple[float | Tensor, float | Tensor]
@@ -36,7 +37,9 @@ class AnchoredAdamW(AnchoredOptimizer):
         norm: what "spd" and "project" measure with. None is "l2".
         strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
             lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the loss.
-        radius: γ > 0 of "project", in units of the weights. A tensor is read at each step.
+        radius: γ > 0 of "project", in units of the weights: one number, or one for each parameter. By name, a key is
+            also a prefix of whole components, the longest counts, and "" matches all. A sequence or tensor [n] is
+            parallel to the parameters. There is one group for each radius then. A tensor is read at each step.
         k: 0 ≤ k ≤ 1, of "ftp": how much a gradient may tighten a radius. 1 holds most, 0 lets radii only grow.
         radius_lr, radius_betas: of "ftp", the Adam step on a radius, in units of the weights.
         anchor: θ₀. It is one of
@@ -53,7 +56,7 @@ class AnchoredAdamW(AnchoredOptimizer):
             speed of its bus. "disk" leaves them in their file, for parameters on the CPU. The file is mapped, which
             takes no memory, and all processes of a machine share it. It must not be written in place: the next step
             raises RuntimeError then. None keeps them on the parameters' device.
-        state_dtype: torch.float32 or torch.bfloat16, the dtype of the moments. bfloat16 moments are rounded
+        state_dtype: torch.float32 or torch.bfloat16, or a name: the dtype of the moments. bfloat16 moments are rounded
             stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of the second moment.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters. The steps continue from the copy, and
             the parameters show it, rounded. If somebody else writes a parameter, what they wrote counts.
@@ -105,14 +108,14 @@ class AnchoredAdamW(AnchoredOptimizer):
         method: str | None = None,
         norm: str | None = None,
         strength: float = 1.0,
-        radius: float | Tensor | None = None,
+        radius: float | Tensor | Radii | None = None,
         k: float = 1.0,
         radius_lr: float = 1e-2,
         radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
         anchor_dtype: torch.dtype | str | None = "exact",
         anchor_device: str | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -169,14 +172,14 @@ class AnchoredSGD(AnchoredOptimizer):
         method: str | None = None,
         norm: str | None = None,
         strength: float = 1.0,
-        radius: float | Tensor | None = None,
+        radius: float | Tensor | Radii | None = None,
         k: float = 1.0,
         radius_lr: float = 1e-2,
         radius_betas: Betas = (0.9, 0.999),
         anchor: Anchor = "initial",
         anchor_dtype: torch.dtype | str | None = "exact",
         anchor_device: str | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
