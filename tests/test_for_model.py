@@ -120,9 +120,10 @@ def test_two_prefixes_are_no_prefix():
             anchors_of(rft.for_model("AdamSPD", head="classifier", anchor=spec)(model), model)
 
 
-def test_both_ways_in_which_trainer_calls_it():
-    """A class gets the keyword `model` in the place of groups. A factory is called, and then gets the model."""
+def test_the_ways_in_which_trainers_call_it():
+    """A class gets the keyword `model` in the place of groups. A factory is called, and then gets the model; with
+    axolotl, its arguments too."""
     make, model = rft.for_model("AdamSPD", head="classifier", lr=0.5), small()
-    for optimizer in (make(model), make()(model, model=model), make(model=model, lr=0.5), make()(model)):
+    for optimizer in (make(model), make()(model, model=model), make(model=model, lr=0.5), make()(model, {})):
         assert type(optimizer) is rft.AdamSPD
         assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -45,15 +45,6 @@ def snapshot(model: nn.Module, *, without: str) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if not n.startswith(without)}
 
 
-def groups(model: nn.Module, head: str) -> list[dict[str, Any]]:
-    """Backbone and fresh head, with their names; the head is free."""
-    named = list(model.named_parameters())
-    return [
-        {"params": [(name, param) for name, param in named if not name.startswith(head)]},
-        {"params": [(name, param) for name, param in named if name.startswith(head)], "method": "none"},
-    ]
-
-
 class Net(nn.Module):
     """A backbone and a head, in place of a pre-trained model and what is new."""
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import robustft_kernels as rft
 
-from . import Net, Outcome, examples, groups, loss_of, snapshot
+from . import Net, Outcome, examples, loss_of, snapshot
 
 EPOCHS = 12
 
@@ -35,7 +35,7 @@ def main(
     before = loss_of(model, inputs, labels)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
-    optimizer = rft.AdamSPD(groups(model, "head"), lr=1e-2, method=method, strength=strength)
+    optimizer = rft.for_model("AdamSPD", head="head", lr=1e-2, method=method, strength=strength)(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * 4)
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=12)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

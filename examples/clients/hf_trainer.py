@@ -26,12 +26,13 @@ def main(
     by_trainer: bool = False,
     seed: int = 0,
     resume: str | Path | None = None,
-    save_anchors: bool = True,
+    save_only_model: bool = False,
+    **more: Any,
 ) -> Outcome:
     """Fine-tunes a small BERT, random in place of pre-trained, with clipping, accumulation and checkpoints in `folder`.
 
     by_trainer: whether Trainer makes the optimizer; else it is made here.
-    resume: a checkpoint to go on from.
+    resume: a checkpoint to go on from. more: further options of the optimizer.
     """
     torch.manual_seed(seed)
     config = BertConfig(
@@ -42,14 +43,14 @@ def main(
     tokens = torch.randint(1, 64, (128, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": (row < 8).any().long()} for row in tokens]
 
-    options: dict[str, Any] = {"lr": 3e-3, "method": method, "strength": strength, "save_anchors": save_anchors}
-    make = rft.for_model("AdamSPD", head="classifier", **options)  # with names, and the head free
+    # With names, and the head free.
+    make = rft.for_model("AdamSPD", head="classifier", lr=3e-3, method=method, strength=strength, **more)
     trainer = Trainer(
         model,
         TrainingArguments(
             str(folder), max_steps=STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=2,
             max_grad_norm=1.0, warmup_steps=3, save_steps=STEPS // 2, use_cpu=True, report_to="none",
-            logging_strategy="no", disable_tqdm=True,
+            logging_strategy="no", disable_tqdm=True, save_only_model=save_only_model,
         ),
         train_dataset=data,
         # A scheduler of None is made by Trainer, and leads the learning rate. Of the keywords, Trainer takes the model

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import robustft_kernels as rft
 
-from . import Net, Outcome, examples, groups, loss_of, snapshot
+from . import Net, Outcome, examples, loss_of, snapshot
 
 EPOCHS = 12
 
@@ -36,7 +36,7 @@ class FineTuned(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         # Called when `fit` begins: anchors are the weights of then. Where a checkpoint is resumed they are replaced by
         # those that it carries.
-        optimizer = rft.AdamSPD(groups(self, "net.head"), **self.options)
+        optimizer = rft.for_model("AdamSPD", head="net.head", **self.options)(self)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -20,9 +20,8 @@ def main(method: str = "spd", strength: float = 1.0, *, seed: int = 0, steps: in
     model = get_peft_model(LlamaForCausalLM(CONFIG), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     tokens = torch.arange(1, 25).remainder(7)[None]
 
-    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    optimizer = rft.AdamSPD(trained, lr=1e-2, method=method, strength=strength, anchor="zero")
-    zero = {name: torch.zeros_like(param) for name, param in trained}
+    optimizer = rft.for_model("AdamSPD", lr=1e-2, method=method, strength=strength, anchor="zero")(model)
+    zero = {name: torch.zeros_like(param) for name, param in model.named_parameters() if param.requires_grad}
     losses = []
     for _ in range(steps):
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -30,7 +29,7 @@ def main(method: str = "spd", strength: float = 1.0, *, seed: int = 0, steps: in
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return Outcome(losses[0], losses[-1], zero, model, optimizer, trained[0][0])
+    return Outcome(losses[0], losses[-1], zero, model, optimizer, next(iter(zero)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class ForModel:
     def __call__(self, *given: Any, **more: Any) -> Any:
         """The optimizer over a model's parameters.
 
-        given: the model. Without it, this object itself, since Trainer calls a factory before it gives the model.
+        given: the model. What follows it is passed over, as axolotl gives its own arguments there. Without a model,
+            this object itself, since Trainer calls a factory before it gives the model.
         more: further options, which take the place of those given before. A `model` among them counts if none is given.
 
         Raises TypeError for anything but a model, since only a model tells the names.
@@ -38,7 +39,7 @@ class ForModel:
         if not given and not more:
             return self
         named = more.pop("model", None)
-        (model,) = given or (named,)
+        model = given[0] if given else named
         if not isinstance(model, nn.Module):
             kind = "parameters" if isinstance(model, Iterable) else f"a {type(model).__name__}"
             raise TypeError(

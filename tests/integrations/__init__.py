@@ -3,9 +3,20 @@
 import importlib.util
 import os
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls
+
+# Warnings of the libraries with each other. Ours would still be errors.
+OF_LIBRARIES = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # TRL
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),  # Lightning
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),  # Lightning
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),  # it sees pytest's arguments
+]
 
 
 def declare_missing_ops() -> None:

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from . import OF_LIBRARIES
+
 # Each client, and the library without which it is skipped.
 LIBRARIES = {
     "hf_trainer": "transformers",
@@ -13,15 +15,11 @@ LIBRARIES = {
     "accelerate_loop": "accelerate",
     "timm_vit": "timm",
     "lightning_module": "lightning",
+    "lightning_cli": "jsonargparse",
+    "trl_sft": "trl",
 }
 
-
-# Of the libraries with each other; ours would still be errors.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),  # Lightning
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),  # Lightning
-]
+pytestmark = OF_LIBRARIES
 
 
 @pytest.fixture
