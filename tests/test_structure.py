@@ -35,6 +35,7 @@ STACK = {
         "output",
         "source",
     ),
+    "callbacks": ("huggingface", "lightning", "shared"),
     "optim": (
         "for_model",
         "named",

@@ -1,0 +1,430 @@
+"""The callbacks with the real trainers: radii come from held-out data alone, figures reach the logger, WiSE-FT is the
+formula, and what is resumed has the same bits."""
+
+import copy
+import csv
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+
+import robustft_kernels as rft
+from examples.clients import Net, examples
+from robustft_kernels.callbacks import hold_out
+
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+lightning = pytest.importorskip("lightning", exc_type=ImportError)
+from robustft_kernels.callbacks import huggingface as hf  # noqa: E402
+from robustft_kernels.callbacks import lightning as lit  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+TRAINERS = ("huggingface", "lightning")
+STEPS, BATCH = 12, 8
+TPGM = {"lr": 0.02, "exclude": ["head"], "steps": 2}
+
+
+class Examples(Dataset):
+    """Those of the clients, as dictionaries. `shift` makes other labels."""
+
+    def __init__(self, count=96, shift=0):
+        self.inputs, labels = examples(count)
+        self.labels = (labels + shift) % 3
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, k):
+        return {"inputs": self.inputs[k], "labels": self.labels[k]}
+
+
+class WithLoss(Net):
+    """A model as Hugging Face's: it takes the labels, and returns its loss."""
+
+    def forward(self, inputs, labels):
+        logits = super().forward(inputs)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class Module(WithLoss, lightning.LightningModule):
+    """The same as a LightningModule. No dropout: a resumed Trainer does not bring the random generator back."""
+
+    def __init__(self, make):
+        super().__init__(dropout=0.0)
+        self.make = make
+
+    def training_step(self, batch, batch_idx):
+        loss = self(**batch)["loss"]
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("eval_loss", self(**batch)["loss"])
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+
+@dataclass
+class Run:
+    """A training at its end. start: the weights before it; logged: what its logger was given, in order."""
+
+    net: nn.Module
+    start: dict[str, torch.Tensor]
+    trainer: Any
+    callbacks: list[Any]
+    logged: list[dict[str, float]]
+
+    def of(self, name):
+        return next(callback for callback in self.callbacks if type(callback).__name__ == name)
+
+    @property
+    def tpgm(self):
+        return self.of("TPGMCallback").learner.tpgm
+
+    @property
+    def optimizer(self):
+        found = self.trainer.optimizer if hasattr(self.trainer, "optimizer") else self.trainer.optimizers[0]
+        return getattr(found, "optimizer", found)
+
+    def bits(self):
+        return {name: of.numpy().tobytes() for name, of in self.net.state_dict().items()}
+
+
+def spd(net):
+    return rft.for_model("AdamSPD", head="head", lr=1e-2, strength=1.0)(net)
+
+
+def train(kind, folder, *makers, data=None, evaluation=None, every=None, make=spd, seed=0, resume=None, **options):
+    """Twelve steps of two batches each, a checkpoint at the sixth. `makers`: from the module of callbacks, and what
+    takes a trainer, to a callback. every: the steps between two evaluations."""
+    torch.manual_seed(seed)
+    data = Examples() if data is None else data
+    run = train_hf if kind == "huggingface" else train_lit
+    return run(folder, makers, data, evaluation or Examples(24), every, make, resume, options)
+
+
+def train_hf(folder, makers, data, evaluation, every, make, resume, options):
+    net = WithLoss(options.pop("dropout", 0.1))
+    start = copy.deepcopy(net.state_dict())
+    arguments = transformers.TrainingArguments(
+        str(folder), **{
+            "max_steps": STEPS, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 2, "save_steps": 6,
+            "use_cpu": True, "report_to": "none", "logging_steps": 2, "disable_tqdm": True,
+            "eval_strategy": "steps" if every else "no", "eval_steps": every, **options,
+        }
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        net, arguments, train_dataset=data, eval_dataset=evaluation, optimizers=(make(net), None)
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    callbacks = [maker(hf, (trainer,)) for maker in makers]
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}"))
+    return Run(net, start, trainer, callbacks, trainer.state.log_history)
+
+
+def train_lit(folder, makers, data, evaluation, every, make, resume, options):
+    module = Module(make)
+    options.pop("dropout", None)
+    start = copy.deepcopy(module.state_dict())
+    callbacks = [maker(lit, ()) for maker in makers]
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=STEPS, accumulate_grad_batches=2, log_every_n_steps=2,
+        logger=lightning.pytorch.loggers.CSVLogger(folder),
+        callbacks=[*callbacks, saving], enable_progress_bar=False, enable_model_summary=False,
+        val_check_interval=2 * every if every else None, check_val_every_n_epoch=None if every else 1,
+        limit_val_batches=None if every else 0, **options,
+    )  # fmt: skip
+    loaders = DataLoader(data, BATCH), DataLoader(evaluation, BATCH)
+    trainer.fit(module, *loaders, ckpt_path=None if resume is None else folder / f"step={resume}.ckpt")
+    with open(f"{trainer.logger.log_dir}/metrics.csv") as file:
+        rows = [{key: float(of) for key, of in row.items() if of} for row in csv.DictReader(file)]
+    return Run(module, start, trainer, callbacks, rows)
+
+
+def tpgm(held_out, every="evaluation", **options):
+    return lambda of, first: of.TPGMCallback(*first, held_out, every=every, **{**TPGM, **options})
+
+
+def telemetry(**options):
+    return lambda of, first: of.TelemetryCallback(*first, **options)
+
+
+def wise(alpha, pretrained=None, **options):
+    return lambda of, first: of.WiSECallback(*first, alpha, pretrained, **options)
+
+
+def watched(maker, calls):
+    """The same callback. Each time it learns, `calls` gets the step, the weights before, and those after."""
+
+    def make(of, first):
+        callback = maker(of, first)
+        learner, learn = callback.learner, callback.learner.learn
+
+        def weights():
+            return {name: param.detach().clone() for name, param in learner._params.items()}
+
+        def noted(step, loss_fn):
+            before = weights()
+            learn(step, loss_fn)
+            calls.append((step, before, weights()))
+
+        learner.learn = noted
+        return callback
+
+    return make
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def parts():
+    """96 examples to train on, six steps an epoch, and 32 held out."""
+    return hold_out(Examples(128), 0.25)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(("every", "steps"), [(5, [5, 10]), ("evaluation", [4, 8, 12]), ("end", [12])])
+def test_radii_are_those_of_tpgm_by_hand(kind, every, steps, parts, tmp_path):
+    """At the right optimizer steps, each of which accumulates two batches, and on the held-out batches in their
+    order."""
+    rest, held_out = parts
+    calls = []
+    run = train(kind, tmp_path, watched(tpgm(held_out, every), calls), data=rest, every=4)
+    assert [step for step, _, _ in calls] == steps
+
+    net = WithLoss()
+    net.load_state_dict(run.start)
+    by_hand = rft.TPGM(net, lr=TPGM["lr"], exclude=TPGM["exclude"])
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [[held_out[k] for k in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
+    batches = [torch.utils.data.default_collate(batch) for batch in batches]
+    for _, before, after in calls:
+        net.load_state_dict(before)
+        by_hand.step(lambda batch: net(**batch)["loss"], batches, TPGM["steps"])
+        assert same(dict(net.named_parameters()), after)
+        assert not same(before, after)
+    assert same(by_hand.radii, run.tpgm.radii)
+    if every == "end":
+        assert same(dict(run.net.named_parameters()), calls[-1][2])
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_radii_depend_on_held_out_data_and_not_on_that_of_evaluation(kind, parts, tmp_path):
+    rest, held_out = parts
+    run = train(kind, tmp_path, tpgm(held_out), data=rest, every=4)
+    for options, as_before in (({"evaluation": Examples(24, shift=1)}, True), ({"held": Examples(24, shift=1)}, False)):
+        maker = tpgm(options.pop("held", held_out))
+        other = train(kind, tmp_path, maker, data=rest, every=4, **options)
+        assert (other.bits() == run.bits()) == as_before
+        assert same(other.tpgm.radii, run.tpgm.radii) == as_before
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_evaluation_sees_and_a_checkpoint_has_the_projected_weights(kind, parts, tmp_path):
+    rest, held_out = parts
+    calls = []
+    run = train(kind, tmp_path, watched(tpgm(held_out), calls), data=rest, every=6)
+    (_, _, after), *_ = calls
+    net = WithLoss()
+    net.load_state_dict(after)
+    evaluation = Examples(24)
+    with torch.no_grad():
+        expected = float(net.eval()(evaluation.inputs, evaluation.labels)["loss"])
+    assert next(of["eval_loss"] for of in run.logged if "eval_loss" in of) == pytest.approx(expected, rel=1e-5)
+    if kind == "huggingface":
+        assert same(load_file(tmp_path / "checkpoint-6" / "model.safetensors"), after)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_does_not_ask_for_tpgm_at_evaluation_trains_the_same_with_it(kind, parts, tmp_path):
+    rest, held_out = parts
+    rare, often = (train(kind, tmp_path, tpgm(held_out, 5), data=rest, every=every, dropout=0.0) for every in (4, 3))
+    assert rare.bits() == often.bits()
+    assert rare.bits() != train(kind, tmp_path, data=rest, dropout=0.0).bits()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_telemetry_changes_no_bit(kind, tmp_path):
+    """The model of Trainer has dropout, so the random states stay too."""
+    plain = train(kind, tmp_path, every=4)
+    assert train(kind, tmp_path, telemetry(by_parameter=True), every=4).bits() == plain.bits()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_figures_reach_the_logger_every_second_step(kind, parts, tmp_path):
+    rest, held_out = parts
+    run = train(kind, tmp_path, telemetry(by_parameter=True), tpgm(held_out, 4), data=rest)
+    told = run.optimizer.telemetry()
+    logged = [of for of in run.logged if "robustft/deviation" in of]
+    assert [round(of["step"]) for of in logged] == [step - (kind == "lightning") for step in range(2, STEPS + 1, 2)]
+    last = logged[-1]
+    assert last["robustft/deviation"] == pytest.approx(
+        sum(of.deviation**2 for of in told.values() if of.deviation == of.deviation) ** 0.5
+    )
+    assert last["robustft/selected"] == sum(of.selected > 0 for of in told.values())
+    for name, of in told.items():
+        assert last[f"robustft/alpha/{name}"] == pytest.approx(of.alpha)
+    assert any(of["robustft/selected"] > 0 for of in logged)
+
+    learned = [of for of in run.logged if "tpgm/deviation" in of]
+    assert len(learned) == STEPS // 2
+    names = run.tpgm.names
+    params = dict(run.net.named_parameters())
+    sizes = rft.deviation([params[name] for name in names], [run.start[name] for name in names])
+    assert learned[-1]["tpgm/deviation"] == pytest.approx(float(sizes.square().sum().sqrt()), rel=1e-5)
+    assert learned[-1]["tpgm/selected"] == sum(float(of) < 1 for of in run.tpgm.alphas.values()) > 0
+    assert not any(key.startswith("tpgm/radius") for of in learned for key in of)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_progress_bar_shows_deviation_and_selected(kind, parts, tmp_path, capsys):
+    rest, held_out = parts
+    options = {"disable_tqdm": False} if kind == "huggingface" else {}
+    run = train(kind, tmp_path, telemetry(), tpgm(held_out, 4), data=rest, **options)
+    keys = [f"{prefix}/{key}" for prefix in ("robustft", "tpgm") for key in ("deviation", "selected")]
+    if kind == "huggingface":
+        bars = capsys.readouterr().err
+        assert all(f"{key}=" in bars for key in keys)
+        assert "selected=4/4" in bars or "/4" in bars
+    else:
+        assert set(keys) == set(run.trainer.progress_bar_metrics) & {f"{key}" for of in run.logged for key in of}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("given", [False, True])
+def test_wise_ft_at_the_end_is_the_formula_and_is_what_is_saved_then(kind, given, parts, tmp_path):
+    alpha = 0.3
+    fine = train(kind, tmp_path, data=parts[0])
+    pretrained, exclude = fine.start, {"exclude": "head"}
+    run = train(kind, tmp_path, wise(alpha, pretrained, **exclude) if given else wise(alpha), data=parts[0])
+    expected = rft.wise_ft(pretrained, fine.net, alpha, **exclude)
+    assert same(run.net.state_dict(), expected)
+    assert not same(fine.net.state_dict(), expected)
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(expected[name], fine.net.state_dict()[name])
+    if kind == "huggingface":
+        run.trainer.save_model(str(tmp_path / "final"))
+        saved, checkpoint = (load_file(tmp_path / of / "model.safetensors") for of in ("final", f"checkpoint-{STEPS}"))
+    else:
+        run.trainer.save_checkpoint(tmp_path / "final.ckpt")
+        saved, checkpoint = (
+            torch.load(tmp_path / of, weights_only=True)["state_dict"] for of in ("final.ckpt", f"step={STEPS}.ckpt")
+        )
+    assert same(saved, expected)
+    assert same(checkpoint, fine.net.state_dict())
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("every", [3, "evaluation", "end"])
+def test_a_resumed_run_has_the_bits_of_the_whole_one(kind, every, parts, tmp_path):
+    """It begins with other weights, so that the anchors of radii and of the optimizer must be the checkpoint's."""
+    rest, held_out = parts
+    makers = tpgm(held_out, every), telemetry(), wise(0.5)
+    whole = train(kind, tmp_path, *makers, data=rest, every=4)
+    resumed = train(kind, tmp_path, *makers, data=rest, every=4, seed=1, resume=6)
+    assert not same(whole.start, resumed.start)
+    assert resumed.bits() == whole.bits()
+    assert same(resumed.tpgm.radii, whole.tpgm.radii)
+    assert same(resumed.tpgm.state_dict()["anchors"], {name: whole.start[name] for name in whole.tpgm.names})
+    late = [[of for of in run.logged if of["step"] >= 7 and any("/" in key for key in of)] for run in (whole, resumed)]
+    assert late[0] == late[1] != []
+    assert train(kind, tmp_path, *makers, data=rest, every=4, seed=1).bits() != whole.bits()
+
+
+def test_trainer_refuses_radii_of_another_checkpoint(parts, tmp_path):
+    rest, held_out = parts
+    train("huggingface", tmp_path, tpgm(held_out, 3), data=rest)
+    (tmp_path / "checkpoint-12" / hf.FILE).replace(tmp_path / "checkpoint-6" / hf.FILE)
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        train("huggingface", tmp_path, tpgm(held_out, 3), data=rest, resume=6)
+    (tmp_path / "checkpoint-6" / hf.FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="resume_from="):
+        train("huggingface", tmp_path, tpgm(held_out, 3), data=rest, resume=6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_held_out_data_of_another_size_is_refused_on_resuming(kind, parts, tmp_path):
+    rest, held_out = parts
+    train(kind, tmp_path, tpgm(held_out, 3), data=rest)
+    with pytest.raises(ValueError, match="the same held_out"):
+        train(kind, tmp_path, tpgm(held_out, 3, batch_size=5), data=rest, resume=6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_data_that_is_trained_or_evaluated_on_is_refused(kind, parts, tmp_path):
+    rest, held_out = parts
+    for options in ({"data": held_out.dataset}, {"data": rest, "evaluation": held_out}):
+        with pytest.raises(ValueError, match=r"held_out shares examples with .*(train|eval|valid).*hold_out"):
+            train(kind, tmp_path, tpgm(held_out), every=4, **options)
+    with pytest.raises(ValueError, match="every='evaluation', but there is none"):
+        train(kind, tmp_path, tpgm(held_out), data=rest)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_optimizers_that_are_not_ours_are_answered_when_training_begins(kind, parts, tmp_path):
+    def adamw(net):
+        return torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+    with pytest.raises(TypeError, match=r"AdamW has no telemetry.*Anchored"):
+        train(kind, tmp_path, telemetry(), make=adamw)
+    with pytest.raises(ValueError, match="give pretrained="):
+        train(kind, tmp_path, wise(0.5), make=adamw)
+    with pytest.raises(ValueError, match="pretrained lacks"):
+        train(kind, tmp_path, wise(0.5, {"head.weight": torch.zeros(3, 32)}))
+    rest, held_out = parts  # TPGM needs none of ours
+    run = train(kind, tmp_path, tpgm(held_out, 3), data=rest, make=adamw)
+    assert any(float(radius) > 1e-3 for radius in run.tpgm.radii.values())
+
+
+def test_around_another_optimizer_there_are_telemetry_and_anchors(tmp_path):
+    def around(net):
+        return rft.Anchored(torch.optim.SGD(net.named_parameters(), lr=0.1), "spd", strength=1.0)
+
+    fine = train("lightning", tmp_path, make=around)
+    run = train("lightning", tmp_path, telemetry(), wise(0.5), make=around)
+    assert any("robustft/deviation" in of for of in run.logged)
+    assert same(run.net.state_dict(), rft.wise_ft(run.start, fine.net, 0.5))
+
+
+def test_trainer_is_needed_and_model_init_refused(parts, tmp_path):
+    rest, held_out = parts
+    with pytest.raises(TypeError, match=r"trainer\.add_callback"):
+        hf.TelemetryCallback(WithLoss())
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = transformers.Trainer(args=arguments, train_dataset=rest, model_init=lambda: WithLoss())
+    for make in (lambda: hf.TPGMCallback(trainer, held_out, every=3), lambda: hf.WiSECallback(trainer, 0.5)):
+        with pytest.raises(ValueError, match="give Trainer the model"):
+            make()
+
+
+def test_lightning_mutes_what_training_step_logs_on_held_out_data(parts, tmp_path):
+    """The losses in the log are those of training batches; manual optimization needs a loss function."""
+    rest, held_out = parts
+    plain, run = (train("lightning", tmp_path / name, *makers, data=rest) for name, makers in
+                  (("a", []), ("b", [tpgm(held_out, "end")])))  # fmt: skip
+    losses = [[of["loss"] for of in each.logged if "loss" in of] for each in (plain, run)]
+    assert losses[0] == losses[1] != []
+
+    class Manual(Module):
+        automatic_optimization = False
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[lit.TPGMCallback(held_out, every=3)], enable_model_summary=False, max_steps=1, limit_val_batches=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="give loss_fn="):
+        trainer.fit(Manual(spd), DataLoader(rest, BATCH), DataLoader(Examples(24), BATCH))
