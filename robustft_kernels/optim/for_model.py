@@ -82,7 +82,9 @@ def for_model(
         optimizer: a class by its name, such as "AdamSPD", "SGDFTP" or "AnchoredAdamW".
         head: a module of the model, the name of a module or parameter, or several of either. None: nothing is free.
         head_options: further keys of the head's group, such as lr.
-        options: of the optimizer. `anchor` may be the path of the base model's safetensors.
+        options: of the optimizer. `anchor` may be the path of the base model's safetensors. A trainer that resumes from
+            a checkpoint of the model alone needs it: the optimizer that it makes would take those weights for θ₀, and
+            cannot tell.
 
     Raises:
         ValueError: an unknown class, or `params` among the options. When called, a head that matches nothing, and a
