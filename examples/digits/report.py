@@ -2,6 +2,9 @@
 
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
+
+from examples.pictures import blank, dots, look, name_ends, name_points, save
 
 from .data import SHIFTED
 from .model import LAYERS
@@ -31,52 +34,65 @@ def table(rows: list[dict], before: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def pictures(rows: list[dict], folder: Path) -> list[Path]:
-    import matplotlib
+class Accuracy(NamedTuple):
+    """Mean and standard deviation over seeds, in percent."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    id: float
+    id_spread: float
+    ood: float
+    ood_spread: float
 
+
+def accuracies(rows: list[dict]) -> dict[float, dict[str, Accuracy]]:
+    """By learning rate and method."""
+    found: dict[float, dict[str, list[dict]]] = {}
+    for row in rows:
+        found.setdefault(row["lr"], {}).setdefault(row["method"], []).append(row)
+
+    def of(runs: list[dict]) -> Accuracy:
+        values = ([run[key] for run in runs] for key in ("id", "ood"))
+        return Accuracy(*(number for v in values for number in (mean(v), stdev(v) if len(v) > 1 else 0.0)))
+
+    return {lr: {method: of(runs) for method, runs in methods.items()} for lr, methods in found.items()}
+
+
+def draw_accuracies(found: dict[float, dict[str, Accuracy]], path: Path) -> Path:
+    """A panel for each learning rate, a point a method: means over seeds. The axes say how far seeds spread."""
+    figure, axes = blank(len(found), 1, 0.3 + 4.2 * len(found), sharex=True)
+    for axis, (lr, methods) in zip(axes, found.items(), strict=True):
+        for method, of in methods.items():
+            dots(axis, of.id, of.ood, method, size=9)
+        axis.set(title=f"learning rate {lr:g}", ylabel="out of distribution (%)")
+        axis.margins(0.09)
+    every = [of for methods in found.values() for of in methods.values()]
+    ranges = [[end(getattr(of, f"{key}_spread") for of in every) for end in (min, max)] for key in ("id", "ood")]
+    told = ", ".join(f"{key} {low:.1f} to {high:.1f}" for key, (low, high) in zip(("ID", "OOD"), ranges, strict=True))
+    axes[-1].set_xlabel(f"in distribution (%). Standard deviation over seeds: {told}")
+    name_points(figure)
+    return save(figure, path)
+
+
+def draw_layers(rows: list[dict], path: Path) -> Path:
+    """A panel for each learning rate: the deviation of each weight from input to output, but for what does not move."""
     lrs = list(dict.fromkeys(row["lr"] for row in rows))
-    folder.mkdir(parents=True, exist_ok=True)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
-    markers = dict(zip(methods, "oPXsD^v<>phH*d8." * 2, strict=False))
-
-    def panels() -> tuple[plt.Figure, list[plt.Axes]]:
-        size = (5.5 * len(lrs) + 2.2, 5)
-        figure, axes = plt.subplots(1, len(lrs), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        return figure, axes[0]
-
-    def of(method: str, lr: float) -> list[dict]:
-        return [r for r in rows if r["method"] == method and r["lr"] == lr]
-
-    figure, axes = panels()
-    for axis, lr in zip(axes, lrs, strict=True):
-        for method, colour in colours.items():
-            x, y = ([r[key] for r in of(method, lr)] for key in ("id", "ood"))
-            axis.scatter(x, y, color=colour, s=12, alpha=0.5)
-            axis.scatter(mean(x), mean(y), color=colour, s=90, marker=markers[method], edgecolor="black", label=method)
-        axis.set(title=f"learning rate {lr:g}", xlabel="in distribution: clean (%)")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("out of distribution: seven domains (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="large: mean over seeds")
-    scatter = folder / "digits-id-ood.png"
-    figure.savefig(scatter, dpi=110)
-    plt.close(figure)
-
-    figure, axes = panels()
+    figure, axes = blank(1, len(lrs), 5, sharey=True)
     layers = dict(zip(LAYERS, ("conv 1", "conv 2", "conv 3", "linear"), strict=True))
     for axis, lr in zip(axes, lrs, strict=True):
-        for method, colour in colours.items():
-            heights = [mean(r["layers"][name] for r in of(method, lr)) for name in layers]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            found = [row["layers"] for row in rows if row["method"] == method and row["lr"] == lr]
+            heights = [mean(of[name] for of in found) for name in layers]
             if max(heights) > 0:
-                axis.plot(list(layers.values()), heights, color=colour, marker=markers[method], label=method)
-        axis.set(title=f"learning rate {lr:g}", xlabel="weights, from input to output")
-        axis.grid(alpha=0.3)
+                colour, marker = look(method)
+                axis.plot(list(layers.values()), heights, marker=marker, color=colour, label=method)
+        axis.set(title=f"learning rate {lr:g}")
     axes[0].set_ylabel("deviation ‖θ − θ₀‖, mean over seeds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    depth = folder / "digits-layers.png"
-    figure.savefig(depth, dpi=110)
-    plt.close(figure)
-    return [scatter, depth]
+    name_ends(figure)
+    return save(figure, path)
+
+
+def pictures(rows: list[dict], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        draw_accuracies(accuracies(rows), folder / "digits-id-ood.png"),
+        draw_layers(rows, folder / "digits-layers.png"),
+    ]

@@ -1,97 +1,96 @@
 """Four pictures of a report: ID against OOD, OOD against deviation, deviation by block, and the learned radii."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from examples.pictures import blank, dots, look, name_ends, name_points, save
+
 from .report import BASELINE, CURVES, LEARNED, ZERO_SHOT, Config, Row, Runs, at_lr, average, weights
 
-OOD = "out of distribution: five styles (%)"
+OOD = "out of distribution (%)"
 
 
 def draw(runs: Runs, tenth: Runs, folder: Path) -> list[str]:
     """The names of the files, written to `folder`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = list(dict.fromkeys(config.method for config in runs if config.method != ZERO_SHOT))
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
-    lrs = sorted({config.lr for config in runs if config.lr})
-    zero = runs[Config(ZERO_SHOT, 0.0, 0.0)]
-
-    def save(name: str, panels: int, panel: Callable, ylabel: str, width: float = 4.2, sharey: bool = True) -> str:
-        size = (width * panels + 2.2, 4.8)
-        figure, axes = plt.subplots(1, panels, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
-        for k, axis in enumerate(axes[0]):
-            panel(axis, k)
-            axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel(ylabel)
-        known = {}
-        for axis in axes[0]:
-            handles, labels = axis.get_legend_handles_labels()
-            known |= dict(zip(labels, handles, strict=True))
-        figure.legend(known.values(), known.keys(), loc="outside right upper")
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
-        return name
-
-    def id_ood(axis, k: int) -> None:
-        axis.scatter(average(zero, "id"), average(zero, "ood"), marker="*", s=160, color="black", label=ZERO_SHOT)
-        for method in methods:
-            found = sorted(config for config in runs if config.method == method and config.lr == lrs[k])
-            for base in sorted({config.base for config in found}):
-                x, y = curve(method, [config for config in found if config.base == base], base)
-                style = ".-" if method in CURVES else "o"
-                axis.plot(x, y, style, color=colours[method], label=method, linewidth=1)
-        axis.set(title=f"learning rate {lrs[k]:g}", xlabel="in distribution (%)")
-
-    def curve(method: str, found: list[Config], base: float) -> tuple[list[float], list[float]]:
-        """The points of one method; those of an interpolation lie between the pre-trained and the fine-tuned model."""
-        groups = [runs[config] for config in found]
-        if method.lower().startswith("wise"):
-            groups = [zero, *groups, runs[Config(CURVES[method], found[0].lr, base)]]
-        x, y = ([average(group, key) for group in groups] for key in ("id", "ood"))
-        return x, y
-
-    def deviation_ood(axis, k: int) -> None:
-        axis.axhline(average(zero, "ood"), color="black", linestyle=":", label=ZERO_SHOT)
-        for method in methods:
-            found = [config for config in runs if config.method == method]
-            x, y = ([average(runs[config], key) for config in found] for key in ("deviation", "ood"))
-            axis.scatter(x, y, s=28, color=colours[method], label=method)
-        axis.set(xlabel="deviation ‖θ − θ₀‖")
-
-    def blocks(axis, k: int) -> None:
-        for method, config in at_lr(runs, lrs[k]).items():
-            if method != ZERO_SHOT:
-                heights = list(by_block(runs[config]).values())
-                axis.plot(range(len(heights)), heights, ".-", color=colours[method], label=method)
-        axis.set(title=f"learning rate {lrs[k]:g}", xlabel="block, from input to output", yscale="log")
-
-    def radii(axis, k: int) -> None:
-        for images, found, style in (("all images", runs, "-"), ("a tenth", tenth, "--")):
-            if Config(LEARNED, lrs[-1], 0.0) not in found:
-                continue
-            free, learned = (list(weights(found[Config(m, lrs[-1], 0.0)]).values()) for m in (BASELINE, LEARNED))
-            if k == 0:
-                axis.plot(free, style, color=colours[BASELINE], label=f"{BASELINE}, {images}")
-                axis.plot(learned, style, color=colours[LEARNED], label=f"{LEARNED}, {images}")
-            else:
-                kept = [b / a for a, b in zip(free, learned, strict=True)]
-                axis.plot(kept, style, color=colours[LEARNED])
-        axis.set(xlabel="convolution, from input to output", title=("‖θ − θ₀‖", f"as a share of {BASELINE}'s")[k])
-
-    names = [
-        save("emoji-id-ood.png", len(lrs), id_ood, OOD),
-        save("emoji-deviation.png", 1, deviation_ood, OOD, width=7.0),
-        save("emoji-blocks.png", len(lrs), blocks, "deviation ‖θ − θ₀‖ of the block"),
+    files = [
+        draw_id_ood(runs, folder / "emoji-id-ood.png"),
+        draw_deviation(runs, folder / "emoji-deviation.png"),
+        draw_blocks(runs, folder / "emoji-blocks.png"),
     ]
-    if Config(LEARNED, lrs[-1], 0.0) in runs:
-        names.append(save("emoji-radii.png", 2, radii, "deviation, mean over seeds", sharey=False))
-    return names
+    if Config(LEARNED, max(rates(runs)), 0.0) in runs:
+        files.append(draw_radii(runs, tenth, folder / "emoji-radii.png"))
+    return [file.name for file in files]
+
+
+def rates(runs: Runs) -> list[float]:
+    return sorted({config.lr for config in runs if config.lr})
+
+
+def draw_id_ood(runs: Runs, path: Path) -> Path:
+    """A panel for each learning rate; the settings of what interpolates or sweeps are joined."""
+    lrs = rates(runs)
+    figure, axes = blank(len(lrs), 1, 0.3 + 3.6 * len(lrs), sharex=True)
+    zero = runs[Config(ZERO_SHOT, 0.0, 0.0)]
+    for axis, lr in zip(axes, lrs, strict=True):
+        for method, base in dict.fromkeys((c.method, c.base) for c in sorted(runs) if c.lr in (0.0, lr)):
+            found = [c for c in sorted(runs) if (c.method, c.base) == (method, base) and c.lr in (0.0, lr)]
+            groups = [runs[config] for config in found]
+            dots(axis, *places(groups), method)
+            if method.lower().startswith("wise"):  # it lies between the pre-trained and the fine-tuned model
+                groups = [zero, *groups, runs[Config(CURVES[method], lr, base)]]
+            if method in CURVES:
+                axis.plot(*places(groups), color=look(method).color, linewidth=0.8, zorder=1)
+        axis.set(title=f"learning rate {lr:g}", ylabel=OOD)
+    axes[-1].set_xlabel("in distribution (%)")
+    name_points(figure)
+    return save(figure, path)
+
+
+def places(groups: list[list[Row]], x: str = "id", y: str = "ood") -> list[list[float]]:
+    return [[average(group, key) for group in groups] for key in (x, y)]
+
+
+def draw_deviation(runs: Runs, path: Path) -> Path:
+    figure, (axis,) = blank(1, 1, 6)
+    axis.axhline(average(runs[Config(ZERO_SHOT, 0.0, 0.0)], "ood"), color="black", linestyle=":", linewidth=0.8)
+    for config, group in runs.items():
+        dots(axis, *places([group], "deviation"), config.method)
+    axis.set(xlabel="deviation ‖θ − θ₀‖; dotted: the height of zero-shot", ylabel=OOD)
+    name_points(figure)
+    return save(figure, path)
+
+
+def draw_blocks(runs: Runs, path: Path) -> Path:
+    lrs = rates(runs)
+    figure, axes = blank(len(lrs), 1, 0.3 + 4 * len(lrs), sharex=True, sharey=True)
+    for axis, lr in zip(axes, lrs, strict=True):
+        for method, config in at_lr(runs, lr).items():
+            heights = list(by_block(runs[config]).values()) if method != ZERO_SHOT else []
+            if any(heights):
+                colour, marker = look(method)
+                axis.plot(range(len(heights)), heights, marker=marker, color=colour, linewidth=1, label=method)
+        axis.set(title=f"learning rate {lr:g}", ylabel="deviation ‖θ − θ₀‖", yscale="log")
+    axes[-1].set_xlabel("block, from input to output")
+    name_ends(figure)
+    return save(figure, path)
+
+
+def draw_radii(runs: Runs, tenth: Runs, path: Path) -> Path:
+    """Of the convolutions, and as a share of what AdamW deviates; dashed for a tenth of the images."""
+    lr = max(rates(runs))
+    figure, axes = blank(2, 1, 7, sharex=True)
+    for images, found, style in (("", runs, "-"), (", a tenth", tenth, "--")):
+        if Config(LEARNED, lr, 0.0) not in found:
+            continue
+        free, learned = (list(weights(found[Config(m, lr, 0.0)]).values()) for m in (BASELINE, LEARNED))
+        kept = [b / a for a, b in zip(free, learned, strict=True)]
+        for axis, method, heights in ((axes[0], BASELINE, free), (axes[0], LEARNED, learned), (axes[1], LEARNED, kept)):
+            axis.plot(heights, style, color=look(method).color, linewidth=1.2, label=method + images)
+    axes[0].set(ylabel="deviation ‖θ − θ₀‖")
+    axes[1].set(ylabel=f"as a share of {BASELINE}'s", xlabel="convolution, from input to output")
+    name_ends(figure)
+    return save(figure, path)
 
 
 def by_block(group: list[Row]) -> dict[str, float]:

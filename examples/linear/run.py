@@ -21,10 +21,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from matplotlib import colormaps
 from torch import Tensor
 from tqdm import tqdm
 
 import robustft_kernels as rft
+from examples.pictures import COLOURS, blank, name_ends, save
 
 EPSILONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 ALPHAS = torch.linspace(0, 1, 41, dtype=torch.float64)
@@ -131,30 +133,25 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(rows: list[dict], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for k, epsilon in enumerate(EPSILONS):
+    figure, (left, right) = blank(1, 2, 4.2)
+    for epsilon, colour in zip(EPSILONS, colormaps["cividis"](torch.linspace(0, 0.85, len(EPSILONS))), strict=True):
         found = [row for row in rows if row["ε"] == epsilon]
         losses, bounds = (torch.stack([row[key] for row in found]).mean(0) for key in ("losses", "bounds"))
-        left.plot(ALPHAS, losses, color=f"C{k}", label=f"ε = {epsilon:g}")
-        left.plot(ALPHAS, bounds, ":", color=f"C{k}")
+        left.plot(ALPHAS, losses, color=colour, label=f"ε = {epsilon:g}")
+        left.plot(ALPHAS, bounds, ":", color=colour)
     left.set(xlabel="α", ylabel="expected loss out of distribution; dotted: bound", yscale="log")
-    left.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    for key, style in (("best", "o-"), ("best of bound", "s:"), ("learned", "^-")):
-        heights = [mean(row[key] for row in rows if row["ε"] == epsilon) for epsilon in EPSILONS]
-        right.plot(EPSILONS, heights, style, label={"learned": "learned by TPGM"}.get(key, key))
-    right.set(xlabel="ε = ‖θ_ood − θ₀‖", ylabel="α", xscale="log", ylim=(0, 1))
+    for key, style, colour in (
+        ("best", "o-", COLOURS["free"]),
+        ("best of bound", "D:", COLOURS["in part"]),
+        ("learned by TPGM", "X--", COLOURS["projection"]),
+    ):
+        heights = [mean(row[key.split(" by ")[0]] for row in rows if row["ε"] == epsilon) for epsilon in EPSILONS]
+        right.plot(EPSILONS, heights, style, color=colour, label=key)
+    right.set(xlabel="ε = ‖θ_ood − θ₀‖", ylabel="α", xscale="log", ylim=(-0.03, 1))
     right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
     right.minorticks_off()
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    name_ends(figure)
+    save(figure, file)
 
 
 def main() -> None:

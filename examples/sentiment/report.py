@@ -7,6 +7,7 @@ import torch
 
 import robustft_kernels as rft
 from examples.emoji.report import Config, Row, Runs, average, chosen, paired, spread, table
+from examples.pictures import blank, dots, name_points, save
 
 from .data import DOMAINS
 from .methods import METHODS
@@ -104,23 +105,12 @@ def line(config: Config, group: list[Row]) -> dict[str, str]:
 
 
 def draw(runs: Runs, path: Path) -> Path:
-    """ID and OOD accuracy against deviation, a dot a configuration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = list(dict.fromkeys(config.method for config in runs))
-    colours = dict(zip(methods, plt.cm.tab20.colors, strict=False))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for axis, key, title in zip(axes, ("id", "ood"), ("in distribution (%)", "three other domains (%)"), strict=True):
-        for method in methods:
-            groups = [group for config, group in runs.items() if config.method == method]
-            x, y = ([average(group, of) for group in groups] for of in ("deviation", key))
-            axis.scatter(x, y, s=28, color=colours[method], label=method, marker="*" if method == ZERO_SHOT else "o")
-        axis.set(xlabel="deviation ‖θ − θ₀‖ of the encoder", ylabel=title)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    """ID and OOD accuracy against deviation, a point a configuration."""
+    figure, axes = blank(2, 1, 8, sharex=True)
+    for axis, key, title in zip(axes, ("id", "ood"), ("in distribution (%)", "out of distribution (%)"), strict=True):
+        for config, group in runs.items():
+            dots(axis, average(group, "deviation"), average(group, key), config.method)
+        axis.set_ylabel(title)
+    axes[-1].set_xlabel("deviation ‖θ − θ₀‖ of the encoder")
+    name_points(figure)
+    return save(figure, path)
