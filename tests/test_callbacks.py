@@ -2,8 +2,10 @@
 
 import copy
 import importlib
+import re
 import sys
 from math import nan, sqrt
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -259,3 +261,10 @@ def test_a_missing_library_is_one_line_with_the_command(module, library, command
     with pytest.raises(ImportError) as raised:
         importlib.import_module(f"robustft_kernels.callbacks.{module}")
     assert str(raised.value) == f"robustft_kernels.callbacks.{module} needs it: {command}"
+
+
+def test_nothing_else_imports_the_callbacks():
+    """So `import robustft_kernels` needs no trainer."""
+    for path in Path(rft.__file__).parent.rglob("*.py"):
+        if path.parent.name != "callbacks":
+            assert not re.search(r"^\s*(from|import)\b.*\bcallbacks\b", path.read_text(), flags=re.M), path

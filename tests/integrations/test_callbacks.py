@@ -198,12 +198,26 @@ def test_a_resumed_run_has_the_bits_of_the_whole_one(kind, every, parts, tmp_pat
     assert train(kind, tmp_path, *makers, data=rest, every=4, seed=1).bits() != whole.bits()
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_without_anchors_in_the_checkpoint_they_are_the_weights_from_before_it_was_loaded(kind, parts, tmp_path):
+    rest, held_out = parts
+    maker = tpgm(held_out, 3, save_anchors=False)
+    whole, resumed = (train(kind, tmp_path, maker, data=rest, resume=resume) for resume in (None, 6))
+    assert resumed.bits() == whole.bits()
+    assert resumed.bits() != train(kind, tmp_path, maker, data=rest, seed=1, resume=6).bits()
+
+
 def test_trainer_refuses_radii_of_another_checkpoint(parts, tmp_path):
     rest, held_out = parts
-    train("huggingface", tmp_path, tpgm(held_out, 3), data=rest)
+    whole = train("huggingface", tmp_path, tpgm(held_out, 3), data=rest)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "checkpoint-6" / hf.FILE).replace(elsewhere / hf.FILE)
     (tmp_path / "checkpoint-12" / hf.FILE).replace(tmp_path / "checkpoint-6" / hf.FILE)
     with pytest.raises(ValueError, match="belongs to other weights"):
         train("huggingface", tmp_path, tpgm(held_out, 3), data=rest, resume=6)
+    resumed = train("huggingface", tmp_path, tpgm(held_out, 3, resume_from=elsewhere), data=rest, resume=6)
+    assert resumed.bits() == whole.bits()
     (tmp_path / "checkpoint-6" / hf.FILE).unlink()
     with pytest.raises(FileNotFoundError, match="resume_from="):
         train("huggingface", tmp_path, tpgm(held_out, 3), data=rest, resume=6)
