@@ -142,7 +142,7 @@ def draw_eager(results: Results, file: Path) -> None:
     """What the eager code costs: its step over ours, and its whole iteration and ours over AdamW's."""
     both = ("AdamSPD, eager", "AdamSPD")
     panels = [
-        ("step of the eager code over ours", results.of("eager", "tpgm"), "{watched}, {model}", None),
+        ("a step of the eager code over ours", results.of("eager", "tpgm"), "{watched}, {model}", None),
         (f"forward, backward and step over {BASELINE}", results.of("end_to_end"), "{model}", both),
     ]
     panels = [panel for panel in panels if panel[1]]

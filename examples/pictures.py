@@ -9,6 +9,7 @@ from io import BytesIO
 from itertools import pairwise, product
 from math import cos, pi, sin
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ FAMILIES = {
 }
 MARKERS = "oX^Dv"  # by place in the family
 REACHES = (5, 9, 15, 23, 33, 46, 62, 82, 107, 137)  # from a point to its name
+ORDERS = 8  # in which names are put down; the one that costs least is taken
 Place = tuple[float, float]
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 CLASSES = {"AdamW (none)": "AdamW", "AdamSPD": "SPD", "AdamL2SP": "L2-SP", "AdamPGM": "PGM", "AdamFTP": "FTP"}
@@ -121,63 +123,77 @@ def name_points(figure: Figure) -> None:
     _settle(figure)
     for axis in figure.axes:
         named: dict[str, list[Place]] = {}
-        colours = {}
         for line in _named(axis):
             named.setdefault(str(line.get_label()), []).extend(map(tuple, line.get_xydata()))
-            colours[str(line.get_label())] = line.get_color()
-        free = _Free(axis)
-        for name in sorted(named, key=lambda name: free.lonely(named[name])):  # the hardest first
-            free.place(name, sorted(named[name], key=lambda place: -free.lonely([place])), colours[name])
+        notes = {
+            name: axis.annotate(
+                name, places[0], (0, 0), textcoords="offset points", ha="center", va="center", fontsize=SMALL,
+                arrowprops=_leader("black"), annotation_clip=False, path_effects=HALO,
+            )
+            for name, places in named.items()
+        }  # fmt: skip
+        orders = [Random(seed).sample(list(named), len(named)) for seed in range(ORDERS)]
+        fits = [_Fit(axis, named, notes, order) for order in orders]
+        for name, (place, step) in min(fits, key=lambda fit: fit.cost).spots.items():
+            notes[name].xy, notes[name].xyann = place, step
+        for line in _named(axis):
+            notes[str(line.get_label())].arrow_patch.set_color(line.get_color())
 
 
-class _Free:
-    """The space of a panel that is still free. All of it is in pixels."""
+class _Fit:
+    """Names put down one after the other, each where it costs least then. All is in pixels, but for `spots`."""
 
-    def __init__(self, axis: Axes):
-        self.axis, self.unit, self.panel = axis, axis.figure.dpi / 72, axis.get_window_extent()
+    def __init__(self, axis: Axes, named: dict[str, list[Place]], notes: dict[str, Annotation], order: list[str]):
+        self.unit, self.panel = axis.figure.dpi / 72, axis.get_window_extent()
         curves = [line.get_transform().transform_path(line.get_path()) for line in axis.lines]
-        self.points = np.concatenate([curve.vertices for curve in curves])
+        self.points = np.unique(np.concatenate([curve.vertices for curve in curves]), axis=0)
         self.lines = [curve for curve, line in zip(curves, axis.lines, strict=True) if line.get_linestyle() != "None"]
         self.boxes: list[Bbox] = []
         self.leaders: list[Curve] = []
+        self.spots: dict[str, tuple[Place, Place]] = {}  # the point, and how far from it the name is, in points
+        self.cost = 0.0
+        for name in order:
+            places = dict(zip(named[name], axis.transData.transform(named[name]), strict=True))
+            self._put(name, places, Text.get_window_extent(notes[name]).size)
 
-    def lonely(self, places: list[Place]) -> float:
-        """How far the fourth neighbour is from the one of these points that has most room."""
-        there = self.axis.transData.transform(places)
-        apart = np.abs(there[:, None] - self.points).max(2)
-        return float(np.sort(apart)[:, :5].max())
-
-    def place(self, name: str, places: list[Place], colour: str) -> None:
-        note = self.axis.annotate(
-            name, places[0], (0, 0), textcoords="offset points", ha="center", va="center", fontsize=SMALL,
-            arrowprops=_leader(colour), annotation_clip=False, path_effects=HALO,
-        )  # fmt: skip
-        size = Text.get_window_extent(note)
+    def _put(self, name: str, places: dict[Place, Any], size: Any) -> None:
         least = float("inf")
-        for reach, place, turn in product(REACHES, places, range(16)):
-            way = np.array([cos(turn * pi / 8), sin(turn * pi / 8)])
-            step = way * (reach * self.unit + np.array([size.width, size.height]) / 2)
-            point = self.axis.transData.transform(place)
-            box = Bbox.from_bounds(*(point + step - np.array([size.width, size.height]) / 2), size.width, size.height)
-            leader = Curve([point, point + step])
-            if (cost := self._cost(box, leader)) < least:
-                least, best = cost, (box, leader)
-                note.xy, note.xyann = place, tuple(step / self.unit)
-            if not cost:
+        for reach, (place, point), turn in product(REACHES, self._lonely_first(places), range(16)):
+            if least <= reach / 30:
                 break
+            step = np.array([cos(turn * pi / 8), sin(turn * pi / 8)]) * (reach * self.unit + size / 2)
+            box, leader = Bbox([point + step - size / 2, point + step + size / 2]), Curve([point, point + step])
+            if (cost := reach / 30 + self._rivals(box, reach) / 2 + self._cost(box, leader, least)) < least:
+                least, best = cost, (box, leader)
+                self.spots[name] = place, tuple(step / self.unit)
         self.boxes.append(best[0])
         self.leaders.append(best[1])
+        self.cost += least
 
-    def _cost(self, box: Bbox, leader: Curve) -> float:
-        """Counts what a name in this box would cover or leave, and what the line that leads to it would cross."""
+    def _lonely_first(self, places: dict[Place, Any]) -> list[tuple[Place, Any]]:
+        def room(point: Any) -> float:
+            return float(np.sort(np.abs(self.points - point).max(1))[:5][-1])
+
+        return sorted(places.items(), key=lambda item: -room(item[1]))
+
+    def _cost(self, box: Bbox, leader: Curve, enough: float) -> float:
+        """What a name in this box would cover or leave, and what its leader would cross. Counts no further than
+        `enough`."""
         wide = box.padded(4 * self.unit)
-        outside = (wide.min < self.panel.min).any() or (wide.max > self.panel.max).any()
-        covered = ((self.points > wide.min) & (self.points < wide.max)).all(1).sum()
-        cost = 100 * outside + 2 * covered + 100 * sum(map(box.padded(self.unit).overlaps, self.boxes))
-        cost += sum(line.intersects_bbox(box, filled=False) for line in self.lines)
-        cost += 5 * sum(other.intersects_bbox(box) for other in self.leaders)
-        cost += 5 * sum(leader.intersects_bbox(other) for other in self.boxes)
-        return cost + 3 * sum(leader.intersects_path(other) for other in self.leaders) + self._met(leader)
+        cost = 100.0 * ((wide.min < self.panel.min).any() or (wide.max > self.panel.max).any())
+        cost += 100 * sum(map(box.padded(5 * self.unit, self.unit).overlaps, self.boxes))
+        if cost < enough:
+            cost += 2 * ((self.points > wide.min) & (self.points < wide.max)).all(1).sum() + self._met(leader)
+        if cost < enough:
+            cost += 5 * sum(other.intersects_bbox(box) for other in self.leaders)
+            cost += 5 * sum(leader.intersects_bbox(other) for other in self.boxes)
+            cost += 5 * sum(leader.intersects_path(other) for other in self.leaders)
+        return cost + sum(line.intersects_bbox(box, filled=False) for line in self.lines) if cost < enough else cost
+
+    def _rivals(self, box: Bbox, reach: float) -> int:
+        """How many other points are about as near to a name as its own. A long leader tells which one is meant."""
+        away = np.maximum(box.min - self.points, self.points - box.max).clip(0)
+        return max(0, int((np.linalg.norm(away, axis=1) < (min(reach, 9) + 3) * self.unit).sum()) - 1)
 
     def _met(self, leader: Curve) -> int:
         """How many points other than its own a leader goes through."""

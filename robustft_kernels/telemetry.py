@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = Mapping[Tensor, Found]
+_MOST_NAMES = 60  # that stand side by side in the widest picture
 
 
 class Telemetry(NamedTuple):
@@ -90,7 +91,7 @@ def draw(
     """Draws the parameters by depth, in the order given.
 
     Above are the deviation and the radius (dashed) of each, with one line for each kind (the last part of the name).
-    Below is how often each was selected.
+    Below is how often each was selected. Of more than 60 parameters, only every second, third, ... is named.
 
     Args:
         telemetry: of one step, or a history {step: telemetry} of the same parameters. A history is drawn from light to
@@ -124,11 +125,11 @@ def draw(
 
     figure = Figure(figsize=(max(6.0, min(16.0, 3 + 0.2 * len(names))), 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    colours = dict(zip(steps, colormaps["viridis"](np.linspace(0.85, 0.1, len(steps))), strict=True))
+    colours = dict(zip(steps, colormaps["viridis"](np.linspace(0.1, 0.85, len(steps))[::-1]), strict=True))
     in_legend = {steps[round(k * (len(steps) - 1) / 5)] for k in range(6)}
     for step in steps:
         labels = {"deviation": "deviation", "radius": "radius"} if single else {"deviation": f"step {step}"}
-        for key, style in (("deviation", ".-"), ("radius", ".--")):
+        for key, style in (("deviation", ".-"), ("radius", "x--")):
             label = labels.get(key) if step in in_legend else None
             values = [getattr(of, key) for of in history[step].values()]
             for places in kinds.values():
@@ -149,7 +150,8 @@ def draw(
         mesh = below.pcolormesh(edges, steps, shares, vmin=0, vmax=1, cmap="Greys")
         figure.colorbar(mesh, ax=(above, below), label="share of steps selected")
     below.set_ylabel("steps selected" if single else "step")
-    below.set_xticks(range(len(names)), names, rotation=90, fontsize=max(3, min(9, 450 // len(names))))
+    shown = range(0, len(names), -(-len(names) // _MOST_NAMES))
+    below.set_xticks(shown, [names[place] for place in shown], rotation=90, fontsize=8)
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure

@@ -1,5 +1,6 @@
 """What a step tells of itself, against the weights it left, for every method. How that is read, logged and drawn."""
 
+import itertools
 import sys
 from math import isnan, nan
 
@@ -182,7 +183,12 @@ def test_draw(tmp_path):
     assert [list(line.get_xdata()) for line in draw(mixed).axes[0].lines] == [[0], [1], [0]]  # a line for each kind
     assert not draw({"head": Telemetry(nan, nan, 1, 0, 0, nan)}).axes[0].lines
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("single.png", "history.pdf"))
-    assert draw({step: numbers(step, layers=120) for step in range(100)})
+    many = draw({step: numbers(step, layers=121) for step in range(100)})
+    names = many.axes[1].get_xticklabels()
+    assert [name.get_text() for name in names] == [*numbers(layers=121)][::3]
+    many.draw_without_rendering()
+    boxes = [name.get_window_extent() for name in names]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
     for nothing in ({}, {3: {}}):
         with pytest.raises(ValueError, match=r"no telemetry to draw|of at least one"):
             draw(nothing)

@@ -72,6 +72,7 @@ def draw_blocks(runs: Runs, path: Path) -> Path:
                 axis.plot(range(len(heights)), heights, marker=marker, color=colour, linewidth=1, label=method)
         axis.set(title=f"learning rate {lr:g}", ylabel="deviation ‖θ − θ₀‖", yscale="log")
     axes[-1].set_xlabel("block, from input to output")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     name_ends(figure)
     return save(figure, path)
 
