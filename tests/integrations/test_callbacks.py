@@ -3,6 +3,7 @@ formula, and what is resumed has the same bits."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +296,24 @@ def test_lightning_mutes_what_training_step_logs_on_held_out_data(parts, tmp_pat
     )  # fmt: skip
     with pytest.raises(ValueError, match="give loss_fn="):
         trainer.fit(Manual(spd), DataLoader(rest, BATCH), DataLoader(Examples(24), BATCH))
+
+
+def test_lightning_reads_the_device_once_a_logged_step(tmp_path, monkeypatch):
+    calls = []
+    told = lit.TelemetryCallback.told
+    monkeypatch.setattr(
+        lit.TelemetryCallback, "told", lambda of, trainer: calls.append(trainer.global_step) or told(of, trainer)
+    )
+    train("lightning", tmp_path, telemetry())
+    assert calls == [0, *range(2, STEPS + 1, 2)]  # at 0, whether there is any
+
+
+@pytest.mark.parametrize(("fn", "sanity"), [("fit", True), ("validate", False)])
+def test_lightning_learns_in_no_other_validation(fn, sanity, parts):
+    callback = lit.TPGMCallback(parts[1])
+    callback.learner.learn = None  # an error, if it is called
+    state = SimpleNamespace(fn=fn)
+    callback.on_validation_start(SimpleNamespace(state=state, sanity_checking=sanity, global_step=4), None)
 
 
 @pytest.mark.parametrize("section", ["Hugging Face Trainer", "Lightning"])
