@@ -1,9 +1,10 @@
-"""WiSE-FT where the two sides are not alike: one prefix before all names, and θ₀ in a file."""
+"""Where the two sides are not alike: one prefix before all names, and θ₀ in a file."""
 
 import pytest
 import torch
 from torch import nn
 
+from robustft_kernels.finetune.tpgm import TPGM
 from robustft_kernels.finetune.wise import wise_ft, wise_ft_
 from tests.test_wise import pair, same_bits
 
@@ -31,3 +32,11 @@ def test_theta_0_from_a_file(tmp_path):
     safetensors.save_file(first.state_dict(), tmp_path / "model.safetensors")
     for path in (tmp_path, str(tmp_path / "model.safetensors")):
         assert same_bits(wise_ft(path, second, 0.3), wise_ft(first, second, 0.3))
+
+
+def test_tpgm_under_a_prefix():
+    """θ₀ of a base model, whose names lack the "bert." of the model with a head."""
+    model = nn.ModuleDict({"bert": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    base = {name: param.detach() + 1 for name, param in model["bert"].named_parameters()}
+    tpgm = TPGM(model, anchor=base, exclude="head")
+    assert all(map(torch.equal, tpgm._anchors, base.values()))

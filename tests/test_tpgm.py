@@ -324,14 +324,6 @@ def test_names_and_prefixes():
 A_PAIR = [("a", nn.Parameter(torch.ones(2))), ("b.c", nn.Parameter(torch.ones(3, 2)))]
 
 
-def test_an_anchor_under_a_prefix():
-    """θ₀ of a base model, whose names lack the "bert." of the model with a head."""
-    model = nn.ModuleDict({"bert": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
-    base = {name: param.detach() + 1 for name, param in model["bert"].named_parameters()}
-    tpgm = TPGM(model, anchor=base, exclude="head")
-    assert all(map(torch.equal, tpgm._anchors, base.values()))
-
-
 SHARED = torch.ones(2)
 
 
