@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import robustft_kernels as rft
-from robustft_kernels.command import doctor, shards, spans
+from robustft_kernels.command import shards, spans
 
 pytest.importorskip("click")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -381,24 +381,3 @@ def test_a_missing_library_is_one_line(library):
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"robustft: {library} is not installed; pip install robustft_kernels[cli]\n"
-
-
-def test_doctor():
-    done = subprocess.run(
-        [sys.executable, "-m", "robustft_kernels", "doctor"], env=environment(), capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert set(rft.backends()) <= set(done.stdout.split())
-    assert "backend reference" in done.stdout
-    assert ("backend native" in done.stdout) == (not rft.backends()["native"])
-    assert torch.__version__ in done.stdout
-    assert "times torch's" in done.stdout
-
-
-def test_advice_names_what_is_missing(monkeypatch):
-    ready = {"cuda": "", "triton": "", "native": "it was not built", "reference": ""}
-    assert any("it was not built" in line for line in doctor.advice(ready))
-    monkeypatch.setattr(doctor, "_cores", lambda: torch.get_num_threads() + 1)
-    assert any("OMP_NUM_THREADS" in line for line in doctor.advice({**ready, "native": ""}))
-    monkeypatch.setattr(os, "getloadavg", lambda: (1e9, 0.0, 0.0))
-    assert any("load" in line for line in doctor.advice({**ready, "native": ""}))
