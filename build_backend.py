@@ -5,10 +5,16 @@ it will run under. pip builds with the interpreter that it installs for, so torc
 packages. If there is none, as under uv, the newest is asked for.
 """
 
+import site
 import sys
 import sysconfig
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+# Without isolation there may be no setuptools, or one that needs `wheel` (before 70.1).
+if find_spec("setuptools") is None or not any(map(find_spec, ("setuptools.command.bdist_wheel", "wheel"))):
+    sys.exit('robustft_kernels: no setuptools here can build a wheel; install "setuptools>=75" first')
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the hooks that are not replaced
@@ -18,8 +24,11 @@ TORCH = "torch>=2.10"
 
 def packages():
     """The folders of packages of the interpreter that have a torch."""
-    places = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    return [place for place in places if (Path(place) / "torch" / "__init__.py").exists()]
+    places = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    if settings.exists() and "include-system-site-packages = true" in settings.read_text():
+        places += site.getsitepackages([sys.base_prefix])
+    return [place for place in dict.fromkeys(places) if (Path(place) / "torch" / "__init__.py").exists()]
 
 
 @contextmanager

@@ -95,6 +95,10 @@ def native_extension():
         return {}
 
     class OptionalBuild(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # or, without ninja, what was built here for another torch passes for up to date
+
         def run(self):
             folder = Path(self.get_ext_fullpath("robustft_kernels._native")).parent
             try:

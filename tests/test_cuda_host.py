@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels.backends import cuda, native, registry
+from robustft_kernels.backends import built, cuda, native, registry
 from robustft_kernels.testing import LEAN_CASES, SETTINGS, Stepper
 
 from .ptx.driver import Driver, feigned
@@ -237,6 +237,7 @@ def test_kernels_of_other_sources_are_refused(driver):
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "KERNELS", tmp_path / "none")
+    monkeypatch.setattr(built, "record", dict)
     assert "put nvcc on PATH, and then: pip install" in rft.backends()["cuda"]
     (tmp_path / "none").touch()
     assert torch.cuda.is_available() or rft.backends()["cuda"] == "torch sees no GPU"

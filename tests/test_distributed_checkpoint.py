@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 import robustft_kernels as rft
 
+# torch 2.10's own, in dcp.save
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def _one_process():

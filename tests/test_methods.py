@@ -209,7 +209,7 @@ BAD = [
     ({"method": "project", "radius": -1.0}, "radius must be finite and above 0"),
     ({"method": "project", "radius": nan}, "radius must be finite"),
     ({"method": "project", "radius": inf}, "radius must be finite"),
-    ({"method": "project", "radius": torch.ones(2)}, "radius must be one number"),
+    ({"method": "project", "radius": torch.ones(2)}, "2 radii for 1 parameters: radius is one number, one for"),
     ({"method": "project", "radius": 1.0, "norm": "l1"}, "does not go with norm='l1': choose 'l2' or 'mars'"),
     ({"method": "spd", "norm": "mars"}, "does not go with norm='mars'"),
     ({"method": "ftp", "k": 1.5}, r"k must be in \[0, 1\]"),

@@ -1,16 +1,20 @@
 """What the extension was built for, which setup.py has recorded, and the command that builds it anew."""
 
 import json
+import shlex
 import warnings
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 
 # {"torch": its version, "native": why it did not build, "cuda": the same}
 RECORD = Path(__file__).parents[1] / "_built.json"
+PIP = "pip install --force-reinstall --no-deps --no-cache-dir"
+UV = "uv pip install --reinstall --no-deps --no-cache --no-build-isolation"  # isolated, uv finds no torch
 
 
 @cache
@@ -37,8 +41,9 @@ def objection() -> str:
 
 
 def command() -> str:
-    """What builds and installs the package anew from where it came. Torch stays as it is."""
-    return f"pip install --force-reinstall --no-deps --no-cache-dir {_source()}"
+    """What builds and installs the package anew from where it came, with what installed it. Torch stays as it is."""
+    start = UV if _installed("INSTALLER").strip() == "uv" else PIP
+    return f"{start} {_source(json.loads(_installed('direct_url.json') or '{}'))}"
 
 
 def warn_if_unusable() -> None:
@@ -53,14 +58,22 @@ def _minor(version: str) -> str:
     return ".".join(version.partition("+")[0].split(".")[:2])
 
 
-def _source() -> str:
+def _installed(file: str) -> str:
+    """What the installer has written in a file, or ""."""
     try:
-        text = metadata.distribution("robustft_kernels").read_text("direct_url.json")
+        return metadata.distribution("robustft_kernels").read_text(file) or ""
     except metadata.PackageNotFoundError:
-        return f"-e {RECORD.parents[1]}"
-    told: dict[str, Any] = json.loads(text or "{}")
-    url = str(told.get("url", "robustft_kernels"))
+        return ""
+
+
+def _source(told: dict[str, Any]) -> str:
+    url = str(told.get("url", ""))
     if "vcs_info" in told:
         return f"'{told['vcs_info']['vcs']}+{url}@{told['vcs_info']['commit_id']}'"
+    checkout = RECORD.parents[1]
+    if not url and (checkout / "setup.py").exists():
+        return f"-e {shlex.quote(str(checkout))}"
+    if not url or url.endswith(".whl"):  # the same wheel would be as unfit again
+        return ". # in a clone of its sources"
     editable = bool(told.get("dir_info", {}).get("editable"))
-    return "-e " * editable + url.removeprefix("file://")
+    return "-e " * editable + (shlex.quote(unquote(url[7:])) if url.startswith("file://") else url)

@@ -69,6 +69,8 @@ def advice(ready: dict[str, str]) -> list[str]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # which also names its build, as in 2.10.0+cu128
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -107,6 +107,7 @@ class Module:
 
 def plain(ptx: str) -> str:
     """PTX without comments."""
+    ptx = re.sub(r"(\.loc.*?)\s*//[^@\n]*@\[ [\w.]+:(\d+):.*", r"\1, inlined_at 1 \2", ptx)  # Triton 3.6 tells it so
     return re.sub(r"//.*", "", ptx)
 
 
