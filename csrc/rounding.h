@@ -25,8 +25,16 @@ ROBUSTFT_INLINE Bits extended(Halves halves) {
 
 ROBUSTFT_INLINE Vec<float> from_bf16(Halves bits) { return bit_cast<Vec<float>>(extended(bits) << 16); }
 
-// For values that are bf16 already.
-ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) { return converted<Halves>(bit_cast<Bits>(x) >> 16); }
+// Without rounding. For values that are bf16 already, all their bits.
+ROBUSTFT_INLINE Halves to_bf16(Vec<float> x) {
+  const Bits upper = bit_cast<Bits>(x) >> 16;
+#if defined(__x86_64__) && ROBUSTFT_REGISTER == 32
+  const __m256i both = bit_cast<__m256i>(upper);
+  return bit_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+#else
+  return converted<Halves>(upper);
+#endif
+}
 
 // Numbers as they lie in memory.
 ROBUSTFT_INLINE Vec<float> get(const float* from) { return read<Vec<float>>(from); }
@@ -41,7 +49,7 @@ ROBUSTFT_INLINE void put(Vec<float> v, bf16* to) { write(to_bf16(v), to); }
 ROBUSTFT_INLINE Vec<float> nearest_bf16(Vec<float> x) {
   const Bits bits = bit_cast<Bits>(x), nan = Bits{} + 0x7fc00000u;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
-  return bit_cast<Vec<float>>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return bit_cast<Vec<float>>(x != x ? nan : rounded);
 }
 
 ROBUSTFT_INLINE Vec<float> from_f16(Halves half) {
@@ -79,10 +87,10 @@ ROBUSTFT_INLINE V reconciled(DType dtype, V working, V master) {
   return nearest(dtype, master) == working ? master : working;
 }
 
-// MurmurHash3's finalizer: every bit affects every bit of the result.
+// MurmurHash3's finalizer: every bit affects every bit of the result. amid: is added between its rounds.
 template <class U>
-ROBUSTFT_INLINE U mix(U x) {
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+ROBUSTFT_INLINE U mix(U x, U amid = {}) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu + amid;
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;
   return x ^ (x >> 16);
 }
@@ -94,17 +102,22 @@ ROBUSTFT_ANYWHERE inline uint32_t rounding_key(int64_t seed, double t, Phase pha
   return mix(mix(uint32_t(uint64_t(seed) >> 32) ^ mix(uint32_t(t) * 4 + uint32_t(phase))) ^ uint32_t(seed));
 }
 
-// 32 random bits for an element, from a key and the element's place in memory. That of the upper half of the place is
-// the same for most neighbours.
+// 32 random bits for an element, from a key and the element's place in memory. What the upper half of the place gives is
+// the same for most neighbours. It enters amid the rounds of `mix`. So for two keys the bits are not the same ones in
+// another order, as they would be if a key came before the rounds alone.
 ROBUSTFT_ANYWHERE inline uint32_t upper_bits(uint32_t key, int64_t place) {
   return mix(key + uint32_t(uint64_t(place) >> 32));
 }
-ROBUSTFT_INLINE Bits random_bits(uint32_t key, Bits lower, Bits upper) { return mix(mix(lower ^ key) + upper); }
+ROBUSTFT_INLINE Bits random_bits(uint32_t key, Bits lower, Bits upper) { return mix(lower ^ key, upper); }
 
-// A finite value becomes one of its bf16 neighbours. The probability of the upper one is the distance from the lower.
+// A value whose upper half is one of its bf16 neighbours. The probability of the upper neighbour is the distance from
+// the lower. Inf and nan stay.
 ROBUSTFT_INLINE Vec<float> dithered(Vec<float> value, Bits chance) {
-  const Bits bits = bit_cast<Bits>(value), moved = (bits + chance) & 0xffff0000u;
-  return bit_cast<Vec<float>>((bits & 0x7f800000u) != 0x7f800000u ? moved : bits);
+  return bit_cast<Vec<float>>(bit_cast<Bits>(value) + (value == value ? chance : Bits{}));
+}
+// The neighbour itself.
+ROBUSTFT_INLINE Vec<float> bf16_of(Vec<float> value) {
+  return bit_cast<Vec<float>>(bit_cast<Bits>(value) & 0xffff0000u);
 }
 
 }  // namespace

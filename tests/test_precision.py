@@ -1,5 +1,8 @@
 """Stochastic rounding and gradient scaling, on every backend."""
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -122,7 +125,7 @@ def test_seed_parameter_step_and_place_tell_the_bits(backend, device):
         return [p.detach().flatten() for p in params], optimizer.state_dict()
 
     first, saved = run(7)
-    assert saved["param_groups"][0]["seed"] == 7
+    assert saved["param_groups"][0]["seed"] & 0xFFFFFFFF == 7
     assert all(map(torch.equal, run(7)[0], first))
     assert not torch.equal(*first), "two parameters of one seed"
     assert not torch.equal(run(8)[0][0], first[0])
@@ -222,3 +225,50 @@ def test_grad_scaler(backend, device):
         results.append(list(model.parameters()))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"stochastic_rounding": True}, {"state_dtype": torch.bfloat16}, {}])
+def test_a_checkpoint_tells_which_random_bits_it_was_written_with(options):
+    """Those of 0.3.0 and before told nothing. They load, and a warning says what changes."""
+    params = [nn.Parameter(torch.ones(300, dtype=torch.bfloat16))]
+    optimizer = rft.AdamSPD(params, seed=7, **options)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["seed"] == 7 + (2 << 32) * bool(options)
+    saved["param_groups"][0]["seed"] = 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["seed"] == 7
+    with pytest.warns(UserWarning, match="other random bits") if options else nullcontext():
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("draw", [0, 16])
+def test_random_bits_are_even_and_alone(draw):
+    """16 bits for each of 2²⁰ places, at two steps and in two phases: no value, pair of neighbours or pair of steps
+    comes too often. Over 2¹⁶ or 2⁸ classes, χ² lies within six deviations of its mean."""
+
+    def of(t, phase, count=2**20):
+        key = reference.mix(torch.tensor(t * 4 + phase))
+        key = reference.mix(key ^ 7)
+        places = torch.arange(count)
+        return reference.mix(places ^ key, reference.mix(key)) >> draw & 0xFFFF
+
+    def even(classes, count):
+        found = torch.bincount(classes, minlength=count).double()
+        expected = len(classes) / count
+        chi2 = float(((found - expected) ** 2 / expected).sum())
+        assert abs(chi2 - (count - 1)) < 6 * (2 * (count - 1)) ** 0.5, chi2
+
+    one, later, moments = of(1, 0), of(2, 0), of(1, 2)
+    for bits in (one, later, moments):
+        even(bits >> 8, 2**8)
+        even(bits & 0xFF, 2**8)
+        for step in (1, 2, 4, 256):
+            even((bits[:-step] >> 8) * 256 + (bits[step:] >> 8), 2**16)
+            even((bits[:-step] & 0xFF) * 256 + (bits[step:] & 0xFF), 2**16)
+    for other in (later, moments):
+        even((one >> 8) * 256 + (other >> 8), 2**16)
+        even((one & 0xFF) * 256 + (other & 0xFF), 2**16)
+    both = reference.mix(torch.arange(2**20) ^ 5, torch.tensor(9))
+    even((both >> 24) * 256 + (both >> 8 & 0xFF), 2**16)  # the two moments of an element

@@ -50,9 +50,13 @@ def present(address, n, HAVE: tl.constexpr):
     return limit
 
 
+# A default must be a constexpr by itself: Triton 3.6 does not make it one for the annotation.
+NO_HINT = tl.constexpr("")
+
+
 @triton.jit
 def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr,
-         EVICT: tl.constexpr = ""):  # fmt: skip
+         EVICT: tl.constexpr = NO_HINT):  # fmt: skip
     """Elements as numbers of the arithmetic type, zero when masked. ALIGNED: the address is a multiple of 16. EVICT: as
     in `tl.load`.
 
@@ -68,7 +72,8 @@ def load(address, offsets, mask, DTYPE: tl.constexpr, T: tl.constexpr, ALIGNED: 
 
 
 @triton.jit
-def store(address, offsets, mask, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr = ""):
+def store(address, offsets, mask, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+          EVICT: tl.constexpr = NO_HINT):  # fmt: skip
     """Stores numbers in memory. DTYPE must hold them exactly, as `as_stored` sees to."""
     if _BY_BITS and DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True) >> 16
@@ -91,9 +96,10 @@ def as_stored(values, DTYPE: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def mix(x):
-    """The finalizer of MurmurHash3: every bit of a uint32 affects every bit of the result."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
+def mix(x, amid=0):
+    """The finalizer of MurmurHash3: every bit of a uint32 affects every bit of the result. amid: is added between its
+    rounds."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B + amid
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
 
@@ -158,7 +164,8 @@ def random_bits(offsets, start, key):
     """
     low, high = offsets.to(tl.uint32), (start >> 32).to(tl.uint32)
     carried = low < start.to(tl.uint32)
-    return mix(mix(low ^ key) + tl.where(carried, mix(key + high + 1), mix(key + high)))
+    upper = tl.where(carried, mix(key + high + 1), mix(key + high))
+    return mix(low ^ key, upper)
 
 
 @triton.jit

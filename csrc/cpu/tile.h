@@ -135,37 +135,42 @@ void reconcile(DType dtype, int n, const T* working, T* master) {
     write(reconciled(dtype, read<Vec<T>>(working + i), read<Vec<T>>(master + i)), master + i);
 }
 
-// Random bits for the elements from a place in memory on, or at several places.
+// Random bits for the elements from a place in memory on.
 class Chance {
  public:
-  Chance(uint32_t key, int64_t near) : key_(key), above_(near >> 32), upper_(upper_bits(key, near)) {}
+  Chance() = default;
+  Chance(uint32_t key, int64_t place) : key_(key), lower_(uint32_t(place)), upper_(upper_bits(key, place)) {}
 
-  ROBUSTFT_INLINE Bits at(int64_t place) const {
-    if ((place + kWidth<float> - 1) >> 32 == above_)
-      return random_bits(key_, iota<uint32_t>() + uint32_t(place), Bits{} + upper_);
-    int64_t places[kWidth<float>];
-    for (int l = 0; l < kWidth<float>; ++l) places[l] = place + l;
-    return at(places);
-  }
-  Bits at(const int64_t* places) const {
-    Bits lower, upper;
-    for (int l = 0; l < kWidth<float>; ++l) lower[l] = uint32_t(places[l]), upper[l] = upper_bits(key_, places[l]);
-    return random_bits(key_, lower, upper);
+  // Whether the upper half of the place is not that of all n elements. Then `at` must not be used.
+  static bool splits(int64_t place, int64_t n) { return place >> 32 != (place + n + kLanes) >> 32; }
+
+  // Those of the elements from the i-th on.
+  ROBUSTFT_INLINE Bits at(int i) const {
+    return random_bits(key_, iota<uint32_t>() + (lower_ + uint32_t(i)), Bits{} + upper_);
   }
 
  private:
-  uint32_t key_;
-  int64_t above_;  // the upper half of most places
-  uint32_t upper_;
+  uint32_t key_ = 0, lower_ = 0, upper_ = 0;
 };
+
+// The same, at any places.
+inline Bits chance_at(uint32_t key, const int64_t* places) {
+  Bits lower, upper;
+  for (int l = 0; l < kWidth<float>; ++l) lower[l] = uint32_t(places[l]), upper[l] = upper_bits(key, places[l]);
+  return random_bits(key, lower, upper);
+}
 
 // Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
 inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
   const Chance chance(key, tile.place);
+  int64_t places[kTile + kLanes];
+  const bool apart = tile.places || Chance::splits(tile.place, tile.n);
+  if (apart)
+    for (int i = 0; i < tile.n; ++i) places[i] = tile.places ? tile.places[i] : tile.place + i;
   for (int i = 0; i < tile.n; i += kWidth<float>) {
-    const Bits bits = tile.places ? chance.at(tile.places + i) : chance.at(tile.place + i);
-    put(dithered(get(values + i), bits >> 16), values + i);
-    if (second) put(dithered(get(second + i), bits & 0xffff), second + i);
+    const Bits bits = apart ? chance_at(key, places + i) : chance.at(i);
+    put(bf16_of(dithered(get(values + i), bits >> 16)), values + i);
+    if (second) put(bf16_of(dithered(get(second + i), bits & 0xffff)), second + i);
   }
 }
 inline void dither(uint32_t, const Tile&, double*, double* = nullptr) {}  // float64 weights keep their state in float64

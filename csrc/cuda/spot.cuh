@@ -69,15 +69,15 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
     if (!measures && terms.alpha != 1) next[j] = pulled<T>(terms.alpha, next[j], anchor);
     if constexpr (sizeof(T) == 4) {
       if (kRare && p.dithered && writes) {
-        next[j] = dithered(next[j], bits_at(terms.key, place + j) >> 16);
+        next[j] = bf16_of(dithered(next[j], bits_at(terms.key, place + j) >> 16));
       } else {
         next[j] = nearest(param_as, next[j]);
       }
       if constexpr (kRare && kStates > 0)
         if (p.low_state && p.state[0].data) {
           const uint32_t bits = bits_at(terms.moments_key, place + j);
-          moments[0][j] = dithered(moments[0][j], bits >> 16);
-          if constexpr (kStates > 1) moments[1][j] = dithered(moments[1][j], bits & 0xffff);
+          moments[0][j] = bf16_of(dithered(moments[0][j], bits >> 16));
+          if constexpr (kStates > 1) moments[1][j] = bf16_of(dithered(moments[1][j], bits & 0xffff));
         }
     }
     if constexpr (kMeasuring != Measuring::none) {

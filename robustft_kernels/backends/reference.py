@@ -201,10 +201,10 @@ def learn_radius(kept: Tensor, slope: Tensor, t: Tensor | None, h: Row) -> Tenso
 LEARN = {"ftp": learn_radius}
 
 
-def mix(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer, on the uint32 that an int64 holds."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+def mix(x: Tensor, amid: Tensor | int = 0) -> Tensor:
+    """MurmurHash3's finalizer, on the uint32 that an int64 holds. amid: is added between its rounds."""
+    for shift, factor, added in ((16, 0x85EBCA6B, amid), (13, 0xC2B2AE35, 0)):
+        x = (x ^ (x >> shift)) * factor + added & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
@@ -221,7 +221,7 @@ def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | N
     key = mix(mix(seed >> 32 ^ mix(count * 4 + min(phase, 2))) ^ (seed & 0xFFFFFFFF)).to(param.device)
     places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
     places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
-    bits = mix(mix(places & 0xFFFFFFFF ^ key) + mix(key + (places >> 32) & 0xFFFFFFFF) & 0xFFFFFFFF)
+    bits = mix(places & 0xFFFFFFFF ^ key, mix(key + (places >> 32) & 0xFFFFFFFF))
     chance = bits & 0xFFFF if phase == 3 else bits >> 16
     single = values.to(torch.float32)
     bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF

@@ -1,5 +1,6 @@
 """What the state dicts of this package share: names, groups and anchors, and how they are saved, checked and loaded."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from torch import Tensor
 from .bases import DTYPE_OPTIONS, Group, as_dtype
 from .files import DISK
 from .names import bare_name
+
+# The version of the bits that rounding draws. A saved seed has it above its own 32 bits: a key of its own would be one
+# that torch.distributed.checkpoint misses in older checkpoints. Up to 0.3.0 it was 1, and no checkpoint said so.
+RANDOM_BITS = 2
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
@@ -27,6 +32,17 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
         their kind and their place. Those of a checkpoint are never on disk.
     """
     check_names(group.get("param_names"), saved.get("param_names"))
+    drawn, seed = divmod(saved.get("seed", 0), 2**32)
+    if "seed" in saved:
+        saved = {**saved, "seed": seed}
+    if _draws(saved) and drawn != RANDOM_BITS:
+        warnings.warn(
+            "robustft_kernels: the checkpoint was written by a version that draws other random bits for stochastic "
+            f"rounding (version {max(1, drawn)}, here {RANDOM_BITS}). The run goes on as well as it would there, but "
+            "not with the same last bits",
+            UserWarning,
+            stacklevel=2,
+        )
     merged = {**{key: group[key] for key in keys}, **saved}
     for key in DTYPE_OPTIONS:
         if key in merged:
@@ -40,11 +56,17 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
 
 def plain_group(group: Group) -> Group:
     """A group to be saved, with its dtypes by name. torch.distributed.checkpoint takes only numbers, text and
-    tensors."""
+    tensors. If it is rounded stochastically, its seed notes the version of the bits."""
     texts = {
         key: str(group[key]).removeprefix("torch.") for key in DTYPE_OPTIONS if isinstance(group.get(key), torch.dtype)
     }
-    return {**group, **texts}
+    return {**group, **texts, **({"seed": group["seed"] + (RANDOM_BITS << 32)} if _draws(group) else {})}
+
+
+def _draws(group: Group) -> bool:
+    """Whether random bits are drawn for a group of ours."""
+    low = as_dtype("state_dtype", group.get("state_dtype")) == torch.bfloat16
+    return bool("method" in group and (group.get("stochastic_rounding") or low))
 
 
 def with_anchor(
