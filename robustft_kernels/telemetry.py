@@ -46,6 +46,10 @@ class Telemetry(NamedTuple):
     selections: float
     radius: float
 
+    def __repr__(self) -> str:
+        """Four digits of each number. All digits are in the numbers themselves."""
+        return f"Telemetry({', '.join(f'{key}={value:.4g}' for key, value in self._asdict().items())})"
+
 
 class Writer(Protocol):
     """What torch.utils.tensorboard.SummaryWriter offers."""

@@ -220,3 +220,9 @@ def test_counts_outlive_a_new_group():
     optimizer.add_param_group({"params": params[1:]})
     optimizer.step()
     assert [of.selections for of in optimizer.telemetry().values()] == [2, 1]
+
+
+def test_it_prints_in_one_line_of_four_digits():
+    told = repr(Telemetry(1 / 3, 2e-9, 1.0, 0.0, 12.0, nan))
+    numbers = "deviation=0.3333, relative_deviation=2e-09, alpha=1, selected=0, selections=12, radius=nan"
+    assert told == f"Telemetry({numbers})"
