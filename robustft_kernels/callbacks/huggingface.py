@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends.digests import digests
+from ..finetune.pairing import Pretrained
 from ..telemetry import Telemetry
-from .shared import Every, Interpolation, Pretrained, RadiusLearner, check_apart, scalars, summary, telemetry_of
+from .shared import Every, Interpolation, RadiusLearner, check_apart, scalars, summary, telemetry_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -227,7 +228,7 @@ class WiSECallback(_OfTrainer):
 
     Raises:
         ValueError: an alpha outside [0, 1], options without `pretrained`, FSDP, DeepSpeed or `model_init`. When
-            training begins: no anchors, or weights that do not fit; this costs a copy of the model for a moment.
+            training begins: no anchors, or weights that do not fit.
         TypeError: no trainer.
 
     Source: Wortsman et al., CVPR 2022, Section 3.
@@ -237,7 +238,7 @@ class WiSECallback(_OfTrainer):
         self,
         trainer: Trainer,
         alpha: float,
-        pretrained: Pretrained = None,
+        pretrained: Pretrained | None = None,
         **options: Any,
     ) -> None:
         super().__init__(trainer)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..finetune.pairing import Pretrained
 from ..telemetry import Telemetry
-from .shared import Every, Interpolation, Pretrained, RadiusLearner, check_apart, scalars, summary, telemetry_of
+from .shared import Every, Interpolation, RadiusLearner, check_apart, scalars, summary, telemetry_of
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -194,12 +195,12 @@ class WiSECallback(Callback):
         options: `exclude` and `buffers` of `robustft_kernels.wise_ft`, if `pretrained` is given.
 
     Raises ValueError for an alpha outside [0, 1], and options without `pretrained`. When training begins: no anchors,
-    weights that do not fit, or a strategy that spreads them. The check costs a copy of the weights for a moment.
+    weights that do not fit, or a strategy that spreads them.
 
     Source: Wortsman et al., CVPR 2022, Section 3.
     """
 
-    def __init__(self, alpha: float, pretrained: Pretrained = None, **options: Any) -> None:
+    def __init__(self, alpha: float, pretrained: Pretrained | None = None, **options: Any) -> None:
         self.interpolation = Interpolation(alpha, pretrained, options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,16 +15,16 @@ from ..core.files import read
 from ..core.methods import method_of
 from ..core.names import bare_name
 from ..core.ranges import BELOW_1, FROM_0_TO_1, check_number
+from ..finetune.pairing import Pretrained, match_own
 from ..finetune.projection import deviation
 from ..finetune.radii import COUNT
 from ..finetune.tpgm import TPGM
-from ..finetune.wise import wise_ft, wise_ft_
+from ..finetune.wise import wise_ft_
 from ..telemetry import Telemetry
 
 MOMENTS = ("evaluation", "end")
 Every = int | str
 Loss = Callable[[Any], Tensor]
-Pretrained = nn.Module | Mapping[str, Any] | str | PathLike[str] | None
 
 
 def hold_out(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
@@ -223,7 +223,7 @@ class Interpolation:
         options: `exclude` and `buffers` of `wise_ft`. They need a `pretrained`.
     """
 
-    def __init__(self, alpha: float, pretrained: Pretrained, options: Mapping[str, Any]) -> None:
+    def __init__(self, alpha: float, pretrained: Pretrained | None, options: Mapping[str, Any]) -> None:
         check_number("alpha", alpha, FROM_0_TO_1)
         if pretrained is None and options:
             raise ValueError(f"{next(iter(options))} needs pretrained=; without it all that has an anchor is pulled")
@@ -231,10 +231,9 @@ class Interpolation:
         self.pretrained = read(pretrained) if isinstance(pretrained, str | PathLike) else pretrained
 
     def check(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
-        """Raises what `apply` would raise, before training. It costs one copy of the weights for a moment, if
-        `pretrained` was given."""
+        """Raises what `apply` would raise, before training."""
         if self.pretrained is not None:
-            wise_ft(self.pretrained, model, 1.0, **self.options)
+            match_own(self.pretrained, model, **{"buffers": "finetuned", "exclude": (), **self.options})
             return
         groups = [group for of in optimizers for group in unwrapped(of).param_groups]
         if not any("method" in group and method_of(group["method"]).anchored for group in groups):

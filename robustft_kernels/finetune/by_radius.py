@@ -11,7 +11,7 @@ from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.methods import rule_of
 from ..core.names import bare_name, some
-from ..core.ranges import FROM_0_TO_1, POSITIVE, check_number
+from ..core.ranges import POSITIVE, Range, check_number
 from .prefixes import names_of
 from .projection import check_norm, deviation
 
@@ -100,8 +100,7 @@ def suggest_radii(
 
     Raises ValueError for numbers out of range, an anchor that does not fit, and if nothing has moved.
     """
-    check_number("fraction", fraction, FROM_0_TO_1)
-    check_number("fraction", fraction, POSITIVE)
+    check_number("fraction", fraction, Range(high=1, above=True))
     check_norm(norm)
     names = {name[0]: param for param, name in names_of(params).items() if param.is_floating_point()}
     labels = [f"parameter {name!r}" for name in names]
@@ -115,7 +114,9 @@ def suggest_radii(
     moved = [size for size in sizes if 0 < size < float("inf")]
     if not moved:
         raise ValueError("no parameter deviates from its anchor; give the weights of a run, and the anchor before it")
-    return {name: fraction * (size if size in moved else min(moved)) for name, size in zip(names, sizes, strict=True)}
+    least = min(moved)
+    radii = [fraction * (size if 0 < size < float("inf") else least) for size in sizes]
+    return dict(zip(names, radii, strict=True))
 
 
 def _takes(full: Group, group: Group) -> bool:
