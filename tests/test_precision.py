@@ -3,12 +3,13 @@
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import robustft_kernels as rft
-from robustft_kernels.backends import reference, registry
+from robustft_kernels.backends import native, reference, registry
 from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper, assert_same_step
 from robustft_kernels.testing.tolerances import ulp
 
@@ -272,3 +273,22 @@ def test_random_bits_are_even_and_alone(draw):
         even((one & 0xFF) * 256 + (other & 0xFF), 2**16)
     both = reference.mix(torch.arange(2**20) ^ 5, torch.tensor(9))
     even((both >> 24) * 256 + (both >> 8 & 0xFF), 2**16)  # the two moments of an element
+
+
+@pytest.mark.full
+@pytest.mark.skipif(bool(native.MISSING), reason="the reference would take 30 bytes an element")
+def test_random_bits_beyond_2_to_the_32_elements():
+    """One chunk holds the places before and after 2³². It takes 9 GB, since numpy's zeros take memory when written."""
+    at, tail = 2**32 - 300, 1000
+    param, grad = (torch.from_numpy(np.zeros(at + tail, "int16")).view(torch.bfloat16) for _ in range(2))
+    param = nn.Parameter(param)
+    param.grad = grad
+    param.grad[at:] = 1 + 2**-7
+    rft.AnchoredSGD([param], lr=1 / 3, method="spd", anchor="zero", stochastic_rounding=True, backend="native").step()
+    key = reference.mix(reference.mix(reference.mix(torch.tensor(4))))
+    places = at + torch.arange(tail)
+    bits = reference.mix(places & 0xFFFFFFFF ^ key, reference.mix(key + (places >> 32) & 0xFFFFFFFF))
+    exact = (torch.zeros(tail) - torch.tensor(1 / 3) * param.grad[at:].float()).view(torch.int32).long() & 0xFFFFFFFF
+    want = (exact + (bits >> 16) & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    assert torch.equal(param[at:].float(), want)
+    assert not any(part.any() for part in param[:at].split(2**28))

@@ -163,12 +163,14 @@ inline Bits chance_at(uint32_t key, const int64_t* places) {
 // Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
 inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
   const Chance chance(key, tile.place);
-  int64_t places[kTile + kLanes];
-  const bool apart = tile.places || Chance::splits(tile.place, tile.n);
-  if (apart)
-    for (int i = 0; i < tile.n; ++i) places[i] = tile.places ? tile.places[i] : tile.place + i;
+  int64_t room[kTile];
+  const int64_t* places = tile.places;
+  if (!places && Chance::splits(tile.place, tile.n)) {
+    for (int i = 0; i < kTile; ++i) room[i] = tile.place + i;
+    places = room;
+  }
   for (int i = 0; i < tile.n; i += kWidth<float>) {
-    const Bits bits = apart ? chance_at(key, places + i) : chance.at(i);
+    const Bits bits = places ? chance_at(key, places + i) : chance.at(i);
     put(bf16_of(dithered(get(values + i), bits >> 16)), values + i);
     if (second) put(bf16_of(dithered(get(second + i), bits & 0xffff)), second + i);
   }
