@@ -55,6 +55,7 @@ STACK = {
         "tpgm",
         "radii",
         "slopes",
+        "soups",
         "wise",
         "pairing",
         "by_radius",

@@ -146,14 +146,14 @@ def test_in_place_equals_loading(alpha, buffers, dtype):
 
 
 def test_in_place_goes_tensor_by_tensor(monkeypatch):
-    made, blend = [], pairing._blend
+    made, blend = [], pairing.blend
 
     def counted(*args):
         assert sum(ref() is not None for ref in made) <= 1
         made.append(weakref.ref(out := blend(*args)))
         return out
 
-    monkeypatch.setattr(pairing, "_blend", counted)
+    monkeypatch.setattr(pairing, "blend", counted)
     first, second = pair()
     wise_ft_(second, first, 0.3)
     assert len(made) == len(PARAMETERS)

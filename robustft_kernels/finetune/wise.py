@@ -1,6 +1,5 @@
 """WiSE-FT: weights between the pre-trained and the fine-tuned ones, as a state dict, in place, or in a sweep."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.ranges import FROM_0_TO_1, check_number
 from ..core.unsharded import resharded
-from .pairing import Buffers, Pretrained, Weights, match, match_own, state_of
+from .pairing import Buffers, Pair, Pretrained, Weights, match, match_own, state_dict_like, state_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
@@ -62,17 +61,14 @@ def wise_ft(
     Source: Wortsman et al., CVPR 2022, Section 3 (weight-space ensembling).
     """
     alpha = _checked(alpha)
-    given = state_of(finetuned, "finetuned")
-    out: OrderedDict[str, Any] = OrderedDict.fromkeys(given)
-    vars(out).update(copy.deepcopy(getattr(given, "__dict__", {})))  # the versions of modules, for load_state_dict
-    for pair in match(pretrained, finetuned, "finetuned", buffers, exclude, parameters):
+    pairs = match(pretrained, finetuned, "finetuned", buffers, exclude, parameters)
+
+    def value(pair: Pair) -> Tensor:
         if pair.theta_0 is None:
-            value = pair.theta_1.detach().clone()
-        else:
-            value = torch.empty_like(pair.theta_1).copy_(pair.at(alpha, pair.theta_1))
-        out.update(dict.fromkeys(pair.names, value))
-    out.update({name: copy.deepcopy(value) for name, value in given.items() if not isinstance(value, Tensor)})
-    return out
+            return pair.theta_1.detach().clone()
+        return torch.empty_like(pair.theta_1).copy_(pair.at(alpha, pair.theta_1))
+
+    return state_dict_like(state_of(finetuned, "finetuned"), ((pair.names, value(pair)) for pair in pairs))
 
 
 @torch.no_grad()
