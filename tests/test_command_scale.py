@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("click")
 safetensors = pytest.importorskip("safetensors.torch")
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+linux_alone = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+pytestmark = linux_alone
 
 
 def make_pair(folder, nbytes, files):

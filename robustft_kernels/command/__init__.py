@@ -1,1 +1,1 @@
-"""The command `robustft`: checkpoints compared, interpolated and projected, and what this machine can do."""
+"""The command `robustft`: checkpoints compared, interpolated, projected and averaged, and what this machine can do."""

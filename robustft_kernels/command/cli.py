@@ -1,7 +1,7 @@
 """The commands and their options."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from . import doctor as machine
 from . import picture as pictures
 from . import report
-from .blends import Blend, Projection, Wise
+from .blends import Blend, Projection, Soup, Stock, Wise
 from .opening import opened
 from .output import check_file, copy_beside, new_file, new_folder
-from .pairs import Pairs, pair
+from .pairs import Pairs, pair, pair_many
 from .source import Source
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -61,17 +61,20 @@ def main() -> None:
     """
 
 
+_BASE = click.argument("base", type=_PATH)
+_SEVERAL_TUNED = click.argument("tuned", type=_PATH, nargs=-1, required=True)
+_EXCLUDE = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="NAME",
+    help="A tensor that stays as it is in (the first) TUNED, such as a fresh head: a name, the beginning of one, or a "
+    "pattern with *. May be given several times.",
+)
+_OUT = click.option("--out", type=_PATH, required=True, metavar="DIR", help="The folder to write.")
+
+
 def _two_checkpoints(command: Command) -> Command:
-    exclude = click.option(
-        "--exclude",
-        multiple=True,
-        metavar="NAME",
-        help="A tensor that stays as it is in TUNED, such as a fresh head: a name, the beginning of one, or a pattern "
-        "with *. May be given several times.",
-    )
-    for decorate in (exclude, click.argument("tuned", type=_PATH), click.argument("base", type=_PATH)):
-        command = decorate(command)
-    return command
+    return _BASE(click.argument("tuned", type=_PATH)(_EXCLUDE(command)))
 
 
 @main.command()
@@ -116,7 +119,7 @@ def compare(
 @main.command()
 @_two_checkpoints
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="From 0 (BASE) to 1 (TUNED).")
-@click.option("--out", type=_PATH, required=True, metavar="DIR", help="The folder to write.")
+@_OUT
 @_FORCE
 def wise(base: Path, tuned: Path, exclude: tuple[str, ...], alpha: float, out: Path, force: bool) -> None:
     """WiSE-FT: writes BASE + alpha (TUNED - BASE)."""
@@ -133,7 +136,7 @@ def wise(base: Path, tuned: Path, exclude: tuple[str, ...], alpha: float, out: P
     show_default=True,
     help="mars: the largest row's sum of magnitudes. mars_rows: each row by itself.",
 )
-@click.option("--out", type=_PATH, required=True, metavar="DIR", help="The folder to write.")
+@_OUT
 @_FORCE
 def project(
     base: Path, tuned: Path, exclude: tuple[str, ...], radius: float, norm: str, out: Path, force: bool
@@ -142,6 +145,50 @@ def project(
     _written(
         base, tuned, exclude, out, force, lambda theirs, ours, pairs: Projection(theirs, ours, pairs, radius, norm)
     )
+
+
+@main.command()
+@_SEVERAL_TUNED
+@_EXCLUDE
+@_OUT
+@_FORCE
+def soup(tuned: tuple[Path, ...], exclude: tuple[str, ...], out: Path, force: bool) -> None:
+    """A uniform soup: writes the mean of two or more TUNED. What is no weight is that of the first."""
+    _check_several(tuned)
+    with ExitStack() as stack:
+        sources = _all_opened(stack, tuned)
+        blend = Soup(sources, pair_many(sources, None, exclude))
+        copied = _write(stack, sources, blend, out, force)
+    _tell(out, sources[0], blend, copied, "the first TUNED")
+
+
+@main.command()
+@_BASE
+@_SEVERAL_TUNED
+@_EXCLUDE
+@click.option("--json", "json_file", type=_PATH, help="Write the t of each tensor to this file.")
+@_OUT
+@_FORCE
+def stock(
+    base: Path, tuned: tuple[Path, ...], exclude: tuple[str, ...], json_file: Path | None, out: Path, force: bool
+) -> None:
+    """Model Stock: writes BASE + t (the mean of two or more TUNED - BASE).
+
+    Each tensor has its own t, from the angle between the ways that it moved.
+    """
+    _check_several(tuned)
+    if json_file:
+        check_file(json_file, force)
+    with ExitStack() as stack:
+        theirs, *sources = _all_opened(stack, (base, *tuned))
+        pairs = pair_many(sources, theirs, exclude)
+        blend = Stock(sources, theirs, pairs)
+        copied = _write(stack, [*sources, theirs], blend, out, force)
+    click.echo(report.ratios_told(blend.ratios))
+    _tell(out, sources[0], blend, copied, "the first TUNED")
+    if json_file:
+        with new_file(json_file) as made:
+            made.write_text(report.ratios_as_json(blend.ratios, str(base), list(map(str, tuned)), pairs[0]))
 
 
 @main.command()
@@ -163,9 +210,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def _opened(stack: ExitStack, base: Path, tuned: Path, exclude: tuple[str, ...]) -> tuple[Source, Source, Pairs]:
-    stack.enter_context(_one_thread())
-    theirs, ours = stack.enter_context(opened(base)), stack.enter_context(opened(tuned))
+    theirs, ours = _all_opened(stack, (base, tuned))
     return theirs, ours, pair(theirs, ours, exclude)
+
+
+def _all_opened(stack: ExitStack, paths: Iterable[Path]) -> list[Source]:
+    stack.enter_context(_one_thread())
+    return [stack.enter_context(opened(path)) for path in paths]
+
+
+def _check_several(tuned: Sequence[Path]) -> None:
+    if len(tuned) < 2:
+        raise click.UsageError("give two or more TUNED; between BASE and one there is `robustft wise`")
+    if len({path.resolve() for path in tuned}) < len(tuned):
+        raise click.UsageError("a TUNED is given twice; each counts once")
 
 
 def _written(
@@ -180,12 +238,24 @@ def _written(
     with ExitStack() as stack:
         theirs, ours, pairs = _opened(stack, base, tuned, exclude)
         blend = make(theirs, ours, pairs)
-        folder = stack.enter_context(new_folder(out, (theirs, ours), ours.nbytes, force))
-        copied = copy_beside(ours, folder)
-        bar: Any = stack.enter_context(_bar(ours.nbytes, str(out)))
-        ours.write(folder, blend, bar.update)
+        copied = _write(stack, [ours, theirs], blend, out, force)
+    _tell(out, ours, blend, copied, "TUNED")
+
+
+def _write(stack: ExitStack, sources: Sequence[Source], blend: Blend, out: Path, force: bool) -> list[str]:
+    """Writes the first source with the values of a blend, and copies what lies beside it. Returns the names of that.
+    The folder appears when the stack is left."""
+    ours = sources[0]
+    folder = stack.enter_context(new_folder(out, sources, ours.nbytes, force))
+    copied = copy_beside(ours, folder)
+    bar: Any = stack.enter_context(_bar(ours.nbytes, str(out)))
+    ours.write(folder, blend, bar.update)
+    return copied
+
+
+def _tell(out: Path, ours: Source, blend: Blend, copied: list[str], label: str) -> None:
     kept = len(ours.entries) - blend.changed
-    click.echo(f"{out}: {blend.changed} tensors changed, {kept} as in TUNED; {len(copied)} other files copied")
+    click.echo(f"{out}: {blend.changed} tensors changed, {kept} as in {label}; {len(copied)} other files copied")
 
 
 def _bar(nbytes: int, what: str) -> Any:

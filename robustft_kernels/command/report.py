@@ -1,9 +1,10 @@
-"""How far each tensor of TUNED is from BASE, as numbers, as a table, and as JSON."""
+"""How far each tensor of TUNED is from BASE, as numbers, as a table, and as JSON; and the ratios of Model Stock."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
+from statistics import median
 from typing import Any
 
 import torch
@@ -98,6 +99,31 @@ def as_json(rows: list[Row], total: Row, norm: str, paths: tuple[str, str], pair
         "norm": norm,
         "all": told(total),
         "tensors": tensors,
+        "integers": pairs.integers,
+        "excluded": pairs.excluded,
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def ratios_told(ratios: Mapping[str, float]) -> str:
+    """The least, the middle and the largest t, and how many tensors have none."""
+    known = {name: t for name, t in ratios.items() if isfinite(t)}
+    if not known:
+        return "t: no tensor moved"
+    least, largest = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    still = len(ratios) - len(known)
+    return (
+        f"t: from {known[least]:.3f} ({least}) to {known[largest]:.3f} ({largest}), median "
+        f"{median(known.values()):.3f}" + (f"; {still} tensors moved in no TUNED" if still else "")
+    )
+
+
+def ratios_as_json(ratios: Mapping[str, float], base: str, tuned: list[str], pairs: Pairs) -> str:
+    """The t of all tensors as JSON. null is for one that moved in no TUNED."""
+    content = {
+        "base": base,
+        "tuned": tuned,
+        "ratios": {name: t if isfinite(t) else None for name, t in ratios.items()},
         "integers": pairs.integers,
         "excluded": pairs.excluded,
     }
