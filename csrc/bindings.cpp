@@ -61,11 +61,27 @@ Tensor digest_of(const Tensor& flat, std::vector<int64_t> sizes, std::vector<int
   return out;
 }
 
-py::object fingerprint(const Tensors& params, const std::vector<py::dict>& kept, bool addresses,
+// As step.fingerprint. Thousands of small tensors are scattered in memory, so headers are prefetched.
+py::object fingerprint(const py::list& params, const py::list& kept, bool addresses,
                        const std::optional<py::bytes>& last) {
   Fingerprint all(last ? py::object(*last) : py::none());
-  for (const Tensor& param : params) all.add(param);
-  for (const py::dict& of_param : kept) all.add(of_param.ptr(), addresses);
+  const auto param_at = [&](size_t i) -> const Tensor& {
+    PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+    TORCH_CHECK_TYPE(THPVariable_Check(param), "robustft: params[", i, "] is no tensor");
+    return THPVariable_Unpack(param);
+  };
+  for (size_t i = 0, n = params.size(); i < n; ++i) {
+    if (i + 12 < n) __builtin_prefetch(PyList_GET_ITEM(params.ptr(), i + 12));
+    if (i + 8 < n) expect(param_at(i + 8));
+    if (i + 4 < n) expect_storage(param_at(i + 4)), expect(param_at(i + 4).grad());
+    all.add(param_at(i));
+  }
+  for (size_t i = 0, n = kept.size(); i < n; ++i) {
+    if (i + 8 < n) __builtin_prefetch(PyList_GET_ITEM(kept.ptr(), i + 8));
+    if (i + 4 < n) __builtin_prefetch(reinterpret_cast<PyDictObject*>(PyList_GET_ITEM(kept.ptr(), i + 4))->ma_keys);
+    TORCH_CHECK_TYPE(PyDict_Check(PyList_GET_ITEM(kept.ptr(), i)), "robustft: kept[", i, "] is no dict");
+    all.add(PyList_GET_ITEM(kept.ptr(), i), addresses);
+  }
   return all.bytes();
 }
 

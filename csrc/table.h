@@ -74,6 +74,15 @@ inline void check_numbers(const Tensor& numbers, at::IntArrayRef sizes, at::Devi
               described(numbers));
 }
 
+// Tells the processor that a tensor's header will be read, or that of its memory.
+inline void expect(const Tensor& tensor) {
+  const char* header = reinterpret_cast<const char*>(tensor.unsafeGetTensorImpl());
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(header + 64 * line);
+}
+inline void expect_storage(const Tensor& tensor) {
+  if (tensor.defined()) __builtin_prefetch(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+}
+
 inline void bump_version(const Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
@@ -131,6 +140,30 @@ struct Held {
   bool dithered;  // whether its weights are rounded stochastically
 };
 
+// The gradients of a step: those given, or else each parameter's own. The caller holds the GIL.
+class Gradients {
+ public:
+  Gradients(const std::optional<py::list>& given, const std::vector<Held>& held) : held_(held) {
+    if (given) given_ = *given;
+  }
+  size_t size() const { return given_ ? given_->size() : held_.size(); }
+  bool empty() const { return size() == 0; }
+  const Tensor& operator[](size_t i) const {
+    if (given_) {
+      PyObject* const grad = PyList_GET_ITEM(given_->ptr(), i);
+      TORCH_CHECK_TYPE(THPVariable_Check(grad), "robustft: grads[", i, "] is no tensor");
+      return THPVariable_Unpack(grad);
+    }
+    const Tensor& grad = held_[i].param.grad();
+    TORCH_CHECK(grad.defined(), "robustft: ", place_of("param", i, held_[i].label), " has lost its gradient");
+    return grad;
+  }
+
+ private:
+  std::optional<py::list> given_;
+  const std::vector<Held>& held_;
+};
+
 class Table {
  public:
   // columns: those of hyper. of: a contract.StepTable.
@@ -157,6 +190,7 @@ class Table {
 
   size_t size() const { return held_.size(); }
   const Held& operator[](size_t i) const { return held_[i]; }
+  Gradients gradients(const std::optional<py::list>& given) const { return {given, held_}; }
   // All but the gradients of a parameter, as its memory is now. If somebody swaps a tensor's storage (an offloader,
   // say), the new one counts.
   void bind(size_t i, Param& p) const {

@@ -101,3 +101,21 @@ def test_squares_of_every_layout(backend, device):
     run = registry.prepare(backend, stepper.table())
     exact = sum((g.double() ** 2).sum() for g in expanded)
     torch.testing.assert_close(run.squared_norm(expanded), exact, rtol=1e-6, atol=0)
+
+
+def test_own_gradients_are_found(backend, device):
+    """Without a list, a step and a norm take each parameter's own gradient, also one that lies otherwise."""
+    want, got = (Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=device) for _ in range(2))
+    grads = want.grads()
+    for param, grad in zip(got.params, grads, strict=True):
+        param.grad = grad.clone(memory_format=torch.contiguous_format)
+    prepared = [registry.prepare(backend, of.table()) for of in (want, got)]
+    norms = [run.squared_norm(of) for run, of in zip(prepared, (grads, None), strict=True)]
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)  # one lies otherwise, and is summed in another order
+    prepared[0](grads)
+    prepared[1](None)
+    for a, b in zip(want.tensors(), got.tensors(), strict=True):
+        assert torch.equal(a, b)
+    got.params[3].grad = None
+    with pytest.raises((RuntimeError, ValueError), match=f"{got.cases[3].name}.* has lost its gradient"):
+        prepared[1](None)

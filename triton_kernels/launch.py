@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.bases import state_dtype_of, state_shape_of
-from ..core.contract import StepTable, StepTensors
+from ..core.contract import StepTable, StepTensors, own_gradients
 from ..core.methods import LEARNED
 from ..core.staging import staged
 from ..core.state import same_layout
@@ -82,7 +82,10 @@ class PreparedStep:
         device = table.results.device
         self._guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def __call__(
+        self, grads: list[Tensor] | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        grads = own_gradients(self._table) if grads is None else grads
         if len(grads) != len(self._params) and (grads or self._table.base.moves):
             raise ValueError(f"robustft: {len(self._params)} params but {len(grads)} grads")
         with self._guard:
@@ -93,8 +96,9 @@ class PreparedStep:
                 of.step(grad_scale, found_inf)
         torch.autograd.graph.increment_version(self._params)
 
-    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+    def squared_norm(self, grads: list[Tensor] | None) -> Tensor:
         """Σ g² over all gradients, a float64 on their device. It takes one more launch for each dtype class."""
+        grads = own_gradients(self._table) if grads is None else grads
         with self._guard:
             if self._classes is None:
                 self._classes = self._build(grads)

@@ -22,7 +22,8 @@ class NativeStep {
 
   // The sum of the squares of all gradients. Its additions have an order of their own, which does not depend on the
   // threads.
-  Tensor squared_norm(const Tensors& grads) const {
+  Tensor squared_norm(const std::optional<py::list>& given) const {
+    const Gradients grads = table_.gradients(given);
     static const Rule rule = [] {
       Rule observe;
       observe.measuring = Measuring::squares;
@@ -48,22 +49,24 @@ class NativeStep {
     return at::scalar_tensor(sum, at::kDouble);
   }
 
-  void run(const Tensors& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  void run(const std::optional<py::list>& given, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
     if (found_inf && found_inf->item<double>() != 0) return;
     const double scale = grad_scale ? grad_scale->item<double>() : 1;
+    const Gradients grads = table_.gradients(given);
     const bool none = grads.empty() && !kMoves;
     if (!none) table_.check_count(grads.size());
     std::vector<Tensor> relaid(jobs_.size());  // alive until the sweeps are done
     for (size_t i = 0; i < jobs_.size(); ++i) {
-      if (i + 4 < jobs_.size()) prefetch(table_[i + 4]);
+      expect_near(i, grads, none);
       bind(i, scale);
       jobs_[i].graded = !none;
       jobs_[i].param.grad = none ? Buffer{} : table_.grad(i, grads[i], relaid[i]);
     }
 
     for (size_t i = 0; i < jobs_.size(); ++i) {
+      if (i + 8 < jobs_.size()) expect(table_[i + 8].param), __builtin_prefetch(counts_[i + 8], 1);
       if (kMoves || jobs_[i].rule->pulls) bump_version(table_[i].param);
-      if (kMoves && table_[i].step.defined()) *table_[i].step.template data_ptr<float>() += 1;
+      if (kMoves && counts_[i]) *counts_[i] += 1;
     }
     py::gil_scoped_release release;
     robustft::run(jobs_, [this](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring,
@@ -76,11 +79,16 @@ class NativeStep {
   static constexpr bool kMoves = !std::is_same_v<Hyper, NoStepHyper>;
 
   // For thousands of small tensors. Their headers are scattered, and waiting for them would cost as much as the step.
-  static void prefetch(const Held& held) {
-    for (const Tensor* tensor : {&held.param, &held.anchor, &held.state[0], &held.state[1], &held.step}) {
-      const char* header = reinterpret_cast<const char*>(tensor->unsafeGetTensorImpl());
-      for (int line = 0; line < 3; ++line) __builtin_prefetch(header + 64 * line);
+  void expect_near(size_t i, const Gradients& grads, bool none) const {
+    const auto each = [](const Held& held, auto&& expects) {
+      for (const Tensor* tensor : {&held.param, &held.anchor, &held.state[0], &held.state[1], &held.step}) expects(*tensor);
+    };
+    if (i + 8 < jobs_.size()) each(table_[i + 8], [](const Tensor& tensor) { expect(tensor); });
+    if (i + 4 < jobs_.size()) {
+      each(table_[i + 4], [](const Tensor& tensor) { expect_storage(tensor); });
+      if (!none) expect(grads[i + 4]);
     }
+    if (i + 2 < jobs_.size() && !none) expect_storage(grads[i + 2]);
   }
 
   const Hyper* rows() const { return static_cast<const Hyper*>(table_.hyper.const_data_ptr()); }
@@ -90,7 +98,8 @@ class NativeStep {
     const Held& held = table_[i];
     const Hyper& h = rows()[job.row];
     job.terms = terms_of(h);
-    job.t = held.step.defined() ? *held.step.template const_data_ptr<float>() + kMoves : 0;
+    counts_[i] = held.step.defined() ? held.step.template data_ptr<float>() : nullptr;
+    job.t = counts_[i] ? *counts_[i] + kMoves : 0;
     job.results = table_.results.data_ptr<double>() + kResults * held.first;
     job.alphas = table_.alphas.data_ptr<double>() + held.first;
     job.learned = held.learned.defined() ? held.learned.template data_ptr<double>() : nullptr;
@@ -102,6 +111,7 @@ class NativeStep {
   BaseSweep<Hyper> sweep_;
   const Table table_;
   std::vector<Job> jobs_;
+  std::vector<float*> counts_ = std::vector<float*>(table_.size());  // of steps, where they are now
 };
 
 }  // namespace robustft

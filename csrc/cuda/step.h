@@ -119,9 +119,10 @@ class CudaStep {
     }
   }
 
-  void run(const py::list& grads, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+  void run(const std::optional<py::list>& given, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
            uint64_t raw_stream) {
     void* const stream = reinterpret_cast<void*>(raw_stream);
+    const Gradients grads = table_.gradients(given);
     const bool none = grads.empty() && !kMoves;
     if (!none) table_.check_count(grads.size());
     const In context(driver_, Kernels::get().context(device_));
@@ -150,8 +151,9 @@ class CudaStep {
   }
 
   // The sum of the squares of all gradients, a float64 on the device.
-  Tensor squared_norm(const py::list& grads, uint64_t raw_stream) {
+  Tensor squared_norm(const std::optional<py::list>& given, uint64_t raw_stream) {
     void* const stream = reinterpret_cast<void*>(raw_stream);
+    const Gradients grads = table_.gradients(given);
     table_.check_count(grads.size());
     const In context(driver_, Kernels::get().context(device_));
     if (!norm_) norm_.emplace(planned_norm(grads, stream));
@@ -178,13 +180,8 @@ class CudaStep {
 
   at::Device place() const { return Kernels::get().feigned() ? at::Device(at::kCPU) : at::Device(at::kCUDA, device_); }
 
-  static const Tensor& grad_at(const py::list& grads, int64_t i) {
-    PyObject* const grad = PyList_GET_ITEM(grads.ptr(), i);
-    TORCH_CHECK_TYPE(THPVariable_Check(grad), "robustft: grads[", i, "] is no tensor");
-    return THPVariable_Unpack(grad);
-  }
-  static void* address(Plan& plan, int64_t i, const py::list& grads) {
-    const Tensor& grad = grad_at(grads, i);
+  static void* address(Plan& plan, int64_t i, const Gradients& grads) {
+    const Tensor& grad = grads[i];
     if (C10_UNLIKELY(!plan.relaid.empty()))
       if (const auto found = plan.relaid.find(i); found != plan.relaid.end())
         return found->second.copy_(grad).data_ptr();
@@ -209,7 +206,7 @@ class CudaStep {
     return dtype == DType::bf16 && anchor == dtype ? Family::bf16 : Family::any;
   }
 
-  Plan planned(const py::list& grads, bool none, void* stream) {
+  Plan planned(const Gradients& grads, bool none, void* stream) {
     const size_t n = table_.size();
     std::vector<Entry> entries(n);
     std::map<std::pair<Family, bool>, Class> classes;
@@ -223,7 +220,7 @@ class CudaStep {
       table_.bind(i, e.param);
       if (!none) {
         Tensor room;
-        e.param.grad = table_.grad(i, grad_at(grads, i), room);
+        e.param.grad = table_.grad(i, grads[i], room);
         if (room.defined()) relaid.emplace(i, room);
       }
       const bool by_rows = held.rule->crosses_rows();
@@ -275,7 +272,7 @@ class CudaStep {
     return plan;
   }
 
-  Plan planned_norm(const py::list& grads, void* stream) {
+  Plan planned_norm(const Gradients& grads, void* stream) {
     const size_t n = table_.size();
     std::vector<Entry> entries(n);
     std::vector<int32_t> owners;
@@ -286,7 +283,7 @@ class CudaStep {
       for (size_t i = 0; i < n; ++i) {
         Tensor room;
         Entry& e = entries[i];
-        const Buffer grad = table_.grad(i, grad_at(grads, i), room);
+        const Buffer grad = table_.grad(i, grads[i], room);
         if ((grad.dtype == DType::f64) != is_double) continue;
         if (room.defined()) relaid.emplace(i, room);
         e.param.param = grad;

@@ -55,10 +55,12 @@ class PreparedStep:
     def __init__(self, step: Any, device: torch.device) -> None:
         self._step, self._device = step, device
 
-    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def __call__(
+        self, grads: list[Tensor] | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         self._step.run(grads, grad_scale, found_inf, _stream(self._device))
 
-    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+    def squared_norm(self, grads: list[Tensor] | None) -> Tensor:
         """Σ g² over all gradients, a float64 on their device."""
         squared: Tensor = self._step.squared_norm(grads, _stream(self._device))
         return squared

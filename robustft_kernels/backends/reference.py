@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.bases import arithmetic_of
-from ..core.contract import StepTable, StepTensors
+from ..core.contract import StepTable, StepTensors, own_gradients
 from ..core.methods import MEASURES, Rule
 from .backend import Backend
 
@@ -362,11 +362,14 @@ class PreparedStep:
     def __init__(self, table: StepTable) -> None:
         self._table = table
 
-    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        step_(self._table, grads, grad_scale, found_inf)
+    def __call__(
+        self, grads: list[Tensor] | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        step_(self._table, own_gradients(self._table) if grads is None else grads, grad_scale, found_inf)
 
-    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+    def squared_norm(self, grads: list[Tensor] | None) -> Tensor:
         """Σ g² over all gradients, in float64."""
+        grads = own_gradients(self._table) if grads is None else grads
         return torch.stack([(g.double() ** 2).sum() for g in grads]).sum()
 
 

@@ -103,15 +103,28 @@ def empty_results(segments: int, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
+def own_gradients(table: StepTable) -> list[Tensor]:
+    """Those of the parameters. Raises ValueError naming the first that has none."""
+    grads = []
+    for of in table.tensors:
+        if of.param.grad is None:
+            raise ValueError(f"robustft: {of.label or 'a parameter'} has lost its gradient")
+        grads.append(of.param.grad)
+    return grads
+
+
 class Run(Protocol):
     """A prepared step: a function of the gradients of the table's parameters."""
 
-    def __call__(self, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def __call__(
+        self, grads: list[Tensor] | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         """One step, with gradients divided by `grad_scale`. Writes nothing when `found_inf` is not 0.
 
-        A base that makes no step takes an empty list too, and ⟨g,d⟩ is then nan.
+        None takes each parameter's own gradients. A base that makes no step takes an empty list too, and ⟨g,d⟩ is then
+        nan.
         """
 
-    def squared_norm(self, grads: list[Tensor]) -> Tensor:
+    def squared_norm(self, grads: list[Tensor] | None) -> Tensor:
         """Σ g² over all gradients: a float64 on their device. The host does not wait for it."""
         ...

@@ -168,7 +168,7 @@ class Launch:
         grad_scale, found_inf = self._here(grad_scale), self._here(found_inf)
         if found_inf is not None and self._are_shards:
             found_inf = any_infinite(found_inf, self.params)
-        self._begun = self._grads(), grad_scale, found_inf
+        self._begun = self._gradients(), grad_scale, found_inf
 
     def finish(self) -> None:
         """The step. All is written here."""
@@ -178,7 +178,11 @@ class Launch:
     def squared_norm(self) -> Tensor:
         """Σ g² over all gradients, in float64."""
         self.hyper.refresh()
-        return self._run.squared_norm(self._grads())
+        return self._run.squared_norm(self._gradients())
+
+    def _gradients(self) -> list[Tensor] | None:
+        """The gradients as the backend is given them. None: it takes each parameter's own."""
+        return self._grads() if self._odd or self._are_shards else None
 
     def _grads(self) -> list[Tensor]:
         """The gradients that are here, each in memory and spread as its parameter is."""

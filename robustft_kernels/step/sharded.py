@@ -88,6 +88,7 @@ class ShardedLaunch(Launch):
         """Reads what the step needs, and learns radii. Nothing is written."""
         super().begin(grad_scale, found_inf)
         grads, grad_scale, found_inf = self._begun
+        assert grads is not None
         self._no_step_hyper.refresh()
         self._numbers = {key: self.hyper.numbers(key) for key in METHOD_HYPER}
         if self._learning:
@@ -98,6 +99,9 @@ class ShardedLaunch(Launch):
             self.hyper.take_radii()
         if self._signed:
             self._begun = self._penalized(grads, grad_scale), grad_scale, found_inf
+
+    def _gradients(self) -> list[Tensor]:
+        return self._grads()
 
     def finish(self) -> None:
         """The step, and the pull of what is decided together."""
