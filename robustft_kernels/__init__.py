@@ -14,6 +14,7 @@ from .optim.for_model import for_model
 from .optim.in_backward import StepInBackward
 from .optim.named import SGDFTP, SGDL2SP, SGDPGM, SGDSPD, AdamFTP, AdamL2SP, AdamPGM, AdamSPD
 from .optim.optimizers import AnchoredAdamW, AnchoredSGD
+from .optim.schedules import RecAdamScheduler, StrengthScheduler
 from .optim.wrapper import Anchored
 from .step import ops as _ops  # noqa: F401 - defines torch.ops.robustft
 
@@ -23,8 +24,8 @@ _built.warn_if_unusable()
 __version__ = "0.3.0"
 __all__ = [
     "METHODS", "SGDFTP", "SGDL2SP", "SGDPGM", "SGDSPD", "TPGM", "AdamFTP", "AdamL2SP", "AdamPGM", "AdamSPD",
-    "Anchored", "AnchoredAdamW", "AnchoredSGD", "StepInBackward", "backends", "bitfit", "by_radius", "deviation",
-    "for_model", "interpolate_", "keep_requires_grad", "layerwise_decay", "linear_probe", "model_stock",
-    "partial_fusion", "project", "project_", "soup", "stock_ratios", "suggest_radii", "wise_ft",
-    "wise_ft_", "wise_sweep",
+    "Anchored", "AnchoredAdamW", "AnchoredSGD", "RecAdamScheduler", "StepInBackward", "StrengthScheduler", "backends",
+    "bitfit", "by_radius", "deviation", "for_model", "interpolate_", "keep_requires_grad", "layerwise_decay",
+    "linear_probe", "model_stock", "partial_fusion", "project", "project_", "soup", "stock_ratios", "suggest_radii",
+    "wise_ft", "wise_ft_", "wise_sweep",
 ]  # fmt: skip

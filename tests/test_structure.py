@@ -37,6 +37,7 @@ STACK = {
     ),
     "callbacks": ("huggingface", "lightning", "shared"),
     "optim": (
+        "schedules",
         "for_model",
         "named",
         "optimizers",
@@ -125,6 +126,7 @@ TORCH_OPTIM = (
     "optim.wrappable",
     "optim.wrapping",
     "optim.in_backward",
+    "optim.schedules",
     "optim.shown_state",
 )
 needs_native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
