@@ -68,23 +68,23 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Some 16 minutes on two cores, and 200 MB of packages to measure against; nothing else should run meanwhile.
-BENCH = PYTHONPATH=.cache/timm $(HERE) -m pytest benchmarks -o python_files="bench_*.py" -o python_functions="bench_*" \
-	-o filterwarnings=ignore --benchmark-quiet -rs
+# Each contest in three processes, see benchmarks/passes.py. Some 12 minutes on two cores, and before that 200 MB of
+# packages to measure against (`make peers`); nothing else should run meanwhile.
+BENCH = PYTHONPATH=.cache/timm $(HERE) -m benchmarks.passes
 
 bench: install peers
-	mkdir -p results
-	$(BENCH) --benchmark-json=results/bench.json $(ARGS)
-	$(BIN)/python -m benchmarks.report results/bench.json --keep benchmarks/results/cpu.json --page docs/benchmarks.md
+	$(BENCH) results/bench.json $(ARGS)
+	$(BIN)/python -m benchmarks.report results/bench.json --keep benchmarks/results/cpu.json --page docs/benchmarks.md \
+		--quote README.md docs/costs.md
 
+# DeepSpeed compiles its optimizer when it is first made.
 peers: install .cache/timm
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]" -r tests/integrations/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
+	-$(BIN)/python -c "import torch, deepspeed.ops.adam as d; d.DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(9))])"
 
 bench-check: install
-	mkdir -p results
-	$(BENCH) --benchmark-json=results/bench.json -k "methods or eager or fire" $(ARGS)
-	$(BIN)/python -m benchmarks.check results/bench.json benchmarks/results/cpu.json
+	$(BENCH) results/bench.json --against benchmarks/results/cpu.json -k "methods or precision or eager or fire" $(ARGS)
 
 codegen: install
 	$(BIN)/python -m benchmarks.codegen --write
@@ -112,10 +112,9 @@ test-gpu:
 
 # What `bench` measures, on a GPU. Without what draws its page, steps and timings of `bringup` take its place.
 bench-gpu:
-	mkdir -p results
 	$(HERE) -m benchmarks.bringup.build
 	@if $(HERE) -c "import pytest_benchmark, matplotlib"; then set -ex; \
-		$(BENCH) --device cuda --benchmark-json=results/bench-gpu.json $(ARGS); \
+		$(BENCH) results/bench-gpu.json --device cuda $(ARGS); \
 		test ! -f results/bench-gpu.json || $(HERE) -m benchmarks.report results/bench-gpu.json \
 			--keep $(RESULTS) --page docs/benchmarks-gpu.md; \
 	else echo "pytest-benchmark and matplotlib are needed for docs/benchmarks-gpu.md; here are a few steps and timings"; \

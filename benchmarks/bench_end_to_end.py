@@ -19,6 +19,8 @@ from .loops import LoopSPD
 Loss = Callable[[nn.Module], Tensor]
 # Steps of a run: in training, and on radii. They add 17% if a step on radii costs as much as one in training.
 TRAIN, PROJECT = 6, 1
+ROUNDS = 3  # at least
+LONG = pytest.mark.once("an iteration is long beside its step, and README quotes that of ViT-B/16")
 FROM_ZERO = {  # adapters are anchored there
     "AdamSPD, eager": Contender(lambda params: LoopSPD(params, LR, [None] * len(params))),
     "AdamSPD": ours("spd", anchor="zero"),
@@ -68,7 +70,9 @@ def autocast(ring, model: nn.Module, *inputs: Tensor) -> Tensor:
     return logits.float()
 
 
-@pytest.mark.parametrize("model", ["ViT-B/16", "MiniLM", "MiniLM, LoRA r=8"])
+@pytest.mark.parametrize(
+    "model", ["ViT-B/16", pytest.param("MiniLM", marks=LONG), pytest.param("MiniLM, LoRA r=8", marks=LONG)]
+)
 def bench_end_to_end(ring, model):
     """Images or tokens a second of fine-tuning with AdamW, with the eager AdamSPD, and with ours."""
     network, loss, items = (vit if model == "ViT-B/16" else minilm)(ring)
@@ -82,9 +86,10 @@ def bench_end_to_end(ring, model):
     entrants = {name: Work(iteration(copy.deepcopy(network), of, loss)) for name, of in contenders.items()}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     unit = "images" if model == "ViT-B/16" else "tokens"
-    ring.contest(entrants, "AdamSPD", trained, model=model, items=items, unit=unit)
+    ring.contest(entrants, "AdamSPD", trained, least=ROUNDS, model=model, items=items, unit=unit)
 
 
+@LONG
 def bench_tpgm_run(ring):
     """Fine-tuning of MiniLM by AdamW, and the same followed by TPGM."""
     network, loss, _ = minilm(ring)
@@ -103,4 +108,4 @@ def bench_tpgm_run(ring):
     entrants = {"fine-tuning": Work(fine_tune), "with TPGM": Work(with_tpgm)}
     n = sum(p.numel() for p in network.parameters())
     told = {"model": "MiniLM", "steps": [TRAIN, PROJECT]}
-    ring.contest(entrants, "with TPGM", n, baseline="fine-tuning", **told)
+    ring.contest(entrants, "with TPGM", n, baseline="fine-tuning", least=ROUNDS, **told)

@@ -15,11 +15,17 @@ from .machine import describe, free_memory, refusal, serving
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     parser.addoption("--threads", default=2, type=int)
-    parser.addoption("--seconds", default=3, type=float, help="that a contest takes, unless five rounds take longer")
+    parser.addoption("--seconds", default=1.2, type=float, help="that a contest takes, unless a few rounds take longer")
+    parser.addoption(
+        "--patience", default=4, type=float, help="seconds to wait until other programs let the machine go"
+    )
+    parser.addoption("--checked", action="store_true", help="another process has held the steps to the oracle")
     parser.addoption("--smoke", action="store_true", help="two rounds of everything small: does it run?")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "once(reason): measured in one process, for that reason")
+    config.addinivalue_line("markers", "once_on_cpu(reason): the same, where a GPU does not take long")
     if why := refusal(torch.device(config.getoption("--device"))):
         pytest.exit(f"nothing to measure: {why}", returncode=0)
 
@@ -50,20 +56,32 @@ def device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _right_before_fast(device):
+def _right_before_fast(request, device):
     """Nothing is timed while a step is wrong."""
+    if request.config.getoption("--checked"):
+        return
     try:
         check_results(device)
     except AssertionError as error:
         pytest.exit(f"nothing is timed, since a step is not the oracle's: {error}", returncode=3)
 
 
+@pytest.fixture(scope="session")
+def patience(request):
+    """The seconds that are left for all contests of this process."""
+    return [0.0 if request.config.getoption("--smoke") else request.config.getoption("--patience")]
+
+
 @pytest.fixture
-def ring(request, benchmark, device):
+def ring(request, benchmark, device, patience):
     """Where contests take place. A benchmark's group is the question that it answers."""
-    smoke = request.config.getoption("--smoke")
     benchmark.group = request.node.originalname.removeprefix("bench_")
-    return Ring(benchmark, device, request.config.getoption("--seconds"), smoke, 0 if smoke else 60)
+    if marks := [*request.node.iter_markers("once"), *request.node.iter_markers("once_on_cpu")]:
+        benchmark.extra_info["once"] = marks[0].args[0]
+    option = request.config.getoption
+    ring = Ring(benchmark, device, option("--seconds"), option("--smoke"), patience[0])
+    yield ring
+    patience[0] = ring.patience
 
 
 @pytest.fixture(autouse=True)

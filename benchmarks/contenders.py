@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 class Contender:
     """make: makes an optimizer of these parameters. module: what it needs beside torch, imported when it is made.
     state: the dtype of its moments, None for that of the parameters. moves: the bytes of a step over tensors of these
-    sizes, if they are counted. backend: the one that it asks for by name, or "".
+    sizes, if they are counted. backend: the one that it asks for by name, or "". ours: whether check.py judges it.
     """
 
     make: Callable[[Params], Any]
@@ -36,6 +36,7 @@ class Contender:
     state: torch.dtype | None = None
     moves: Callable[[list[int], torch.dtype, float], float] | None = None
     backend: str = ""
+    ours: bool = False
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot be measured on that device, or ""."""
@@ -80,7 +81,8 @@ PACKAGES = ("torch", "torch-optimi", "pytorch_optimizer", "heavyball", "torchao"
 
 
 def _peer(module: str, make: Callable[[Any, Params], Optimizer], state: torch.dtype | None = None) -> Contender:
-    return Contender(lambda params: make(_import(module), params), module.split(".")[0], state)
+    moves = partial(adamw_bytes, state=state)
+    return Contender(lambda params: make(_import(module), params), module.split(".")[0], state, moves)
 
 
 PLAIN = {"lr": LR, "weight_decay": 0.0}
@@ -103,6 +105,8 @@ PEERS = {
     "DeepSpeed CPUAdam": _peer("deepspeed.ops.adam", lambda m, p: m.DeepSpeedCPUAdam(p, **PLAIN), F32),
 }
 
+REPEATED = ("torch fused", "torch foreach", "DeepSpeed CPUAdam")  # the others are measured in one process
+EIGHT_BIT_PEERS = ("torchao, 8-bit", "bitsandbytes, 8-bit")
 COMPILED = ("torch compiled", "torchao", "torchao, 8-bit", "heavyball")  # slow to compile, so on one list alone
 
 
@@ -114,6 +118,7 @@ def ours(method: str, backend: str = "auto", *, moved: dict[str, Any] | None = N
     return Contender(
         lambda params: rft.AnchoredAdamW(params, method=method, backend=backend, lr=LR, **options),
         state=facts["state"], moves=partial(anchored_bytes, **facts), backend="" if backend == "auto" else backend,
+        ours=True,
     )  # fmt: skip
 
 
@@ -133,7 +138,7 @@ METHODS = {
 }
 CUDA, TRITON, ONE_LAUNCH = "AdamSPD, CUDA", "AdamSPD, Triton", "AdamSPD, one launch"
 FORMS = {"cuda": CUDA, "triton": TRITON, "triton_tickets": ONE_LAUNCH}  # the backends of a GPU
-PROJECTS = ("AdamPGM, l2", "AdamPGM, mars")  # every tensor of theirs fires
+EIGHT_BIT: dict[str, Any] = {"state_dtype": "8bit", "moved": {"state": torch.uint8}}  # their scales are not counted
 CHOICES = {
     "float32": {
         "AdamSPD": ours("spd"),
@@ -141,13 +146,17 @@ CHOICES = {
         "AdamSPD, bf16 anchor": ours("spd", anchor_dtype=BF16, moved={"anchor": BF16}),
         "AdamSPD, bf16 moments": ours("spd", state_dtype=BF16),
         "AdamSPD, clipped": ours("spd", max_grad_norm=1e30, moved={"survey": 1}),
+        "AdamSPD, 8-bit moments": ours("spd", **EIGHT_BIT),
     },
     "bfloat16": {
         "AdamSPD": ours("spd"),
         "AdamSPD, bf16 moments": ours("spd", state_dtype=BF16),
         "AdamSPD, stochastic rounding": ours("spd", stochastic_rounding=True),
+        "AdamSPD, bf16 moments, stochastic rounding": ours("spd", state_dtype=BF16, stochastic_rounding=True),
         "AdamSPD, master weights": ours("spd", master_weights=True),
-        "AdamSPD, both": ours("spd", master_weights=True, state_dtype=BF16),
+        "AdamSPD, master weights, bf16 moments": ours("spd", master_weights=True, state_dtype=BF16),
+        "AdamSPD, by rows, master weights": ours("spd", norm="mars_rows", master_weights=True, moved=ROWS),
+        "AdamSPD, 8-bit moments": ours("spd", **EIGHT_BIT),
     },
 }
 

@@ -1,4 +1,7 @@
-"""Contenders take turns, round after round, in one process. A ratio compares two steps of the same round."""
+"""Contenders take turns, round after round, in one process. A ratio compares two steps of the same round.
+
+passes.py repeats contests in other processes.
+"""
 
 import gc
 import time
@@ -12,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .contenders import BASELINE, Contender
-from .machine import BUSY, Others, wait_until_idle
+from .machine import BUSY, GLANCE, Others, wait_until_idle
 from .shapes import SMOKE, Shapes
 
 WARM_UP = 3
 # At least and at most. Later the momentum has faded, so that a bf16 weight stands still and its tensor fires no more.
-ROUNDS = 5, 36
+ROUNDS = 4, 36
 COPY = "copy"  # reads and writes as many bytes as the parameters have: the unit of GB/s
 TINY = 1e-8
 
@@ -186,7 +189,7 @@ def ratios(of: list[float], to: list[float]) -> list[float]:
 @dataclass
 class Ring:
     """Where contests take place. benchmark: pytest-benchmark's fixture. seconds: how long a contest is to take.
-    patience: how many seconds to wait until other programs let the machine go. at_most: so many rounds."""
+    patience: how many seconds are left to wait until other programs let the machine go. at_most: so many rounds."""
 
     benchmark: Any
     device: torch.device
@@ -195,9 +198,16 @@ class Ring:
     patience: float
     at_most: int = ROUNDS[1]
 
-    def rounds(self, seconds: float) -> int:
+    def rounds(self, seconds: float, least: int = ROUNDS[0]) -> int:
         """How many, if one takes so many seconds."""
-        return 2 if self.smoke else min(self.at_most, max(ROUNDS[0], int(self.seconds / seconds)))
+        return 2 if self.smoke else min(self.at_most, max(least, int(self.seconds / seconds)))
+
+    def idle(self) -> bool:
+        """Whether other programs have let the machine go, or do so while there is patience."""
+        began = time.monotonic()
+        idle = wait_until_idle(self.patience)
+        self.patience = max(0.0, self.patience - (time.monotonic() - began - GLANCE))
+        return idle
 
     def contest(
         self,
@@ -205,25 +215,27 @@ class Ring:
         watched: str,
         n: int,
         baseline: str = BASELINE,
+        least: int = ROUNDS[0],
         **told: Any,
     ) -> dict[str, Any]:
         """Times the `step` of each entrant, each after its `prepare`. pytest-benchmark times that of the watched one.
 
-        n: how many parameters. The benchmark's `extra_info` gets what is told, and how many cores others used. For each
-        entrant, it gets the quartiles of its time over the baseline's, the median seconds, the host's part of them, and
-        the bytes that it moved.
+        n: how many parameters. least: so many rounds, however long they take. The benchmark's `extra_info` gets what is
+        told, and how many cores others used. For each entrant, it gets the quartiles of its time over the baseline's,
+        the median seconds, the host's part of them, and the bytes that it moved.
         """
-        lasted = 0.0
+        lasted, spent = 0.0, 0.0
         for _ in range(WARM_UP):
-            if lasted > self.seconds:
+            if spent > self.seconds:
                 break
             began = time.perf_counter()
             for entrant in entrants.values():
                 entrant.prepare()
                 entrant.step()
             lasted = time.perf_counter() - began
+            spent += lasted
         gc.collect()
-        idle = wait_until_idle(self.patience)
+        idle = self.idle()
         times = {name: Times() for name in entrants}
 
         def others_first() -> None:
@@ -237,7 +249,7 @@ class Ring:
             times[watched].add(entrants[watched].step, self.device)
 
         others = Others()
-        self.benchmark.pedantic(step, setup=others_first, rounds=self.rounds(lasted), iterations=1)
+        self.benchmark.pedantic(step, setup=others_first, rounds=self.rounds(lasted, least), iterations=1)
         busy = others.cores()
         info: dict[str, Any] = self.benchmark.extra_info
         info.update(
@@ -267,7 +279,9 @@ class Ring:
     ) -> None:
         """A contest of optimizers on one list of shapes. Those that cannot run here are named with the reason."""
         on, entrants, absent = entered(contenders, SMOKE if self.smoke else shapes, dtype, self.device, fire)
+        watched = watched if watched in entrants else baseline
         n, about = sum(on.sizes), entrants[watched]
         all_ = {**entrants, COPY: copy_of(4 * n, self.device)}
-        info = self.contest(all_, watched, n, baseline, absent=absent, tensors=len(on.sizes), **told)
+        told.update(absent=absent, tensors=len(on.sizes), ours=[name for name in entrants if contenders[name].ours])
+        info = self.contest(all_, watched, n, baseline, **told)
         info.update(dtype=str(dtype).removeprefix("torch."), fired=about.fired())

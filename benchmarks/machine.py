@@ -16,6 +16,7 @@ import robustft_kernels as rft
 from robustft_kernels.backends import native, registry
 
 BUSY = 0.2  # cores that others may use
+GLANCE = 0.3  # seconds that it takes to see whether they do
 ROOT = Path(__file__).parent.parent
 BACKENDS = {"cpu": ("native",), "cuda": ("cuda", "triton", "triton_tickets")}  # those with kernels for a device
 SOURCES = ("robustft_kernels", "triton_kernels", "csrc", "benchmarks", "tests")
@@ -100,7 +101,7 @@ def wait_until_idle(seconds: float = 60) -> bool:
     ends = time.monotonic() + seconds
     while True:
         others = Others()
-        time.sleep(0.3)
+        time.sleep(GLANCE)
         if others.cores() <= BUSY:
             return True
         if time.monotonic() > ends:

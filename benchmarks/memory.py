@@ -30,16 +30,23 @@ def _from_file(params: Params) -> rft.AnchoredAdamW:
     return rft.AdamSPD(named, anchor=folder, anchor_device="disk")
 
 
-# Those that compile are left out: the compiler's own memory would count.
-OTHERS = {name: of for name, of in {**TORCH, **PEERS}.items() if name not in COMPILED}
+# Those that compile are left out: the compiler's own memory would count. So are two that keep what others here do.
+NO_QUESTION = ("torch for-loop", "optimi, Triton")
+OTHERS = {name: of for name, of in {**TORCH, **PEERS}.items() if name not in (*COMPILED, *NO_QUESTION)}
+# What rounds, clips or goes by rows keeps what AdamSPD keeps.
+ALIKE = ("clipped", "bf16 moments, stochastic", "by rows")
+OURS = {
+    dtype: {name: of for name, of in names.items() if not any(word in name for word in ALIKE)}
+    for dtype, names in contenders.CHOICES.items()
+}
 STORED = "AdamSPD, weights from a bf16 checkpoint"
 FILE = "AdamSPD, anchors in a file"
 LISTS: dict[torch.dtype, dict[str, Contender]] = {
     F32: {
-        **OTHERS, **{f"{name}, eager": of for name, of in EAGER.items()}, **contenders.CHOICES["float32"],
+        **OTHERS, **{f"{name}, eager": of for name, of in EAGER.items()}, **OURS["float32"],
         STORED: METHODS["AdamSPD"], FILE: Contender(_from_file), "AdamFTP": METHODS["AdamFTP"],
     },
-    BF16: {BASELINE: TORCH[BASELINE], **contenders.CHOICES["bfloat16"]},
+    BF16: {BASELINE: TORCH[BASELINE], **OURS["bfloat16"]},
 }  # fmt: skip
 CHOICES = {f"{str(dtype)[6:]}: {name}": (dtype, of) for dtype, names in LISTS.items() for name, of in names.items()}
 

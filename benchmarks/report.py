@@ -13,13 +13,40 @@ from . import pictures
 from .contenders import BASELINE
 from .contest import COPY
 from .markdown import number, table, told
-from .results import Results, Row, eager_over_ours, read, write
+from .quotes import quoted
+from .results import Results, Row, eager_over_ours, read, spread, write
 from .shapes import MODELS
 
 
-def peers(results: Results, dtype: str) -> str:
+def processes(results: Results) -> str:
+    """How often contests were measured, and what the numbers in parentheses are."""
+    contests = [row for row in results.rows if row.contenders]
+    most = max((row.processes for row in contests), default=1)
+    if most == 1:
+        return (
+            "All of it was measured in one process. The tables give the median over its rounds, with the quartiles in\n"
+            "parentheses. Another process can differ by more than these say."
+        )
+    why: dict[str, list[str]] = {}
+    for row in results.rows:
+        if "once" in row.told:
+            why.setdefault(row["once"], []).append(row.told.get("model", row.question))
+    once = [f"- {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in why.items()]
+    short = [row.name for row in contests if "once" not in row.told and row.processes < most]
+    return "\n".join(
+        [
+            f"Each contest took place in {most} processes, spread over the run. The tables give the median of their",
+            "medians, with the least and the largest of these in parentheses. A few took place in one process.",
+            "For these, the parentheses have the quartiles of its rounds, which say less:",
+            "", *once,
+            *([f"\nIn fewer processes, as some failed: {', '.join(short)}."] if short else []),
+        ]
+    )  # fmt: skip
+
+
+def peers(results: Results, dtype: str, question: str = "peers") -> str:
     """A row for each contender, a column for each model: over torch fused."""
-    rows = [row for row in results.of("peers") if row["dtype"] == dtype]
+    rows = [row for row in results.of(question) if row["dtype"] == dtype]
     names = list(dict.fromkeys(name for row in rows for name in row.contenders if name not in (COPY, BASELINE)))
     names.sort(key=lambda name: not pictures.is_ours(name))
     cells = [[name, *(told(row.ratio(name)) if name in row.contenders else "–" for row in rows)] for name in names]
@@ -35,15 +62,16 @@ def absent(results: Results) -> str:
     return "\n".join(f"- {name}: {reason}" for name, reason in why.items()) or "- none"
 
 
-def by_bytes(rows: list[Row], labels: Callable[[Row], str]) -> str:
+def by_bytes(rows: list[Row], labels: Callable[[Row, str], str]) -> str:
     """Measured beside what the bytes say; all rows against the same."""
     cells = []
     for row in rows:
-        name = row["watched"]
-        cells.append(
-            [labels(row), told(row.ratio()), number(row.bytes_say(name)), number(row.bandwidth(name), "{:.0f}"),
-             number(row.of_copy(name), "{:.0%}")]
-        )  # fmt: skip
+        for name in row.contenders:
+            if name not in (COPY, row["baseline"]):
+                cells.append(
+                    [labels(row, name), told(row.ratio(name)), number(row.bytes_say(name)),
+                     number(row.bandwidth(name), "{:.0f}"), number(row.of_copy(name), "{:.0%}")]
+                )  # fmt: skip
     over = f"over {rows[0]['baseline']}" if rows else ""
     return table(["", over, "bytes say", "GB/s", "of a copy"], cells)
 
@@ -90,20 +118,38 @@ def growth(results: Results, question: str, label: str, value: Callable[[Row], s
 def parts(results: Results) -> str:
     cells = []
     for row in results.of("parts"):
-        whole, backend, one = (row.contenders[name]["seconds"] for name in pictures.PARTS)
-        host = row.contenders["whole step"]["host"]
-        shares = [part / whole for part in (host, whole - backend, one, backend - one)]
-        cells.append([row["model"], f"{1e3 * whole:.3g}", *map("{:.0%}".format, shares)])
-    return table(["", "ms, here", "until the call returns", "before the backend", "sweep 1", "sweep 2"], cells)
+        whole, call, one = map(row.medians, pictures.PARTS)
+        before = [1 - c / w for c, w in zip(call, whole, strict=True)]
+        first = [o / w for o, w in zip(one, whole, strict=True)]
+        second = [1 - b - f for b, f in zip(before, first, strict=True)]
+        step = row.contenders["whole step"]
+        beside = BASELINE in row.contenders
+        cells.append(
+            [row["model"], told(row.ratio("whole step")) if beside else "–",
+             number(row.bytes_say("whole step")) if beside else "–", f"{1e3 * step['seconds']:.3g}",
+             f"{step['host'] / step['seconds']:.0%}", share(before), share(first), share(second)]
+        )  # fmt: skip
+    over = f"over {BASELINE}"
+    head = ["", over, "bytes say", "ms, here", "until the call returns", "before the backend", "sweep 1", "sweep 2"]
+    return table(head, cells)
+
+
+def share(of: list[float]) -> str:
+    """Of a step, by process: the median, with the range if there is one."""
+    low, middle, high = (100 * value for value in spread(of))
+    return f"{middle:.0f}%" if len(of) == 1 else f"{middle:.0f}% ({low:.0f}–{high:.0f}%)"
 
 
 def losses(results: Results) -> str:
     """Where a peer's AdamW beats our fastest AdamSPD, beyond the spread."""
     lines = []
-    for row in results.of("peers"):
+    for row in results.of("peers", "others", "compiled"):
         mine = min((name for name in row.contenders if name.startswith("AdamSPD")), key=lambda name: row.ratio(name)[1])
         for name in row.contenders:
-            if name != COPY and not pictures.is_ours(name) and row.ratio(name)[2] < row.ratio(mine)[0]:
+            known = row.question != "peers" and name == BASELINE  # in a contest of more processes
+            if name == COPY or known or pictures.is_ours(name):
+                continue
+            if row.ratio(name)[2] < row.ratio(mine)[0]:
                 pair = ", ".join(f"{who} {told(row.ratio(who))}" for who in (name, mine))
                 lines.append(f"- {row['model']}, {row['dtype']}: {pair}")
     return "\n".join(lines) or "- none"
@@ -121,12 +167,25 @@ def write_page(results: Results, page: Path) -> None:
         "packages": fill(f"Other packages: {packages or 'none'}.", 120),
         "copy": f"{copies[len(copies) // 2]:.0f}" if copies else "?",
         "untrusted": ", ".join(untrusted) or "none",
+        "processes": processes(results),
         "losses": losses(results),
         "peers_f32": peers(results, "float32"),
         "peers_bf16": peers(results, "bfloat16"),
+        "others": "\n\n".join(
+            [
+                *(peers(results, dtype, "others") for dtype in ("float32", "bfloat16")),
+                peers(results, "float32", "compiled"),
+            ]
+        )
+        if results.of("others", "compiled")
+        else "In these results they are in the tables above.",
+        "eight_bit": by_bytes(results.of("eight_bit"), lambda row, name: f"{row['dtype']}: {name}")
+        if results.of("eight_bit")
+        else "Not measured here.",
+        "vit": next((row["model"] for row in results.of("methods") if "model" in row.told), "ViT-B/16"),
         "absent": absent(results),
-        "methods": by_bytes(results.of("methods", "reference"), lambda row: row["watched"]),
-        "precision": by_bytes(results.of("precision"), lambda row: f"{row['dtype']}: {row['watched']}"),
+        "methods": by_bytes(results.of("methods", "reference"), lambda row, name: name),
+        "precision": by_bytes(results.of("precision"), lambda row, name: f"{row['dtype']}: {name}"),
         "eager": eager(results),
         "parameters": growth(
             results, "parameters", "parameters", lambda row: f"{row['parameters'] >> 20} Mi, {row['dtype']}"
@@ -135,7 +194,7 @@ def write_page(results: Results, page: Path) -> None:
         "fire": growth(results, "fire", "of the elements fire", lambda row: f"{row['fired']:.0%}"),
         "threads": growth(results, "threads", "threads", lambda row: f"{row['threads']}"),
         "parts": parts(results),
-        "projections": by_bytes(results.of("projections"), lambda row: row["watched"]),
+        "projections": by_bytes(results.of("projections"), lambda row, name: name),
         "end_to_end": end_to_end(results),
         "tpgm_run": tpgm_run(results),
         "memory": memory(results),
@@ -154,12 +213,15 @@ def main() -> None:
     parser.add_argument("found", type=Path)
     parser.add_argument("--keep", type=Path, help="where the ratios are kept that check.py holds to")
     parser.add_argument("--page", type=Path, help="the page to write, docs/benchmarks.md")
+    parser.add_argument("--quote", type=Path, nargs="*", default=[], help="the texts whose figures are to be renewed")
     args = parser.parse_args()
     results = read(args.found)
     if args.keep:
         write(results, args.keep)
     if args.page:
         write_page(results, args.page)
+    for text in args.quote:
+        text.write_text(quoted(text.read_text(), results))
 
 
 if __name__ == "__main__":
