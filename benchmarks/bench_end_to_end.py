@@ -19,7 +19,7 @@ from .loops import LoopSPD
 Loss = Callable[[nn.Module], Tensor]
 # Steps of a run: in training, and on radii. They add 17% if a step on radii costs as much as one in training.
 TRAIN, PROJECT = 6, 1
-ROUNDS = 3  # at least
+ROUNDS = 2  # at least
 LONG = pytest.mark.once("an iteration is long beside its step, and README quotes that of ViT-B/16")
 FROM_ZERO = {  # adapters are anchored there
     "AdamSPD, eager": Contender(lambda params: LoopSPD(params, LR, [None] * len(params))),

@@ -33,6 +33,7 @@ LARGE = 2.5e8  # with more parameters, ours are compared with torch's fastest al
 TAKES_LONG = pytest.mark.once_on_cpu("a list so large takes long to set up, and no text quotes it")
 SLOW_PEERS = pytest.mark.once("others' steps and compilations are slow, and the ratios far from ours")
 LISTS = [pytest.param(model, marks=TAKES_LONG) if numel(of) > LARGE else model for model, of in MODELS.items()]
+LARGEST = 5e8  # on a CPU: with more, nothing changes but the time
 MANY = {"10,000 × 256": [(256,)] * 10_000}
 
 
@@ -53,6 +54,8 @@ def of_ours(device: torch.device, model: str, dtype: torch.dtype) -> dict:
 def bench_peers(ring, model, dtype, room):
     """What a step costs beside what a user would take instead, on the tensors of real models."""
     shapes, contenders = MODELS[model], of_ours(ring.device, model, dtype)
+    if ring.device.type == "cpu" and (numel(shapes) > LARGEST or (model, dtype) == ("Swin-T", BF16)):
+        pytest.skip("on a CPU other lists answer the same")
     if numel(shapes) > LARGE:  # in bfloat16 the moments of the largest fit beside each other only as torch keeps them
         contenders = {**FUSED, **(dict([contenders.popitem()]) if dtype == BF16 else contenders)}
     else:
@@ -70,8 +73,7 @@ def beside_others(ring, model, shapes, dtype, room, names) -> None:
 
 
 @SLOW_PEERS
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("model", ["ResNet-50", *ADAPTERS])
+@pytest.mark.parametrize(("model", "dtype"), [("ResNet-50", F32), (ADAPTERS[0], F32), (ADAPTERS[0], BF16)], ids=str)
 def bench_others(ring, model, dtype, room):
     """The same beside the other packages."""
     names = {*TORCH, *PEERS} - {*REPEATED, *COMPILED}
@@ -80,12 +82,11 @@ def bench_others(ring, model, dtype, room):
 
 @SLOW_PEERS
 def bench_compiled(ring, room):
-    """The same beside what is compiled first. Few tensors, as each makes the compiler take longer."""
-    beside_others(ring, "LoRA r=8, 32 tensors", MODELS[ADAPTERS[0]][:32], F32, room, COMPILED)
+    """The same beside what is compiled first. Few tensors, as the compiler takes seconds for each."""
+    beside_others(ring, "8 × 3072 × 768", [(3072, 768)] * 8, F32, room, COMPILED)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def bench_eight_bit(ring, dtype):
+def bench_eight_bit(ring):
     """Moments of 8 bits, ours beside torchao's and bitsandbytes', on adapters: torchao compiles for each shape."""
     (model,) = ADAPTERS
     mine = {
@@ -93,7 +94,7 @@ def bench_eight_bit(ring, dtype):
         "AdamSPD, 8-bit moments": ours("spd", anchor="zero", **EIGHT_BIT),
     }
     contenders = {**FUSED, **{name: PEERS[name] for name in EIGHT_BIT_PEERS}, **mine}
-    ring.race(contenders, MODELS[model], dtype, "AdamSPD, 8-bit moments", model=model)
+    ring.race(contenders, MODELS[model], F32, "AdamSPD, 8-bit moments", model=model)
 
 
 def bench_methods(ring):
@@ -127,7 +128,7 @@ def bench_eager(ring, method, model):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("millions", [1, 4, 16, 64])
+@pytest.mark.parametrize("millions", [1, 8, 64])
 def bench_parameters(ring, millions, dtype):
     """How the cost grows with the number of parameters: 64 tensors, moments of the parameters' dtype."""
     n = millions * 2**20
@@ -135,11 +136,11 @@ def bench_parameters(ring, millions, dtype):
     ring.race(contenders, [(n // 64 // 256, 256)] * 64, dtype, "AdamSPD")
 
 
-@pytest.mark.parametrize("tensors", [1, 10, 100, 1000, 10_000])
+@pytest.mark.parametrize("tensors", [1, 100, 1000, 10_000])
 def bench_tensors(ring, tensors):
-    """How the cost grows with the number of tensors: 10 million parameters."""
-    others = {**FUSED, "torch foreach": TORCH["torch foreach"], "AdamSPD, eager": EAGER["AdamSPD"]}
-    ring.race({**others, **SPD}, [(10_000_000 // tensors,)] * tensors, F32, "AdamSPD")
+    """How the cost grows with the number of tensors: 10 million parameters. The slow ones stop at 1,000."""
+    slow = {"torch foreach": TORCH["torch foreach"], "AdamSPD, eager": EAGER["AdamSPD"]} if tensors <= 1000 else {}
+    ring.race({**FUSED, **slow, **SPD}, [(10_000_000 // tensors,)] * tensors, F32, "AdamSPD")
 
 
 @pytest.mark.parametrize("fire", [0.0, 0.5, 1.0])

@@ -15,7 +15,7 @@ from .machine import describe, free_memory, refusal, serving
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     parser.addoption("--threads", default=2, type=int)
-    parser.addoption("--seconds", default=1.2, type=float, help="that a contest takes, unless a few rounds take longer")
+    parser.addoption("--seconds", default=0.8, type=float, help="that a contest takes, unless a few rounds take longer")
     parser.addoption(
         "--patience", default=4, type=float, help="seconds to wait until other programs let the machine go"
     )

@@ -30,11 +30,11 @@ def _from_file(params: Params) -> rft.AnchoredAdamW:
     return rft.AdamSPD(named, anchor=folder, anchor_device="disk")
 
 
-# Those that compile are left out: the compiler's own memory would count. So are two that keep what others here do.
-NO_QUESTION = ("torch for-loop", "optimi, Triton")
+# Those that compile are left out: the compiler's own memory would count. So are those that keep what others here do.
+NO_QUESTION = ("torch for-loop", "optimi", "optimi, Triton", "pytorch_optimizer", "DeepSpeed CPUAdam")
 OTHERS = {name: of for name, of in {**TORCH, **PEERS}.items() if name not in (*COMPILED, *NO_QUESTION)}
 # What rounds, clips or goes by rows keeps what AdamSPD keeps.
-ALIKE = ("clipped", "bf16 moments, stochastic", "by rows")
+ALIKE = ("clipped", "stochastic", "by rows")
 OURS = {
     dtype: {name: of for name, of in names.items() if not any(word in name for word in ALIKE)}
     for dtype, names in contenders.CHOICES.items()

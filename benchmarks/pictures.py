@@ -80,7 +80,10 @@ def draw_growth(results: Results, file: Path) -> None:
         "parameters": ("parameters", [(rows, dtype, "") for dtype, rows in by_dtype.items() if rows]),
         "tensors": (
             "tensors, 10 million parameters",
-            [(results.of("tensors"), name, name) for name in ("torch foreach", "AdamSPD, eager", "AdamSPD")],
+            [
+                ([row for row in results.of("tensors") if name in row.contenders], name, name)
+                for name in ("torch foreach", "AdamSPD, eager", "AdamSPD")
+            ],
         ),
         "fired": ("share of the elements that fire", [(results.of("fire"), "AdamSPD", "")]),
         "threads": ("threads", [(results.of("threads"), "AdamSPD", "")]),

@@ -24,7 +24,7 @@ FIGURE = r"[\d.]+ \([\d.]+–[\d.]+\)"
 
 
 def quoted(text: str, results: Results) -> str:
-    """The text with the figures of these results. What they do not have stays."""
+    """The text with the figures of these results. Those of contests that they do not have stay."""
     rows = {row.name: row for row in results.rows}
     return _sentences(_tables(text, rows), rows)
 
@@ -40,8 +40,8 @@ def _tables(text: str, rows: dict[str, Row]) -> str:
         else:
             row = next((rows.get(name) for label, name in ROWS.items() if cells[0].strip().startswith(label)), None)
             for column, name in enumerate(head):
-                if row and name in row.contenders and row["baseline"] == BASELINE:
-                    cells[column] = f" {told(row.ratio(name))} "
+                if row and name and row["baseline"] == BASELINE:
+                    cells[column] = f" {told(row.ratio(name)) if name in row.contenders else '–'} "
                     lines[k] = f"|{'|'.join(cells)}|\n"
     return "".join(lines)
 

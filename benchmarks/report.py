@@ -58,7 +58,7 @@ def absent(results: Results) -> str:
     seen = {(row["model"], row["dtype"]) for row in results.of("peers")}
     for model, dtype in product(MODELS, ("float32", "bfloat16")):
         if (model, dtype) not in seen:
-            why[f"{model}, {dtype}"] = "this machine has too little memory"
+            why[f"{model}, {dtype}"] = "too little memory, or other lists answer the same"
     return "\n".join(f"- {name}: {reason}" for name, reason in why.items()) or "- none"
 
 

@@ -218,7 +218,7 @@ def test_a_smoke_run_and_its_report(tmp_path):
     picks = {
         "peers": "ResNet", "others": "ResNet", "eager": "Res", "methods": "methods", "tensors": "100", "fire": "fire",
         "parameters": "1-", "threads": "threads", "parts": "parts", "projections": "projections", "tpgm": "not run",
-        "precision": "precision", "memory": "bfloat16 and fused",
+        "precision": "precision", "memory": "bfloat16 and fused", "eight_bit": "eight",
     }  # fmt: skip
     results = smoke(" or ".join(f"({question} and {which})" for question, which in picks.items()), tmp_path)
     assert {row.question for row in results.rows} == set(picks)
