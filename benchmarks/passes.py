@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -41,10 +40,14 @@ def dealt(names: list[str], turn: int, share: int = SHARE) -> list[list[str]]:
     """
     order = list(names)
     Random(turn).shuffle(order)
-    order.sort(key=lambda name: not any(question in name for question in IMPORTING))
-    processes = -(-len(order) // share)
-    ends = [len(order) * k // processes for k in range(processes + 1)] if processes else [0]
-    return [order[begin:end] for begin, end in pairwise(ends)]
+    importing = [name for name in order if any(question in name for question in IMPORTING)]
+    rest = [name for name in order if name not in importing]
+    return [*_parts(importing, share), *_parts(rest, share)]
+
+
+def _parts(names: list[str], share: int) -> list[list[str]]:
+    count = -(-len(names) // share)
+    return [names[k::count] for k in range(count)]
 
 
 class Run:

@@ -38,7 +38,7 @@ def test_a_pass_is_all_contests_once_in_an_order_of_its_own():
     assert same <= 6, "in other passes, nearly all contests come after others"
     assert passes.dealt([], 0) == []
     others = [f"bench_steps.py::bench_peers[{k}]" for k in range(5)]
-    assert sorted(passes.dealt([*NAMES, *others], 0)[0][:5]) == others, "other packages are imported in one process"
+    assert sorted(passes.dealt([*NAMES, *others], 0)[0]) == others, "other packages are imported in one process"
     assert passes.dealt(NAMES, 1) == passes.dealt(NAMES, 1)
 
 
