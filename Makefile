@@ -68,7 +68,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each contest in three processes, see benchmarks/passes.py. Some 12 minutes on two cores, and before that 200 MB of
+# Each contest in three processes, see benchmarks/passes.py. Some 13 minutes on two idle cores, and before that 200 MB of
 # packages to measure against (`make peers`); nothing else should run meanwhile.
 BENCH = PYTHONPATH=.cache/timm $(HERE) -m benchmarks.passes
 

@@ -17,6 +17,8 @@ from .quotes import quoted
 from .results import Results, Row, eager_over_ours, read, spread, write
 from .shapes import MODELS
 
+FEW = 8  # names that a sentence can hold
+
 
 def processes(results: Results) -> str:
     """How often contests were measured, and what the numbers in parentheses are."""
@@ -166,7 +168,7 @@ def write_page(results: Results, page: Path) -> None:
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items() if value),
         "packages": fill(f"Other packages: {packages or 'none'}.", 120),
         "copy": f"{copies[len(copies) // 2]:.0f}" if copies else "?",
-        "untrusted": ", ".join(untrusted) or "none",
+        "untrusted": (", ".join(untrusted) or "none") if len(untrusted) <= FEW else f"{len(untrusted)} of all",
         "processes": processes(results),
         "losses": losses(results),
         "peers_f32": peers(results, "float32"),
