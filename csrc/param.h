@@ -9,17 +9,21 @@ constexpr int64_t kChunk = 16384;  // elements that share one partial: the unit 
 constexpr int kBlock = 256;        // elements that are summed in their own type; the sums of blocks are added in double
 constexpr int kLanes = 16;         // accumulators of a reduction: the same on every processor, as are the bits
 
-enum class DType : uint8_t { f32, f64, bf16, f16 };
+enum class DType : uint8_t { f32, f64, bf16, f16, i8, u8 };  // the last two: codes of moments
 
 // That of numbers which are in memory as they are computed with.
 template <class T>
 constexpr DType kNative = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-ROBUSTFT_ANYWHERE constexpr int size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+ROBUSTFT_ANYWHERE constexpr bool is_coded(DType dtype) { return dtype == DType::i8 || dtype == DType::u8; }
+ROBUSTFT_ANYWHERE constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : is_coded(dtype) ? 1 : 2;
+}
 
 struct Buffer {
   void* data = nullptr;  // nullptr: absent
   DType dtype = DType::f32;
+  uint8_t* scales = nullptr;  // of codes
 };
 
 // How a tensor divides into rows. Counted in the order of memory, a row's elements lie in runs of `stride`.
@@ -54,6 +58,7 @@ struct Param {
   int64_t seed = 0;         // of the stochastic rounding
   bool dithered = false;    // whether a bf16 param is rounded stochastically
   bool low_state = false;   // whether moments are bf16, which are rounded stochastically
+  bool coded_state = false; // whether they are codes
 };
 
 // A part of a Param: `rows` rows from `row` on, and the elements [begin, end) of each.

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "decide.h"
+#include "eight_bit.h"
 
 namespace robustft {
 
@@ -16,19 +17,20 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // The dtypes in the order of DType, and sets of them with one bit for each.
-constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kChar, at::kByte};
+constexpr int kDtypeCount = std::size(kDtypes), kFloats = 4;
 using Dtypes = unsigned;
 constexpr Dtypes only(DType dtype) { return 1u << int(dtype); }
 constexpr Dtypes kAny = 0b1111, kSingle = only(DType::f32) | only(DType::bf16);
 
-// The place of a tensor's dtype in kDtypes, or 4 if it is not there.
+// The place of a tensor's dtype in kDtypes, or kDtypeCount if it is not there.
 inline int place_in_dtypes(const Tensor& tensor) {
   return int(std::find(std::begin(kDtypes), std::end(kDtypes), tensor.scalar_type()) - std::begin(kDtypes));
 }
 
 inline std::string names_of(Dtypes dtypes) {
   std::ostringstream text;
-  for (int k = 0; k < 4; ++k)
+  for (int k = 0; k < kDtypeCount; ++k)
     if (dtypes >> k & 1) text << (text.tellp() > 0 ? " or " : "") << kDtypes[k];
   return text.str();
 }
@@ -131,7 +133,7 @@ constexpr int kStates = 3;
 
 // A parameter of a step, with all that belongs to it.
 struct Held {
-  Tensor param, anchor, state[kStates], delta, learned, master, step;
+  Tensor param, anchor, state[kStates], scales[kStates], delta, learned, master, step;
   std::string label;
   const Rule* rule;
   int row;        // of the hyper-parameters
@@ -201,8 +203,7 @@ class Table {
     if (held.anchor.defined()) p.anchor = buffer_of(held.anchor, i, "anchor", kAny);
     if (held.delta.defined()) p.delta = buffer_of(held.delta, i, "delta", only(is_double ? DType::f64 : DType::bf16));
     for (int s = 0; s < kStates; ++s)
-      if (held.state[s].defined())
-        p.state[s] = buffer_of(held.state[s], i, moments_[s].c_str(), is_double ? only(DType::f64) : kSingle);
+      if (held.state[s].defined()) p.state[s] = moment_of(held, i, s, is_double ? only(DType::f64) : kSingle);
   }
   // The memory of a gradient. If it has the shape of its parameter and lies otherwise, it is copied to `relaid` first.
   Buffer grad(size_t i, const Tensor& grad, Tensor& relaid) const {
@@ -217,6 +218,7 @@ class Table {
     Param p;
     p.rows = rows_of(held.param, held.rule->crosses_rows());
     p.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
+    p.coded_state = held.scales[0].defined();
     p.seed = held.seed, p.dithered = held.dithered;
     return p;
   }
@@ -251,7 +253,12 @@ class Table {
     TORCH_CHECK(held.param.is_non_overlapping_and_dense(), "robustft: ", place_of("param", i, held.label),
                 " must fill its memory without gaps, got ", described(held.param));
     if (const py::object anchor = of.attr("anchor"); !anchor.is_none()) held.anchor = anchor.cast<Tensor>();
-    for (size_t s = 0; s < moments_.size(); ++s) held.state[s] = kept(moments_[s]);
+    for (size_t s = 0; s < moments_.size(); ++s) {
+      held.state[s] = kept(moments_[s]), held.scales[s] = kept(moments_[s] + "_scale");
+      TORCH_CHECK(!held.scales[s].defined() || in_blocks(held.param), "robustft: ", place_of("param", i, held.label),
+                  " must have rows of a multiple of ", kScaled, " elements, side by side in memory, for moments in 8 "
+                  "bits; got ", described(held.param));
+    }
     for (size_t s = 0; s + 1 < moments_.size(); ++s) needed(moments_[s]);  // the last may be absent
     if (rule->tracks) held.delta = needed("delta");
     if (rule->learning != Learning::none) {
@@ -281,6 +288,25 @@ class Table {
                 held.param.sizes(), " and lie in memory as the param does, with strides ", held.param.strides(), " on ",
                 device_, "; got ", described(tensor));
     return {const_cast<void*>(tensor.const_data_ptr()), DType(dtype)};
+  }
+
+  // The memory of a moment. Codes are signed in the first, and unsigned in the others.
+  Buffer moment_of(const Held& held, size_t i, int s, Dtypes dtypes) const {
+    const std::string& name = moments_[s];
+    const Tensor& scales = held.scales[s];
+    if (!scales.defined()) return buffer_of(held.state[s], i, name.c_str(), dtypes);
+    Buffer codes = buffer_of(held.state[s], i, name.c_str(), only(s == 0 ? DType::i8 : DType::u8));
+    TORCH_CHECK(scales.device() == device_ && scales.scalar_type() == at::kByte && scales.is_contiguous() &&
+                    scales.numel() == held.param.numel() / kScaled,
+                "robustft: ", place_of((name + "_scale").c_str(), i, held.label), " must be a contiguous Byte tensor of ",
+                held.param.numel() / kScaled, " elements on ", device_, "; got ", described(scales));
+    codes.scales = scales.data_ptr<uint8_t>();
+    return codes;
+  }
+  // Whether its rows are blocks that share a scale, side by side.
+  static bool in_blocks(const Tensor& param) {
+    const Rows rows = rows_of(param, true);
+    return param.dim() > 1 && rows.length % kScaled == 0 && rows.contiguous();
   }
 
   const at::Device device_;

@@ -170,7 +170,7 @@ def test_an_anchor_dtype_rounds(backend):
         ({"anchor_device": "cuda"}, r"anchor_device must be None \(the parameters'\), 'cpu' or 'disk'"),
         ({"save_anchors": "hash"}, "save_anchors must be True, False or 'digest'"),
         ({"anchor": "weights.bin"}, "unknown anchor 'weights.bin'"),
-        ({"state_dtype": torch.float16}, r"state_dtype must be torch.float32 or torch.bfloat16"),
+        ({"state_dtype": torch.float16}, r"state_dtype must be torch.float32, torch.bfloat16 or '8bit'"),
         ({"state_dtype": "bf16"}, r"state_dtype must be .*, or its name, got 'bf16'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
     ],

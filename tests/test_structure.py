@@ -84,7 +84,17 @@ STACK = {
         "fingerprint",
         "ops",
     ),
-    "backends": ("digests", "registry", "cuda", "triton", "native", "built", "reference", "backend"),
+    "backends": (
+        "digests",
+        "registry",
+        "cuda",
+        "triton",
+        "native",
+        "built",
+        "reference",
+        "reference_rounding",
+        "backend",
+    ),
     "core": (
         "checkpoint",
         "anchors",
@@ -96,6 +106,7 @@ STACK = {
         "files",
         "memory",
         "exchange",
+        "eight_bit",
         "sharding",
         "unsharded",
         "staging",
@@ -116,8 +127,9 @@ TRITON_STACK = (
     "pull",
     "decide",
     "measure",
-    "base",
     "chunk",
+    "eight_bit",
+    "base",
 )
 TORCH_OPTIM = (
     "optim.anchored",

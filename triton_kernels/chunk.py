@@ -4,6 +4,8 @@ known here."""
 import triton
 import triton.language as tl
 
+from .eight_bit import load_coded, store_coded
+
 CHUNK = 16384  # elements that share one partial, and one program
 SHORT_CHUNK = 4096  # in the one-launch form, so that little is under way between a step and its pull
 LANES = 256  # accumulators of a chunk's sums: eight warps' worth of threads
@@ -14,6 +16,7 @@ CALLERS = ["grad_scale", "found_inf"]  # arguments of kernels that are another t
 # The columns of the int64 table of tensors. Addresses come first, 0 if absent. Layout and settings follow.
 COLUMNS = (
     "param", "working", "anchor", "state0", "state1", "state2", "delta", "learned", "step",
+    "scales0", "scales1", "scales2",
     "numel", "rows", "stride", "first", "chunks", "row", "rule", "seed", "dithered", "segment",
 )  # fmt: skip
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -21,6 +24,7 @@ PARAM = tl.constexpr(COLUMNS.index("param"))
 WORKING = tl.constexpr(COLUMNS.index("working"))  # the 16-bit weights, when param is their float32 master
 ANCHOR = tl.constexpr(COLUMNS.index("anchor"))
 STATE = tl.constexpr(COLUMNS.index("state0"))
+SCALES = tl.constexpr(COLUMNS.index("scales0"))  # of moments in 8 bits
 DELTA = tl.constexpr(COLUMNS.index("delta"))
 LEARNED = tl.constexpr(COLUMNS.index("learned"))  # the numbers that its rule learns
 STEP = tl.constexpr(COLUMNS.index("step"))
@@ -178,11 +182,43 @@ def dither(values, chance):
 
 
 @triton.jit
-def keep_moments(s0, s1, s2, offsets, start, keys, V: tl.constexpr):
-    """Moments as they can be stored. In bfloat16 the first two are rounded stochastically. To nearest, small changes
-    would be lost."""
+def scales_of(tensor, V: tl.constexpr):
+    """Where the scales of the moments are, 0 if these are not in 8 bits."""
+    zero = tl.full((), 0, tl.int64)
+    if V.CODED:
+        return tl.load(tensor + SCALES), tl.load(tensor + SCALES + 1), tl.load(tensor + SCALES + 2)
+    return zero, zero, zero
+
+
+@triton.jit
+def load_moment(address, scales, offsets, mask, INDEX: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr,
+                V: tl.constexpr):  # fmt: skip
+    """The moment of that index as numbers, zero when masked."""
+    if V.CODED:
+        return load_coded(address, scales, offsets, mask, INDEX == 0, ALIGNED, EVICT)
+    return load(address, offsets, mask, V.STATE_DTYPE, V.ARITHMETIC, ALIGNED, EVICT)
+
+
+@triton.jit
+def store_moment(address, scales, offsets, mask, values, bits, INDEX: tl.constexpr, ALIGNED: tl.constexpr,
+                 EVICT: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """Stores it, if the variant has one. In bfloat16 and in 8 bits the first two are rounded stochastically: to
+    nearest, small changes would be lost. They take the upper and the lower half of `bits`."""
+    if V.STATES > INDEX:
+        chance = bits & 0xFFFF if INDEX == 1 else bits >> 16
+        if V.CODED:
+            if INDEX == 2:
+                chance = tl.zeros_like(chance) + 0x8000
+            store_coded(address, scales, offsets, mask, values, chance, INDEX == 0, ALIGNED, EVICT)
+        else:
+            if V.STATE_DTYPE != V.ARITHMETIC:
+                values = as_stored(values, V.STATE_DTYPE, V.ARITHMETIC) if INDEX == 2 else dither(values, chance)
+            store(address, offsets, mask, values, V.STATE_DTYPE, ALIGNED, EVICT)
+
+
+@triton.jit
+def moment_bits(offsets, start, keys, V: tl.constexpr):
+    """The random bits by which moments are rounded, if they are."""
     if V.STATE_DTYPE != V.ARITHMETIC:
-        bits = random_bits(offsets, start, keys[MOMENTS_KEY])
-        s0, s1 = dither(s0, bits >> 16), dither(s1, bits & 0xFFFF)
-        s2 = as_stored(s2, V.STATE_DTYPE, V.ARITHMETIC)
-    return s0, s1, s2
+        return random_bits(offsets, start, keys[MOMENTS_KEY])
+    return offsets.to(tl.uint32)

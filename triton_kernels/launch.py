@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.bases import state_dtype_of, state_shape_of
+from ..core.bases import STATE_DTYPES, state_dtype_of, state_shape_of
 from ..core.contract import StepTable, StepTensors, own_gradients
+from ..core.eight_bit import is_scale
 from ..core.methods import LEARNED
 from ..core.staging import staged
 from ..core.state import same_layout
@@ -199,9 +200,10 @@ def _check(k: int, of: StepTensors) -> None:
             continue
         dtypes = set(DTYPES)
         if name not in ("param", "anchor"):
-            dtypes = {state_dtype_of(name, param.dtype, moment) for moment in (torch.float32, torch.bfloat16)}
+            dtypes = {state_dtype_of(name, param, moment) for moment in STATE_DTYPES}
         shape = state_shape_of(name, param)
-        lies = tuple(tensor.shape) == shape and (name in LEARNED or same_layout(tensor, param))
+        alone = name in LEARNED or is_scale(name)
+        lies = tuple(tensor.shape) == shape and (tensor.is_contiguous() if alone else same_layout(tensor, param))
         if tensor.dtype not in dtypes or tensor.device != param.device or not lies:
             where = "" if name == "param" else f"{name} of "
             raise ValueError(

@@ -9,6 +9,7 @@ from .chunk import (
     DELTA,
     DITHERED,
     FIRST,
+    NO_HINT,
     NONE,
     NUMEL,
     PARAM,
@@ -22,12 +23,15 @@ from .chunk import (
     aligned,
     as_stored,
     dither,
-    keep_moments,
     load,
+    load_moment,
     load_weights,
+    moment_bits,
     present,
     random_bits,
+    scales_of,
     store,
+    store_moment,
     store_weights,
 )  # fmt: skip
 from .measure import each, measure_rows, plus, row_sums, totals
@@ -90,6 +94,7 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
         n = n // VECTOR * VECTOR
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
+    scales0, scales1, scales2 = scales_of(tensor, V)
     delta, dithered = tl.load(tensor + DELTA), tl.load(tensor + DITHERED) != 0
     i = tl.arange(0, TILE)
     anchored = i < present(anchor, rows, V.ANCHORED)
@@ -116,19 +121,16 @@ def step_rows(tensor, grad, row, rows, begin, n, factor, known, sign, largest, k
             penalized = g + tl.where(on & (d > 0), sign, 0.0) - tl.where(on & (d < 0), sign, 0.0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, kept0[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s0 = load_moment(state0, scales0, offsets, kept0[:, None] & columns[None, :], 0, WIDE, NO_HINT, V)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s1 = load_moment(state1, scales1, offsets, inside, 1, WIDE, NO_HINT, V)
         if V.STATES > 2:
-            s2 = load(state2, offsets, kept2[:, None] & columns[None, :], V.STATE_DTYPE, V.ARITHMETIC, WIDE)
+            s2 = load_moment(state2, scales2, offsets, kept2[:, None] & columns[None, :], 2, WIDE, NO_HINT, V)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
-        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, start, keys, V)
-        if V.STATES > 0:
-            store(state0, offsets, kept0[:, None] & columns[None, :], s0, V.STATE_DTYPE, WIDE)
-        if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE)
-        if V.STATES > 2:
-            store(state2, offsets, kept2[:, None] & columns[None, :], s2, V.STATE_DTYPE, WIDE)
+        bits = moment_bits(offsets, start, keys, V)
+        store_moment(state0, scales0, offsets, kept0[:, None] & columns[None, :], s0, bits, 0, WIDE, NO_HINT, V)
+        store_moment(state1, scales1, offsets, inside, s1, bits, 1, WIDE, NO_HINT, V)
+        store_moment(state2, scales2, offsets, kept2[:, None] & columns[None, :], s2, bits, 2, WIDE, NO_HINT, V)
         new = tl.where((known == 1)[:, None], new, pull(new, theta_0, known.to(V.ARITHMETIC)[:, None]))
         if V.STOCHASTIC:
             key = keys[PULL_KEY if V.NO_STEP else STEP_KEY]

@@ -33,13 +33,15 @@ from .chunk import (
     aligned,
     as_stored,
     dither,
-    keep_moments,
     load,
+    load_moment,
     load_weights,
+    moment_bits,
     present,
     random_bits,
     rounding_keys,
-    store,
+    scales_of,
+    store_moment,
     store_weights,
 )
 from .decide import RADIUS, STRENGTH, among, decide
@@ -95,6 +97,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         n = n // VECTOR * VECTOR  # tells the compiler what divides n
     param, working, anchor = tl.load(tensor + PARAM), tl.load(tensor + WORKING), tl.load(tensor + ANCHOR)
     state0, state1, state2 = tl.load(tensor + STATE), tl.load(tensor + STATE + 1), tl.load(tensor + STATE + 2)
+    scales0, scales1, scales2 = scales_of(tensor, V)
     dithered = tl.load(tensor + DITHERED) != 0
     anchored = present(anchor, n, V.ANCHORED)
     kept0 = present(state0, n, V.LAST_STATE if V.STATES == 1 else ALL)
@@ -116,19 +119,16 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
             penalized = g + linear * (theta - theta_0)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
-            s0 = load(state0, offsets, lane < kept0, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
+            s0 = load_moment(state0, scales0, offsets, lane < kept0, 0, WIDE, V.EVICT, V)
         if V.STATES > 1:
-            s1 = load(state1, offsets, inside, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
+            s1 = load_moment(state1, scales1, offsets, inside, 1, WIDE, V.EVICT, V)
         if V.STATES > 2:
-            s2 = load(state2, offsets, lane < kept2, V.STATE_DTYPE, V.ARITHMETIC, WIDE, V.EVICT)
+            s2 = load_moment(state2, scales2, offsets, lane < kept2, 2, WIDE, V.EVICT, V)
         new, s0, s1, s2 = V.BASE(theta, penalized, s0, s1, s2, scalars, V.STATES)
-        s0, s1, s2 = keep_moments(s0, s1, s2, offsets, begin, keys, V)
-        if V.STATES > 0:
-            store(state0, offsets, lane < kept0, s0, V.STATE_DTYPE, WIDE, V.EVICT)
-        if V.STATES > 1:
-            store(state1, offsets, inside, s1, V.STATE_DTYPE, WIDE, V.EVICT)
-        if V.STATES > 2:
-            store(state2, offsets, lane < kept2, s2, V.STATE_DTYPE, WIDE, V.EVICT)
+        bits = moment_bits(offsets, begin, keys, V)
+        store_moment(state0, scales0, offsets, lane < kept0, s0, bits, 0, WIDE, V.EVICT, V)
+        store_moment(state1, scales1, offsets, inside, s1, bits, 1, WIDE, V.EVICT, V)
+        store_moment(state2, scales2, offsets, lane < kept2, s2, bits, 2, WIDE, V.EVICT, V)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
         if V.STOCHASTIC:
             new = tl.where(

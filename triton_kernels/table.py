@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.bases import Base, arithmetic_of
 from ..core.contract import StepTensors
+from ..core.eight_bit import SCALE
 from ..core.methods import RULES
 from ..core.staging import staged
 from ..core.state import same_layout
@@ -25,13 +26,14 @@ class Entry:
     """A tensor of a step as the kernels see it: in rows and chunks.
 
     index: its place among the tensors of the step. segment: its first segment in results and alphas. moments: in their
-    order, up to the last that it has. one_launch: whether the form of that name steps it.
+    order, up to the last that it has. scales: of those in 8 bits. one_launch: whether the form of that name steps it.
     """
 
     of: StepTensors
     index: int
     segment: int
     moments: tuple[Tensor, ...]
+    scales: tuple[Tensor | None, ...] = (None,) * MAX_STATES
     one_launch: bool = False
 
     @property
@@ -104,7 +106,7 @@ class Entry:
         absent = [None] * (MAX_STATES - len(self.moments))
         addresses = [
             self.weights, self.working, self.of.anchor, *self.moments, *absent, self.of.state.get("delta"),
-            self.learned, self.of.step,
+            self.learned, self.of.step, *self.scales,
         ]  # fmt: skip
         stride = self.of.param.stride(0) if self.rows > 1 and self.of.param.numel() else max(self.length, 1)
         return [
@@ -117,7 +119,14 @@ class Entry:
 def entries_of(base: Base, tensors: Sequence[StepTensors], firsts: Sequence[int], one_launch: bool) -> list[Entry]:
     """The tensors of a step as the kernels see them. firsts: each one's first segment."""
     return [
-        Entry(of, index, first, tuple(of.state[key] for key in base.moments if key in of.state), one_launch)
+        Entry(
+            of,
+            index,
+            first,
+            tuple(of.state[key] for key in base.moments if key in of.state),
+            tuple(of.state.get(key + SCALE) for key in (*base.moments, *[""] * MAX_STATES)[:MAX_STATES]),
+            one_launch,
+        )
         for index, (of, first) in enumerate(zip(tensors, firsts, strict=False))
     ]
 

@@ -20,6 +20,7 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,  # of the codes of first moments
 }
 MAX_STATES = 3
 STREAMS = ("grad", "anchor")  # what is only read
@@ -48,7 +49,8 @@ class Variant:
     RULES: the functions of the rules in use. NUMBERS, LEARN: how many numbers each learns, and by which function.
     RULE_…: the places among them of rules of one kind, a bit each. TRACKS: whether any keeps its delta.
     STOCHASTIC: whether any tensor's weights are rounded stochastically. MASTERED: whether `param` is the master of the
-    working weights. …_DTYPE: the dtypes of the tensors. ARITHMETIC: the dtype of the arithmetic.
+    working weights. …_DTYPE: the dtypes of the tensors. CODED: whether moments are in 8 bits. ARITHMETIC: the dtype of
+    the arithmetic.
     …_ALIGNED: whether addresses of what is only read are counted on to be multiples of 16, as those of what is written
     always are. A tensor that breaks this is taken in narrow accesses altogether. If it is not counted on, that stream
     alone is read so.
@@ -86,6 +88,7 @@ class Variant:
     GRAD_DTYPE: Any
     ANCHOR_DTYPE: Any
     STATE_DTYPE: Any
+    CODED: Any
     DELTA_DTYPE: Any
     ARITHMETIC: Any
     GRAD_ALIGNED: Any
@@ -160,6 +163,7 @@ def variant_of(
         GRAD_DTYPE=c(DTYPES[dtypes.grad]),
         ANCHOR_DTYPE=c(DTYPES[dtypes.anchor]),
         STATE_DTYPE=c(DTYPES[dtypes.state]),
+        CODED=c(dtypes.state == torch.int8),
         DELTA_DTYPE=c(DTYPES[delta_dtype_of(dtypes.param)]),
         ARITHMETIC=c(tl.float64 if dtypes.param == torch.float64 else tl.float32),
         GRAD_ALIGNED=c("grad" not in unaligned),

@@ -36,7 +36,7 @@ class NativeStep {
       dense.push_back(grads[i].is_non_overlapping_and_dense() ? grads[i] : grads[i].contiguous());
       Job& job = jobs[i];
       job.param.rows = rows_of(dense[i], false);
-      TORCH_CHECK(place_in_dtypes(dense[i]) < 4, "robustft: grads[", i, "] must be ", names_of(kAny), ", got ",
+      TORCH_CHECK(place_in_dtypes(dense[i]) < kFloats, "robustft: grads[", i, "] must be ", names_of(kAny), ", got ",
                   described(dense[i]));
       job.param.param = {dense[i].data_ptr(), DType(place_in_dtypes(dense[i]))};
       job.rule = &rule, job.results = &results[kResults * i], job.alphas = &alphas[i];

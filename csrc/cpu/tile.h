@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../rounding.h"
+#include "../eight_bit.h"
 
 namespace robustft {
 
@@ -80,6 +80,8 @@ ROBUSTFT_INLINE void with_dtype(DType dtype, const F& f) {
     case DType::f64: return f(std::integral_constant<DType, DType::f64>());
     case DType::bf16: return f(std::integral_constant<DType, DType::bf16>());
     case DType::f16: return f(std::integral_constant<DType, DType::f16>());
+    case DType::i8:
+    case DType::u8: return;  // codes become numbers in `decode`
   }
 }
 
@@ -160,8 +162,9 @@ inline Bits chance_at(uint32_t key, const int64_t* places) {
   return random_bits(key, lower, upper);
 }
 
-// Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
-inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
+// Calls f(i, bits) with random bits for each register of a tile.
+template <class F>
+ROBUSTFT_INLINE void with_chances(uint32_t key, const Tile& tile, const F& f) {
   const Chance chance(key, tile.place);
   int64_t room[kTile];
   const int64_t* places = tile.places;
@@ -169,13 +172,59 @@ inline void dither(uint32_t key, const Tile& tile, float* values, float* second 
     for (int i = 0; i < kTile; ++i) room[i] = tile.place + i;
     places = room;
   }
-  for (int i = 0; i < tile.n; i += kWidth<float>) {
-    const Bits bits = places ? chance_at(key, places + i) : chance.at(i);
+  for (int i = 0; i < tile.n; i += kWidth<float>) f(i, places ? chance_at(key, places + i) : chance.at(i));
+}
+
+// Rounds to bf16 stochastically. The second values, if there are any, use the other half of the random bits.
+inline void dither(uint32_t key, const Tile& tile, float* values, float* second = nullptr) {
+  with_chances(key, tile, [&](int i, Bits bits) {
     put(bf16_of(dithered(get(values + i), bits >> 16)), values + i);
     if (second) put(bf16_of(dithered(get(second + i), bits & 0xffff)), second + i);
-  }
+  });
 }
 inline void dither(uint32_t, const Tile&, double*, double* = nullptr) {}  // float64 weights keep their state in float64
+
+// The numbers of a tile of codes. Such a tile is a few whole blocks, side by side.
+template <bool kSigned>
+void decode(const Buffer& codes, const Tile& tile, float* to) {
+  using Codes = typename Side<std::conditional_t<kSigned, int8_t, uint8_t>, kWidth<float>>::type;
+  using Format = EightBit<kSigned>;
+  const char* const from = static_cast<const char*>(codes.data) + tile.place;
+  const uint8_t* const scales = codes.scales + tile.place / kScaled;
+  for (int i = 0; i < tile.n; i += kScaled) {
+    const Vec<float> scale = Format::scale(Bits{} + scales[i / kScaled]);
+    for (int j = i; j < i + kScaled; j += kWidth<float>)
+      put(Format::decoded(converted<Vec<float>>(read<Codes>(from + j)), scale), to + j);
+  }
+}
+
+// The codes of a tile of numbers, with 16 random bits for each.
+template <bool kSigned>
+void encode(const float* from, const uint32_t* chances, const Tile& tile, const Buffer& codes) {
+  using Codes = typename Side<std::conditional_t<kSigned, int8_t, uint8_t>, kWidth<float>>::type;
+  using Ints = typename Side<int32_t, kWidth<float>>::type;
+  using Format = EightBit<kSigned>;
+  char* const to = static_cast<char*>(codes.data) + tile.place;
+  uint8_t* const scales = codes.scales + tile.place / kScaled;
+  for (int i = 0; i < tile.n; i += kScaled) {
+    Bits largest = {};
+    for (int j = i; j < i + kScaled; j += kWidth<float>) {
+      const Bits size = bit_cast<Bits>(get(from + j)) & 0x7fffffffu;
+      largest = size > largest ? size : largest;
+    }
+    uint32_t most = 0;
+    for (int l = 0; l < kWidth<float>; ++l) most = std::max<uint32_t>(most, largest[l]);
+    const Bits e = Format::scale_for(Bits{} + most);
+    scales[i / kScaled] = uint8_t(e[0]);
+    const Vec<float> inverse = Format::inverse(e);
+    for (int j = i; j < i + kScaled; j += kWidth<float>)
+      write(converted<Codes>(converted<Ints>(Format::code(get(from + j), inverse, read<Bits>(chances + j)))), to + j);
+  }
+}
+template <bool kSigned>
+void decode(const Buffer&, const Tile&, double*) {}  // as above
+template <bool kSigned>
+void encode(const double*, const uint32_t*, const Tile&, const Buffer&) {}
 
 // A buffer as numbers of the arithmetic type, one tile at a time. It uses the memory itself if that already holds this
 // type. Otherwise it uses a copy.
@@ -198,12 +247,23 @@ class View {
   T* open(const Tile& tile, bool read = true) {
     if (!present()) return nullptr;
     if (direct(tile)) return at<T>(tile);
-    if (read) load(buffer_, tile, stage_);
+    if (!read) return stage_;
+    if (buffer_.dtype == DType::i8)
+      decode<true>(buffer_, tile, stage_);
+    else if (buffer_.dtype == DType::u8)
+      decode<false>(buffer_, tile, stage_);
+    else
+      load(buffer_, tile, stage_);
     return stage_;
   }
   // exact: whether all numbers are of the buffer's dtype already.
   void close(const Tile& tile, bool exact = false) {
     if (present() && !direct(tile)) store(stage_, tile, buffer_, exact);
+  }
+  // The same for codes, rounded by 16 random bits each.
+  void close(const Tile& tile, const uint32_t* chances) {
+    if (!present()) return;
+    buffer_.dtype == DType::i8 ? encode<true>(stage_, chances, tile, buffer_) : encode<false>(stage_, chances, tile, buffer_);
   }
 
  private:

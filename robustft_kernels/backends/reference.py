@@ -14,6 +14,7 @@ from ..core.bases import arithmetic_of
 from ..core.contract import StepTable, StepTensors, own_gradients
 from ..core.methods import MEASURES, Rule
 from .backend import Backend
+from .reference_rounding import Rounding, chance_of, from_8_bit, round_stochastically, to_8_bit
 
 Row = Mapping[str, float]
 Measured = Mapping[str, Tensor]  # the measures by name, each with one number a segment
@@ -201,34 +202,6 @@ def learn_radius(kept: Tensor, slope: Tensor, t: Tensor | None, h: Row) -> Tenso
 LEARN = {"ftp": learn_radius}
 
 
-def mix(x: Tensor, amid: Tensor | int = 0) -> Tensor:
-    """MurmurHash3's finalizer, on the uint32 that an int64 holds. amid: is added between its rounds."""
-    for shift, factor, added in ((16, 0x85EBCA6B, amid), (13, 0xC2B2AE35, 0)):
-        x = (x ^ (x >> shift)) * factor + added & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def round_stochastically(values: Tensor, param: Tensor, seed: int, t: Tensor | None, phase: int) -> Tensor:
-    """A bfloat16 neighbour of each value. The upper one comes with the probability of the value's distance from the
-    lower.
-
-    Adds 16 random bits below the last bit that stays. They are a hash of seed, step, phase and the element's place in
-    `param`'s memory, so a repeated run repeats them. Phase 0 is θ̃, and 1 is the pull. 2 and 3 are the first and the
-    second moment, which take the upper and the lower half of one hash. Inf and nan stay. Gupta et al., "Deep Learning
-    with Limited Numerical Precision", ICML 2015, Section 3.
-    """
-    count = torch.zeros((), dtype=torch.int64, device=param.device) if t is None else t.to(torch.int64)
-    key = mix(mix(seed >> 32 ^ mix(count * 4 + min(phase, 2))) ^ (seed & 0xFFFFFFFF)).to(param.device)
-    places = torch.empty_like(param, dtype=torch.int64, requires_grad=False)
-    places.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel(), device=param.device))
-    bits = mix(places & 0xFFFFFFFF ^ key, mix(key + (places >> 32) & 0xFFFFFFFF))
-    chance = bits & 0xFFFF if phase == 3 else bits >> 16
-    single = values.to(torch.float32)
-    bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    moved = (bits + chance & 0xFFFF0000).to(torch.int32).view(torch.float32)
-    return torch.where(single.isfinite(), moved, single).to(values.dtype)
-
-
 def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor]:
     """nᵢ = Σ|θᵢ − θ₀ᵢ| of each tensor's rows, in float64. Rows are indices of dimension 0. Below two dimensions there
     is one row.
@@ -240,19 +213,6 @@ def row_norms(params: list[Tensor], anchors: list[Tensor] | None) -> list[Tensor
         c = param.double() if anchors is None else param.double() - anchors[k].double()
         norms.append(c.abs().flatten(1).sum(1) if c.dim() > 1 else c.abs().sum().reshape(1))
     return norms
-
-
-class _Rounding:
-    """Makes a step's values into what `stored` can hold. Rounds to nearest, or with a seed, stochastically."""
-
-    def __init__(self, stored: Tensor, seed: int | None, t: Tensor | None) -> None:
-        self.stored, self.t = stored, t
-        self.seed = seed if stored.dtype == torch.bfloat16 else None
-
-    def __call__(self, values: Tensor, phase: int) -> Tensor:
-        if self.seed is not None:
-            values = round_stochastically(values, self.stored, self.seed, self.t, phase)
-        return values.to(self.stored.dtype).to(values.dtype)
 
 
 class _Writer:
@@ -301,7 +261,11 @@ def _step_one(
     base, rule, spec = table.base, of.spec.rule, of.spec
     results, alphas = table.results[at], table.alphas[at]
     t = None if of.step is None else of.step + base.moves
-    work = {key: kept.to(torch.float64 if key == rule.learns else dtype, copy=True) for key, kept in of.state.items()}
+    work = {
+        key: from_8_bit(kept, of.state[f"{key}_scale"]).to(dtype) if kept.dtype in (torch.int8, torch.uint8)
+        else kept.to(torch.float64 if key == rule.learns else dtype, copy=True)
+        for key, kept in of.state.items() if not key.endswith("_scale")
+    }  # fmt: skip
     theta = of.param.to(dtype)
     stored = of.param
     if (master := of.state.get("master")) is not None:  # it counts as far as the parameter shows it
@@ -318,7 +282,7 @@ def _step_one(
         h = {**h, "radius": learned[0]}  # type: ignore[dict-item]
     moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
 
-    rounded = _Rounding(stored, of.seed if spec.stochastic_rounding else None, t)
+    rounded = Rounding(stored, of.seed if spec.stochastic_rounding else None, t)
     found = dict.fromkeys(MEASURES, torch.full_like(alphas, torch.nan))
     if rule.measures:
         moved = rounded(moved, phase=0)
@@ -343,9 +307,18 @@ def _step_one(
     write(of.param, new.to(stored.dtype))
     if master is not None:
         work["master"] = new
-    for phase, key in enumerate(list(base.moments)[:2], start=2):
-        if key in work and of.state[key].dtype == torch.bfloat16:
-            work[key] = round_stochastically(work[key], of.state[key], of.seed, t, phase)
+    for phase, key in enumerate(base.moments, start=2):
+        if key not in work:
+            continue
+        kept = of.state[key]
+        if kept.dtype == torch.bfloat16 and phase < 4:
+            work[key] = round_stochastically(work[key], kept, of.seed, t, phase)
+        elif not kept.is_floating_point():  # the maximum of second moments is rounded to nearest
+            chance = (
+                chance_of(kept, of.seed, t, phase) if phase < 4 else torch.full_like(kept, 2**15, dtype=torch.int64)
+            )
+            work[key], scales = to_8_bit(work[key], kept, chance)
+            work[f"{key}_scale"] = scales.reshape(of.state[f"{key}_scale"].shape)
     selected = results[:, len(MEASURES)] + (alpha != 1)
     write(results, torch.stack([*(found[name] for name in MEASURES), selected], dim=1))
     write(alphas, alpha)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .eight_bit import EIGHT_BIT, SCALE, dtype_of_codes, in_blocks, is_scale, shape_of_scales
 from .methods import LEARNED, METHOD_HYPER, RULES, Rule, method_of, rule_of
 from .ranges import BELOW_1, FINITE, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, check_number
 
 Group = dict[str, Any]  # a parameter group, as torch.optim has it
 
 FLAGS = ("maximize", "anchored", "stochastic_rounding", "master_weights")
-STATE_DTYPES = (torch.float32, torch.bfloat16)  # of the moments, if the arithmetic is float32
+_STATE_DTYPES_TOLD = f"torch.float32, torch.bfloat16 or {EIGHT_BIT!r}"
+STATE_DTYPES = (torch.float32, torch.bfloat16, EIGHT_BIT)  # of the moments, if the arithmetic is float32
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class GroupSpec:
     momentum: bool = False
     stochastic_rounding: bool = False
     master_weights: bool = False
-    state_dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype | str = torch.float32
     anchor_device: str | None = None
     seed: int = 0
     capturable: bool = False
@@ -61,11 +63,15 @@ def is_anchored(group: Mapping[str, Any]) -> bool:
     return method_of(group["method"]).anchored and group["anchor"] != "zero"
 
 
-Needed = Callable[[GroupSpec, torch.dtype], bool]  # whether a parameter of this dtype, in this group, keeps something
+Needed = Callable[[GroupSpec, Tensor], bool]  # whether this parameter, in such a group, keeps something
 
 
-def _has_master(spec: GroupSpec, dtype: torch.dtype) -> bool:
-    return spec.master_weights and dtype.itemsize == 2
+def _has_master(spec: GroupSpec, param: Tensor) -> bool:
+    return spec.master_weights and param.dtype.itemsize == 2
+
+
+def _has_scales(spec: GroupSpec, param: Tensor) -> bool:
+    return spec.state_dtype == EIGHT_BIT and in_blocks(param)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +98,11 @@ class Base:
     @property
     def state(self) -> dict[str, Needed]:
         """The tensors that it and the methods keep for a parameter, and when each is needed."""
-        return {**self.moments, **(_KEPT if self.moves else {"master": _has_master})}
+        scales = {
+            key + SCALE: lambda spec, param, needed=needed: needed(spec, param) and _has_scales(spec, param)
+            for key, needed in self.moments.items()
+        }
+        return {**self.moments, **scales, **(_KEPT if self.moves else {"master": _has_master})}
 
 
 _KEPT: dict[str, Needed] = {
@@ -154,7 +164,7 @@ def check_hyper(group: Group) -> None:
         if needed_by or (key in group and not (key == "radius" and group[key] is None)):
             check_number(key, group.get(key), within, needed_by)
     if group["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {group['state_dtype']!r}")
+        raise ValueError(f"state_dtype must be {_STATE_DTYPES_TOLD}, got {group['state_dtype']!r}")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**31:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**31, got {group['seed']!r}")
     for key in ("betas", "radius_betas"):
@@ -183,20 +193,16 @@ DTYPE_OPTIONS = ("state_dtype", "anchor_dtype")  # of a group
 
 
 def as_dtype(key: str, value: Any) -> Any:
-    """The dtype of an option that may be given by name, such as "bfloat16". Leaves "exact", None and dtypes as they
-    are.
+    """The dtype of an option that may be given by name, such as "bfloat16". Leaves "exact", "8bit", None and dtypes as
+    they are.
 
     Raises ValueError for a text that names no dtype.
     """
-    if not isinstance(value, str) or (key == "anchor_dtype" and value == "exact"):
+    if not isinstance(value, str) or (key, value) in (("anchor_dtype", "exact"), ("state_dtype", EIGHT_BIT)):
         return value
     dtype = getattr(torch, value.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        allowed = (
-            "torch.float32 or torch.bfloat16"
-            if key == "state_dtype"
-            else "'exact', None or a floating-point torch.dtype"
-        )
+        allowed = _STATE_DTYPES_TOLD if key == "state_dtype" else "'exact', None or a floating-point torch.dtype"
         raise ValueError(f"{key} must be {allowed}, or its name, got {value!r}")
     return dtype
 
@@ -211,21 +217,30 @@ def delta_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.bfloat16
 
 
-def state_dtype_of(key: str, dtype: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the state `key` of a parameter of `dtype`.
+def state_dtype_of(key: str, param: Tensor, state_dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of the state `key` of a parameter.
 
     Learned numbers are in float64, master weights in float32, the delta in bfloat16, moments in `state_dtype`. For
-    float64 parameters, delta and moments are in float64.
+    float64 parameters, delta and moments are in float64. Moments that cannot be in 8 bits are in float32.
     """
+    dtype = param.dtype
     if key in LEARNED:
         return torch.float64
     if key == "delta":
         return delta_dtype_of(dtype)
     if key == "master":
         return torch.float32
-    return torch.float64 if dtype == torch.float64 else state_dtype
+    if is_scale(key):
+        return torch.uint8
+    if dtype == torch.float64:
+        return torch.float64
+    if isinstance(state_dtype, torch.dtype):
+        return state_dtype
+    return dtype_of_codes(key) if in_blocks(param) else torch.float32
 
 
 def state_shape_of(key: str, param: Tensor) -> tuple[int, ...]:
     """The shape of the state `key` of a parameter."""
+    if is_scale(key):
+        return shape_of_scales(param)
     return (len(LEARNED[key]),) if key in LEARNED else tuple(param.shape)

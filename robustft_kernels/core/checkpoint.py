@@ -65,7 +65,7 @@ def plain_group(group: Group) -> Group:
 
 def _draws(group: Group) -> bool:
     """Whether random bits are drawn for a group of ours."""
-    low = as_dtype("state_dtype", group.get("state_dtype")) == torch.bfloat16
+    low = as_dtype("state_dtype", group.get("state_dtype", torch.float32)) != torch.float32
     return bool("method" in group and (group.get("stochastic_rounding") or low))
 
 

@@ -17,7 +17,7 @@ class StepTensors:
     """One parameter of a step, with all that belongs to it. What it does not have is None, or not in `state`.
 
     row: its group's row of hyper-parameters.
-    state: moments, "delta", learned numbers and "master", by their keys.
+    state: moments and their scales, "delta", learned numbers and "master", by their keys.
     step: the count of its steps, a float32.
     seed: of its random bits.
     label: its name in messages.
@@ -45,12 +45,12 @@ class StepTensors:
 
     def under(self, rule: Rule, base: Base) -> "StepTensors":
         """The same under another rule, with what this base and that rule need."""
-        spec, dtype = self.spec.under(rule), self.param.dtype
+        spec = self.spec.under(rule)
         return replace(
             self,
             spec=spec,
-            state={key: self.state[key] for key, needed in base.state.items() if needed(spec, dtype)},
-            step=self.step if base.counted(spec, dtype) else None,
+            state={key: self.state[key] for key, needed in base.state.items() if needed(spec, self.param)},
+            step=self.step if base.counted(spec, self.param) else None,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .bases import KEPT, Base, GroupSpec, state_dtype_of, state_shape_of
+from .eight_bit import SCALE, decoded, encode, is_scale, zero_scales
 from .files import DISK, file_of, files_of, note
 from .memory import is_lazily_read
 from .methods import LEARNED
@@ -125,6 +126,28 @@ def weights_of(param: Tensor, kept: ParamState) -> Tensor:
     return param if master is None else torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
 
+def bring_moment(param: Tensor, kept: ParamState, key: str, dtype: torch.dtype) -> None:
+    """Brings a moment, or other numbers of a parameter, to its device and memory layout and to `dtype`. What is there
+    already stays the same tensor.
+
+    Codes stay as they are if they lie in memory as the parameter does. If not, or if `dtype` asks for other numbers,
+    they are decoded, and encoded to nearest.
+    """
+    value, scales = kept[key], kept.pop(key + SCALE, None)
+    if scales is not None:
+        if value.dtype == dtype and same_layout(value, param):
+            kept[key] = beside(param, value)
+            like = zero_scales(param)
+            kept[key + SCALE] = beside(like, scales)
+            return
+        value = decoded(value, scales)
+    if dtype.is_floating_point:
+        kept[key] = beside(param, value.to(dtype))
+        return
+    kept[key], kept[key + SCALE] = torch.empty_like(param, dtype=dtype, requires_grad=False), zero_scales(param)
+    encode(copy_beside(param, value, torch.float32), kept[key], kept[key + SCALE])
+
+
 def fill_state(param: Tensor, kept: ParamState, base: Base, spec: GroupSpec, steps_on: torch.device) -> None:
     """Adds what a parameter of such a group keeps and `kept` lacks: zeros, and for master weights the weights. Brings
     what is there to the parameter's device and memory layout.
@@ -132,23 +155,26 @@ def fill_state(param: Tensor, kept: ParamState, base: Base, spec: GroupSpec, ste
     The step count is a float32 on `steps_on`.
     """
     for key, needed in base.state.items():
-        if not needed(spec, param.dtype):
+        if not needed(spec, param):
             if key == "master":
                 kept.pop(key, None)
             continue
-        dtype = state_dtype_of(key, param.dtype, spec.state_dtype)
-        if key in LEARNED:
+        dtype = state_dtype_of(key, param, spec.state_dtype)
+        if is_scale(key):
+            if key not in kept:
+                kept[key] = zero_scales(param)
+        elif key in LEARNED:
             zeros = torch.zeros(state_shape_of(key, param), dtype=dtype, device=param.device)
             kept[key] = kept.get(key, zeros).to(param.device)
         elif key in kept:
-            kept[key] = beside(param, kept[key].to(dtype))
+            bring_moment(param, kept, key, dtype)
         elif key == "master":
             kept[key] = copy_beside(param, param, dtype)
         else:
             kept[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             if key == "momentum_buffer":
                 kept.pop("step", None)  # it counts the updates of the buffer, which is new
-    if base.counted(spec, param.dtype):
+    if base.counted(spec, param):
         count = kept.get("step", torch.zeros((), dtype=torch.float32, device=steps_on))
         kept["step"] = count.to(steps_on)
     if "anchor" in kept:
@@ -195,9 +221,19 @@ def load(param: Tensor, saved: Mapping[str, Any], spec: GroupSpec, present: Tens
         elif key == "anchor":
             loaded[key] = keep_anchor(param, value, None, spec.anchor_device, copy=True)
         elif key in KEPT:
-            loaded[key] = copy_beside(param, value, state_dtype_of(key, param.dtype, spec.state_dtype))
+            if not is_scale(key):  # those come with their moments
+                loaded.update(_moment(param, key, saved, state_dtype_of(key, param, spec.state_dtype)))
         else:  # a user's own
             loaded[key] = value.to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
     if "momentum_buffer" in loaded:
         loaded.setdefault("step", torch.ones((), dtype=torch.float32, device="cpu"))
     return loaded
+
+
+def _moment(param: Tensor, key: str, saved: Mapping[str, Any], dtype: torch.dtype) -> ParamState:
+    """A copy of a saved moment, and of its scales if it is kept with scales here."""
+    if dtype.is_floating_point and key + SCALE not in saved:
+        return {key: copy_beside(param, saved[key], dtype)}
+    copied = {part: saved[part].clone() for part in (key, key + SCALE) if saved.get(part) is not None}
+    bring_moment(param, copied, key, dtype)
+    return copied

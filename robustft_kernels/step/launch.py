@@ -144,8 +144,8 @@ class Launch:
             row,
             param,
             anchor=of["anchor"] if spec.anchored else None,
-            state={key: of[key] for key, needed in base.state.items() if needed(spec, param.dtype)},
-            step=of["step"] if base.counted(spec, param.dtype) else None,
+            state={key: of[key] for key, needed in base.state.items() if needed(spec, param)},
+            step=of["step"] if base.counted(spec, param) else None,
             seed=spec.seed << 32 | share.first + k,
             label=label_of(share.group, k),
         )

@@ -14,6 +14,7 @@ step for 2,000 tensors. They call the same implementation, prepared.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..backends import registry
 from ..core.bases import BASES, Base, spec_of_hyper
 from ..core.contract import StepTable, StepTensors
+from ..core.eight_bit import EIGHT_BIT
 
 
 def schema_of(base: Base, overload: str) -> str:
@@ -55,7 +57,12 @@ def table_of(base: Base, params: Sequence[Tensor], *lists: Any) -> StepTable:
         spec = spec_of_hyper(base, dict(zip(base.hyper, values, strict=True)), rule)
         for _ in range(size):
             param = feeds["params"].next()
-            state = {key: feeds[f"{key}s"].next() for key, needed in base.state.items() if needed(spec, param.dtype)}
+            state = {}
+            for key, needed in base.state.items():
+                if needed(spec, param):
+                    state[key] = feeds[f"{key}s"].next()
+                    if state[key].dtype == torch.int8:  # then a list of scales follows
+                        spec = replace(spec, state_dtype=EIGHT_BIT)
             tensors.append(
                 StepTensors(
                     spec,
@@ -63,7 +70,7 @@ def table_of(base: Base, params: Sequence[Tensor], *lists: Any) -> StepTable:
                     param,
                     feeds["anchors"].next() if spec.anchored else None,
                     state,
-                    feeds["steps"].next() if base.counted(spec, param.dtype) else None,
+                    feeds["steps"].next() if base.counted(spec, param) else None,
                     seeds[len(tensors)] if seeds else 0,
                 )
             )

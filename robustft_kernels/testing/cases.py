@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.bases import ADAMW, SGD, Base
+from ..core.eight_bit import EIGHT_BIT
 
 CHUNK = 16384
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -71,7 +72,7 @@ LEAN_CASES = (
     Case("several chunks", (3 * CHUNK + 333,)),
     Case("misaligned", (2 * CHUNK + 5,), misaligned),
     Case("transposed", (131, 127), _transposed),
-    Case("channels_last", (40, 8, 9, 7), _channels_last),
+    Case("channels_last", (40, 8, 12, 7), _channels_last),
     Case("5-d", (2, 3, 4, 5, 6)),
 )
 
@@ -99,7 +100,7 @@ class Settings:
     name: str
     base: Base
     hyper: dict[str, float]
-    state_dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype | str = torch.float32
 
     def but(self, **hyper: float) -> "Settings":
         """The same with other hyper-parameters."""
@@ -120,12 +121,12 @@ _METHODS = dict(strength=1.3, radius=1.0, k=0.7, radius_lr=1.0, radius_beta1=0.9
 _FLAGS = dict(maximize=0, stochastic_rounding=0, master_weights=0)
 
 
-def _adamw(name: str, state_dtype: torch.dtype = torch.float32, **other: float) -> Settings:
+def _adamw(name: str, state_dtype: torch.dtype | str = torch.float32, **other: float) -> Settings:
     defaults = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0, amsgrad=0)
     return Settings(name, ADAMW, {**defaults, **_METHODS, **_FLAGS, **other}, state_dtype)
 
 
-def _sgd(name: str, state_dtype: torch.dtype = torch.float32, **other: float) -> Settings:
+def _sgd(name: str, state_dtype: torch.dtype | str = torch.float32, **other: float) -> Settings:
     defaults = dict(lr=1e-2, momentum=0, dampening=0, weight_decay=0, nesterov=0)
     return Settings(name, SGD, {**defaults, **_METHODS, **_FLAGS, **other}, state_dtype)
 
@@ -142,4 +143,6 @@ SETTINGS = (
     _adamw("adamw, amsgrad, bf16 state", torch.bfloat16, amsgrad=1, stochastic_rounding=1),
     _sgd("sgd, bf16 state, master", torch.bfloat16, momentum=0.9, master_weights=1),
     _adamw("adamw, master", master_weights=1, weight_decay=0.1),
+    _adamw("adamw, amsgrad, 8-bit state", EIGHT_BIT, amsgrad=1),
+    _sgd("sgd, 8-bit state, master", EIGHT_BIT, momentum=0.9, master_weights=1),
 )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import reference, registry
-from ..core.bases import GroupSpec, spec_of_hyper, state_dtype_of
+from ..core.bases import GroupSpec, spec_of_hyper, state_dtype_of, state_shape_of
 from ..core.contract import StepTable, StepTensors
+from ..core.eight_bit import SCALE, decoded, is_scale
 from ..core.methods import LEARNED, MEASURES, RESULTS, rule_of
 from .cases import Case, Settings
 
@@ -19,6 +20,11 @@ except ImportError:
     np = None  # type: ignore[assignment]
 
 SEED = 123456789
+ABSENT = torch.empty(0)  # what a tensor does not keep, of a list that has others' of it
+
+
+def _present(tensors: list[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t is not ABSENT]
 
 
 class Numbers:
@@ -67,8 +73,12 @@ class Stepper:
             for case, p in zip(cases, self.params, strict=True)
         ]
         base, spec = settings.base, self.spec
-        self.states = {key: self._first(key) if needed(spec, dtype) else [] for key, needed in base.state.items()}
-        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(spec, dtype) else []
+        self.states: dict[str, list[Tensor]] = {}
+        for key, needed in base.state.items():
+            each = zip(cases, self.params, strict=True)
+            of = [self._first(key, case, p) if needed(spec, p) else ABSENT for case, p in each]
+            self.states[key] = [] if all(t is ABSENT for t in of) else of
+        self.steps = [torch.zeros((), device=device) for _ in cases] if base.counted(spec, self.params[0]) else []
         n = sum(self.segments)
         self.results = torch.full((n, len(RESULTS)), -7.0, dtype=torch.float64, device=device)
         self.alphas = torch.full((n,), -7.0, dtype=torch.float64, device=device)
@@ -95,19 +105,20 @@ class Stepper:
         masters = self.states.get("master") or self.params
         return [torch.where(m.to(p.dtype) == p, m, p.to(m.dtype)) for m, p in zip(masters, self.params, strict=True)]
 
-    def _first(self, key: str) -> list[Tensor]:
-        if key in LEARNED:
-            return [torch.zeros(len(LEARNED[key]), dtype=torch.float64, device=self.device) for _ in self.cases]
+    def _first(self, key: str, case: Case, param: Tensor) -> Tensor:
+        dtype = state_dtype_of(key, param, self.settings.state_dtype)
+        if key in LEARNED or is_scale(key):
+            return torch.zeros(state_shape_of(key, param), dtype=dtype, device=self.device)
         if key == "master":  # between the weights and their neighbours. Some parameters no longer show theirs
-            beyond = (
-                1 + 0.6 * torch.finfo(self.params[0].dtype).eps * self._randn(case).to(self.device)
-                for case in self.cases
+            return case.lay(
+                param.float() * (1 + 0.6 * torch.finfo(param.dtype).eps * self._randn(case).to(self.device))
             )
-            return [case.lay(p.float() * b) for case, p, b in zip(self.cases, self.params, beyond, strict=True)]
-        return [
-            case.lay(torch.zeros_like(p, dtype=state_dtype_of(key, p.dtype, self.settings.state_dtype)))
-            for case, p in zip(self.cases, self.params, strict=True)
-        ]
+        return case.lay(torch.zeros_like(param, dtype=dtype))
+
+    def numbers(self, key: str, i: int) -> Tensor:
+        """The state `key` of tensor i as numbers, in float64."""
+        kept, scales = self.states[key][i], self.states.get(key + SCALE)
+        return (decoded(kept, scales[i]) if scales and scales[i] is not ABSENT else kept).double()
 
     def _randn(self, case: Case) -> Tensor:
         return torch.as_tensor(self.random.standard_normal(case.shape, "float32"), device="cpu")
@@ -131,7 +142,10 @@ class Stepper:
         copy = [case.lay for case in self.cases]
         other.params = [lay(t) for lay, t in zip(copy, self.params, strict=True)]
         other.states = {
-            key: [t.clone() if key in LEARNED else lay(t) for lay, t in zip(copy, of, strict=False)]
+            key: [
+                t if t is ABSENT else t.clone() if key in LEARNED or is_scale(key) else lay(t)
+                for lay, t in zip(copy, of, strict=False)
+            ]
             for key, of in self.states.items()
         }
         other.steps = [t.clone() for t in self.steps]
@@ -152,7 +166,7 @@ class Stepper:
             row,
             self.params[i],
             self.anchors[i] if self.anchored else None,
-            {key: of[i] for key, of in self.states.items() if of},
+            {key: of[i] for key, of in self.states.items() if of and of[i] is not ABSENT},
             self.steps[i] if self.steps else None,
             SEED << 32 | i,
             f"case {self.cases[i].name!r}",
@@ -166,8 +180,9 @@ class Stepper:
     def op_args(self) -> list[Any]:
         """The arguments of the op from `anchors` on."""
         return [
-            self.anchors if self.anchored else [], *self.states.values(), self.steps, self.results, self.alphas,
-            self.hyper, [len(self.params)], [self.rule.name], [SEED << 32 | i for i in range(len(self.params))],
+            self.anchors if self.anchored else [], *map(_present, self.states.values()), self.steps,
+            self.results, self.alphas, self.hyper, [len(self.params)], [self.rule.name],
+            [SEED << 32 | i for i in range(len(self.params))],
         ]  # fmt: skip
 
     def run(self, backend: str, grads: list[Tensor]) -> None:
@@ -182,7 +197,7 @@ class Stepper:
         """All that a step may write."""
         yield from self.params
         for state in self.states.values():
-            yield from state
+            yield from _present(state)
         yield from self.steps
         yield self.results
         yield self.alphas

@@ -2,7 +2,8 @@
 
 One step from identical state is compared with the oracle in float64. It may differ by
 
-- rounding to storage: 2 units in the last place of the stored value.
+- rounding to storage: 2 units in the last place of the stored value. For 8 bits, the distance of two codes, of each
+  side's scale.
 - arithmetic: a dozen roundings of the operands. The size of an update is lr·(1 + |g|), even if its moment cancels.
 - a measure: 16 roundings of each summand. θ̃ may fall on a neighbouring stored value. That moves a summand by s,
   independently of the others: 3·√(Σ s²). The rounding of the factor 1 − lr·wd moves all of them together.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..core.bases import ADAMW, arithmetic_of
+from ..core.eight_bit import BLOCK, SCALE, is_scale
 from ..core.methods import LEARNED, MEASURES, RULES, Rule
 from .stepper import Stepper
 
@@ -80,25 +82,39 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         by_row = alpha_slack.reshape([-1, *[1] * (c.dim() - 1)] if c.dim() else [])
         allowed = 2 * ulp(new, storage) + 16 * eps * scale + by_row * c.abs()
         if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by the size of the sum
-            rms = (want.states["exp_avg_sq"][i].double() / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
+            rms = (want.numbers("exp_avg_sq", i) / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
             allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
         _assert_within(got.weights[i], new, allowed, f"{case.name}: weights")
         shown = want.params[i].double()
         _assert_within(got.params[i], shown, allowed + 2 * ulp(shown, want.params[i].dtype), f"{case.name}: param")
         for key, states in want.states.items():
-            if states and key not in (*LEARNED, "master"):
-                exact = states[i].double()
+            if states and key not in (*LEARNED, "master") and not is_scale(key):
+                exact = want.numbers(key, i)
                 near = (
                     8 * eps * (exact.abs() + size_of_g.clamp(min=size_of_g.square()) + 0.01 * theta.abs())
-                    + torch.finfo(states[i].dtype).tiny
+                    + torch.finfo(arithmetic_of(storage)).tiny
                 )
+                if not states[i].is_floating_point():
+                    near += _spacing(exact, states[i].dtype, got.states[key + SCALE][i], want.states[key + SCALE][i])
                 if states[i].dtype == torch.bfloat16:
                     near += ulp(exact, torch.bfloat16)
                 if key == "delta":
                     near = ulp(exact, states[i].dtype) + ulp(tilde, storage) + 16 * eps * scale
-                _assert_within(got.states[key][i], exact, near, f"{case.name}: {key}")
+                _assert_within(got.numbers(key, i), exact, near, f"{case.name}: {key}")
         if want.steps:
             assert torch.equal(got.steps[i], want.steps[i]), f"{case.name}: step"
+
+
+def _spacing(values: Tensor, codes: torch.dtype, *scales: Tensor) -> Tensor:
+    """The sum of the distances between codes at these values, by different scales of their blocks."""
+    total = torch.zeros_like(values)
+    for of in scales:
+        unit = torch.empty_like(values)
+        unit.as_strided((values.numel() // BLOCK, BLOCK), (BLOCK, 1)).copy_(
+            2.0 ** (of.double().view(-1, 1) - 127 - (14 if codes == torch.int8 else 16))
+        )
+        total += unit * (2 * (values.abs() / unit).sqrt() + 3)  # (k + 1)² − k², of the next k
+    return total
 
 
 def _unpulled(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
@@ -108,7 +124,7 @@ def _unpulled(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
     step.states = {key: of if key not in (*LEARNED, "delta") else [] for key, of in step.states.items()}
     n = sum(step.segments)
     step.results, step.alphas = step.results.new_zeros(n, step.results.shape[1]), step.alphas.new_zeros(n)
-    counted = step.settings.base.counted(step.spec, step.params[0].dtype)
+    counted = step.settings.base.counted(step.spec, step.params[0])
     step.steps = step.steps if counted else []
     step.run_oracle(grads)
     return step.weights
