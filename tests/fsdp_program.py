@@ -31,6 +31,7 @@ KINDS = {
     "ftp": (rft.AdamFTP, {}),
     "ftp, zero": (rft.AdamFTP, dict(anchor="zero")),
     "bf16 state": (rft.AdamSPD, dict(state_dtype=torch.bfloat16)),
+    "8-bit state": (rft.AdamSPD, dict(state_dtype="8bit")),
     "around spd": (around, {}),
     "around project": (around, dict(method="project", norm="mars", radius=0.05)),
     "sgd": (rft.SGDPGM, dict(momentum=0.9, radius=0.02)),
@@ -39,7 +40,7 @@ KINDS = {
 
 def net(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(13, 31), nn.Tanh(), nn.LayerNorm(31), nn.Linear(31, 7), nn.Tanh(), nn.Linear(7, 3))
+    return nn.Sequential(nn.Linear(13, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
 def sharded(model: nn.Sequential, world: int, head_in_root: bool = False) -> nn.Sequential:

@@ -73,7 +73,8 @@ def test_every_kernel_is_there_for_every_gpu():
     assert {gpu for gpu, _ in resources()} >= set(GPUS)
     assert all((gpu, name) in resources() for gpu in GPUS for name in names)
     for base in MOMENTS:
-        assert {f"step_{base}_{kind}" for kind in (*WIDTHS, "any", "any64")} <= names
+        assert {f"step_{base}_{kind}" for kind in (*WIDTHS, "any", "any8", "any64")} <= names
+        assert f"rows_{base}_any8" in names
         assert {f"{what}_{base}_{kind}" for what in ("rows", "survey") for kind in ("any", "any64")} <= names
     others = ("pull", "norm", "step_no_step", "rows_no_step")
     assert {f"{what}_{kind}" for what in others for kind in ("any", "any64")} <= names

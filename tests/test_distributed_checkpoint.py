@@ -30,7 +30,7 @@ def _one_process():
 
 def model_of():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 3))
 
 
 def step(model, optimizer, t):
@@ -51,6 +51,7 @@ OPTIMIZERS = {
     "spd": lambda m, **own: rft.AdamSPD(m.parameters(), lr=1e-2, **own),
     "ftp": lambda m, **own: rft.AdamFTP(m.parameters(), lr=1e-2, **own),
     "bf16 moments": lambda m, **own: rft.AdamSPD(m.parameters(), lr=1e-2, state_dtype="bfloat16", **own),
+    "8-bit moments": lambda m, **own: rft.AdamSPD(m.parameters(), lr=1e-2, state_dtype="8bit", **own),
     "pgm, zero anchor": lambda m, **_: rft.AdamPGM(m.parameters(), lr=1e-2, radius=0.1, anchor="zero"),
     "l2sp, sgd": lambda m, **own: rft.SGDL2SP(m.parameters(), lr=1e-2, momentum=0.9, **own),
     "around": lambda m, **own: rft.Anchored(
@@ -150,7 +151,7 @@ def test_what_is_loaded_in_place_is_held_to_its_digest(name, tmp_path):
     dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "without")
 
     def load(folder, **planned):
-        other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))  # its anchors are other numbers, in float32
+        other = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 3))  # its anchors are other numbers, in float32
         resumed = OPTIMIZERS[name](other)
         content = {"optimizer": get_optimizer_state_dict(other, resumed)}
         dcp.load(content, checkpoint_id=tmp_path / folder, planner=dcp.DefaultLoadPlanner(**planned))

@@ -27,6 +27,7 @@ KINDS = [
     (rft.AnchoredSGD, dict(lr=1e-2, method="l2sp_coupled", momentum=0.9)),
     (rft.AdamSPD, dict(lr=1e-2, master_weights=True)),
     (rft.AdamSPD, dict(lr=1e-2, state_dtype=torch.bfloat16, amsgrad=True)),
+    (rft.AdamSPD, dict(lr=1e-2, state_dtype="8bit")),
     (rft.SGDFTP, dict(lr=1e-2, momentum=0.9, state_dtype=torch.bfloat16, master_weights=True)),
 ]
 

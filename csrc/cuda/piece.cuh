@@ -63,8 +63,10 @@ __device__ __forceinline__ void step_round(const Args& args, const Setup<Base, H
   const T sign = kRows && e.rule.sign && row == args.largest[s.owner] ? T(s.sign) : T(0);
   const RowTerms<T> terms{T(alpha), T(s.linear), sign, s.key, s.moments_key, s.flags};
   if (!Base::kMoves && !s.flags.measures && terms.alpha == 1) return;
+  Waiting<K, Base::kStates> waiting;
   round.each(s.param.rows, row, s.aligned, [&](auto side, int64_t place, int lane) {
-    step_spot<K, kRows ? Measuring::magnitudes : Measuring::squares, side>(s.param, s.base, terms, place, lane, sums);
+    step_spot<K, kRows ? Measuring::magnitudes : Measuring::squares, side>(s.param, s.base, terms, place, lane, sums,
+                                                                           waiting);
   });
 }
 
@@ -115,8 +117,9 @@ __device__ void pull_piece(const Setup<Base, Hyper>& s, bool by_rows, const doub
     if (alpha == 1) continue;
     const RowTerms<T> terms{alpha, 0, 0, s.pull_key, 0, s.flags};
     BlockSums<T, Measuring::none, K::kSide> none;
+    Waiting<K, 0> nothing;
     round.each(s.param.rows, mine, s.aligned, [&](auto side, int64_t place, int lane) {
-      step_spot<K, Measuring::none, side>(s.param, Pull(NoStepHyper{}, 0, 1), terms, place, lane, none);
+      step_spot<K, Measuring::none, side>(s.param, Pull(NoStepHyper{}, 0, 1), terms, place, lane, none, nothing);
     });
   }
 }
@@ -133,9 +136,10 @@ __device__ void observe(const Param& seen, const Piece& piece, double sign, bool
   for (int64_t row = piece.row; row < piece.row + piece.rows; row += round.step()) {
     const int rows = round.rows(row);
     BlockSums<T, kMeasuring, K::kSide> sums;
+    Waiting<K, 0> nothing;
     if (round.row() < rows)
       round.each(seen.rows, row + round.row(), aligned, [&](auto side, int64_t place, int lane) {
-        step_spot<K, kMeasuring, side>(seen, base, terms, place, lane, sums);
+        step_spot<K, kMeasuring, side>(seen, base, terms, place, lane, sums, nothing);
       });
     add_up<K>(sums, piece, row, room);
     if (threadIdx.x < rows)

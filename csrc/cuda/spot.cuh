@@ -3,15 +3,10 @@
 
 #include "../measure.h"
 #include "../pull.h"
-#include "setup.cuh"
-#include "streams.cuh"
+#include "codes.cuh"
 
 namespace robustft {
 namespace {
-
-__device__ __forceinline__ uint32_t bits_at(uint32_t key, int64_t place) {
-  return random_bits(key, uint32_t(place), upper_bits(key, place));
-}
 
 template <class T>
 struct RowTerms {
@@ -22,10 +17,11 @@ struct RowTerms {
 };
 
 // Makes the base step, then pulls by a known alpha or measures.
-// kSide: how many neighbours it takes, from a place on. lane: of the first, among those of this thread.
+// kSide: how many neighbours it takes, from a place on. lane: of the first, among those of this thread. waiting: for
+// moments that are codes.
 template <class K, Measuring kMeasuring, int kSide, class Base, class T, class Sums>
 __device__ __forceinline__ void step_spot(const Param& p, const Base& base, const RowTerms<T>& terms, int64_t place,
-                                          int lane, Sums& sums) {
+                                          int lane, Sums& sums, Waiting<K, Base::kStates>& waiting) {
   constexpr bool kRare = !K::kPlain;
   constexpr int kStates = Base::kStates - (K::kPlain && Base::kStates == 3);
   constexpr int kOptional = Base::kStates - 1;
@@ -43,8 +39,15 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
   kSide > 1 && terms.flags.anchors_apart ? fetch_apart(anchors, p.anchor, anchor_as, place)
                                          : fetch(anchors, p.anchor, anchor_as, place);
   if constexpr (kRare) fetch<T, kSide>(working, p.working, p.working.dtype, place);
+  float codes[kStates ? kStates : 1][kSide];
+  if constexpr (K::kCoded) {
+    if constexpr (kStates > 0) fetch_codes<true>(codes[0], p.state[0], place);
+    if constexpr (kStates > 1) fetch_codes<false>(codes[1], p.state[1], place);
+    if constexpr (kStates > 2) fetch_codes<false>(codes[2], p.state[2], place);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kStates; ++k) fetch<T, kSide>(states[k], p.state[k], state_as, place);
+    for (int k = 0; k < kStates; ++k) fetch<T, kSide>(states[k], p.state[k], state_as, place);
+  }
 
   T next[kSide], moments[kStates ? kStates : 1][kSide], delta[kSide];
 #pragma unroll
@@ -62,7 +65,7 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
       if (terms.linear != 0 || terms.sign != 0) used = penalized<T>(base.sign, terms.linear, terms.sign, d, grad);
     T state[Base::kStates ? Base::kStates : 1] = {};
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) state[k] = number<T>(states[k], state_as, j);
+    for (int k = 0; k < kStates; ++k) state[k] = K::kCoded ? T(codes[k][j]) : number<T>(states[k], state_as, j);
     next[j] = base(param, used, state, all);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) moments[k][j] = state[k];
@@ -73,7 +76,7 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
       } else {
         next[j] = nearest(param_as, next[j]);
       }
-      if constexpr (kRare && kStates > 0)
+      if constexpr (kRare && !K::kCoded && kStates > 0)
         if (p.low_state && p.state[0].data) {
           const uint32_t bits = bits_at(terms.moments_key, place + j);
           moments[0][j] = bf16_of(dithered(moments[0][j], bits >> 16));
@@ -90,9 +93,13 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
 
   asm volatile("" ::: "memory");  // as in Round::each
   if (!writes) return;
+  if constexpr (K::kCoded) {
+    waiting.template take<kSide>(moments, p.state, place, lane, terms.moments_key);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kStates; ++k)
-    if (k < kOptional || all) put<T, kSide>(moments[k], p.state[k], state_as, place);
+    for (int k = 0; k < kStates; ++k)
+      if (k < kOptional || all) put<T, kSide>(moments[k], p.state[k], state_as, place);
+  }
   if constexpr (kRare) {
     if (measures && p.delta.data) put<T, kSide>(delta, p.delta, dtype_of<K::kParamAs>(p.delta), place);
     if (p.working.data) put<T, kSide>(next, p.working, p.working.dtype, place);

@@ -96,8 +96,8 @@ class DeviceTable {
 };
 
 // The kernels that serve a tensor, by the end of their names. f32_anchor16: as f32, beside an anchor in bf16.
-enum class Family : uint8_t { f32, f32_anchor16, bf16, any, any64 };
-constexpr const char* kFamilies[] = {"f32", "f32_anchor16", "bf16", "any", "any64"};
+enum class Family : uint8_t { f32, f32_anchor16, bf16, any, any8, any64 };
+constexpr const char* kFamilies[] = {"f32", "f32_anchor16", "bf16", "any", "any8", "any64"};
 constexpr unsigned threads_of(Family family) { return family == Family::any64 ? kThreads64 : kThreads; }
 
 template <class Hyper>
@@ -196,6 +196,7 @@ class CudaStep {
     const Rule& rule = *held.rule;
     const bool known = rule.pulls && rule.measuring == Measuring::none, penalty = rule.linear || rule.sign;
     if (p.param.dtype == DType::f64) return Family::any64;
+    if (p.coded_state) return Family::any8;
     if (!kMoves || none || known || penalty || rule.tracks || rule.crosses_rows() ||
         p.dithered || p.low_state || p.working.data || p.state[kStates - 1].data)
       return Family::any;
@@ -264,7 +265,7 @@ class CudaStep {
       const auto launch = [&](const std::string& kernel, size_t programs, Family on) {
         return Launch{Kernels::get().function(device_, kernel), unsigned(programs), threads_of(on), args};
       };
-      if (of.surveys) plan.launches.push_back(launch("survey_" + name, of.programs, family));
+      if (of.surveys) plan.launches.push_back(launch("survey_" + base_ + "_" + kFamilies[int(wide)], of.programs, wide));
       plan.launches.push_back(launch((by_rows ? "rows_" : "step_") + name, of.programs, family));
       if (of.pulled) pulls.push_back(launch(std::string("pull_") + kFamilies[int(wide)], of.pulled, wide));
     }

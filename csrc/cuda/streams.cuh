@@ -1,23 +1,24 @@
 // Streams: a few neighbours of a tensor at a time, from memory to numbers and back.
 #pragma once
 
-#include "../rounding.h"
+#include "../eight_bit.h"
 #include "layout.h"
 
 namespace robustft {
 namespace {
 
-constexpr int kUnknown = -1;
+constexpr int kUnknown = -1, kCodes = int(DType::i8);
 
 // What a kernel is compiled for. T: the type of the arithmetic. kPlain: no tensor has a master, bf16 moments, a third
 // moment, a delta, a penalty, stochastic rounding or an alpha other than 1 that is known before the sweep. k...As: the
-// DTypes of the weights, gradients, anchors and the state, or kUnknown if those of the buffers count. kSide: how many
-// neighbours a thread takes at once.
+// DTypes of the weights, gradients, anchors and the state, or kUnknown if those of the buffers count. kCodes: the moments
+// are codes. kSide: how many neighbours a thread takes at once.
 template <class T, bool kPlain_, int kParam, int kGrad, int kAnchor, int kState, int kSide_>
 struct Kind {
   using Number = T;
   static constexpr bool kPlain = kPlain_;
   static constexpr int kParamAs = kParam, kGradAs = kGrad, kAnchorAs = kAnchor, kStateAs = kState;
+  static constexpr bool kCoded = kState == kCodes;
   static constexpr int kSide = kSide_;
   static constexpr int kTeam = kLanes / kSide;  // threads that share a block
   static constexpr int kThreads = kTeams * kTeam;
@@ -28,6 +29,7 @@ using F32 = Kind<float, true, kF32, kF32, kF32, kF32, 4>;
 using F32Anchor16 = Kind<float, true, kF32, kF32, kBf16, kF32, 4>;
 using Bf16 = Kind<float, true, kBf16, kBf16, kBf16, kF32, 4>;
 using Any = Kind<float, false, kUnknown, kUnknown, kUnknown, kUnknown, 4>;
+using Any8 = Kind<float, false, kUnknown, kUnknown, kUnknown, kCodes, 4>;
 using Any64 = Kind<double, false, kF64, kUnknown, kUnknown, kF64, 2>;
 
 template <int kKnown>
@@ -53,7 +55,9 @@ __device__ __forceinline__ Number* global(const Buffer& buffer, int64_t place, i
 
 template <int kBytes>
 __device__ __forceinline__ void load_bytes(uint32_t* words, const char* from) {
-  if constexpr (kBytes == 2) {
+  if constexpr (kBytes == 1) {
+    words[0] = *reinterpret_cast<const uint8_t*>(from);
+  } else if constexpr (kBytes == 2) {
     words[0] = *reinterpret_cast<const uint16_t*>(from);
   } else if constexpr (kBytes == 4) {
     words[0] = *reinterpret_cast<const uint32_t*>(from);
@@ -67,7 +71,9 @@ __device__ __forceinline__ void load_bytes(uint32_t* words, const char* from) {
 
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(const uint32_t* words, char* to) {
-  if constexpr (kBytes == 2) {
+  if constexpr (kBytes == 1) {
+    *reinterpret_cast<uint8_t*>(to) = uint8_t(words[0]);
+  } else if constexpr (kBytes == 2) {
     *reinterpret_cast<uint16_t*>(to) = uint16_t(words[0]);
   } else if constexpr (kBytes == 4) {
     *reinterpret_cast<uint32_t*>(to) = words[0];

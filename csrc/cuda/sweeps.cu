@@ -126,6 +126,8 @@ extern "C" __global__ void __launch_bounds__(1) ROBUSTFT_SIGNATURE() {}
   ROBUSTFT_KERNEL(rows_##name##_any, Any, 2, step<Base, Hyper, Any, true>) \
   ROBUSTFT_KERNEL(rows_##name##_any64, Any64, 1, step<Base, Hyper, Any64, true>)
 #define ROBUSTFT_OF_MOVING_BASE(name, Base, Hyper) \
+  ROBUSTFT_KERNEL(step_##name##_any8, Any8, 2, step<Base, Hyper, Any8, false>) \
+  ROBUSTFT_KERNEL(rows_##name##_any8, Any8, 2, step<Base, Hyper, Any8, true>) \
   ROBUSTFT_KERNEL(step_##name##_f32, F32, 4, step<Base, Hyper, F32, false>) \
   ROBUSTFT_KERNEL(step_##name##_f32_anchor16, F32Anchor16, 4, step<Base, Hyper, F32Anchor16, false>) \
   ROBUSTFT_KERNEL(step_##name##_bf16, Bf16, 4, step<Base, Hyper, Bf16, false>) \

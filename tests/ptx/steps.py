@@ -72,6 +72,8 @@ ROWS = (
     Row("spd", "l2", "adamw, master", BF16),
     Row("spd", "l2", "adamw, master", F16, tickets=True),
     Row("spd", "l2", "sgd, bf16 state, master", BF16),
+    Row("spd", "l2", "adamw, amsgrad, 8-bit state", F32),
+    Row("ftp", "mars_rows", "sgd, 8-bit state, master", BF16),
     Row("spd", "l2", "sgd, momentum, dampening", F32),
     Row("spd", "l2", "sgd, stochastic", BF16, tickets=True),
     Row("project", "l2", "adamw, decay", F32),
