@@ -56,8 +56,11 @@ class AnchoredAdamW(AnchoredOptimizer):
             speed of its bus. "disk" leaves them in their file, for parameters on the CPU. The file is mapped, which
             takes no memory, and all processes of a machine share it. It must not be written in place: the next step
             raises RuntimeError then. None keeps them on the parameters' device.
-        state_dtype: torch.float32 or torch.bfloat16, or a name: the dtype of the moments. bfloat16 moments are rounded
-            stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of the second moment.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit", or a dtype's name: how moments are kept. bfloat16 and 8-bit
+            moments are rounded stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of
+            the second moment. "8bit" is 1.03 bytes for each number: int8 codes of exp_avg and uint8 codes of
+            exp_avg_sq, code k for k² parts of a scale that 32 neighbours of a row share. A parameter whose rows are
+            not multiples of 32 elements, side by side in memory, keeps float32.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters. The steps continue from the copy, and
             the parameters show it, rounded. If somebody else writes a parameter, what they wrote counts.
         stochastic_rounding: round bfloat16 weights up or down at random, in expectation to the exact value. So updates
@@ -76,6 +79,8 @@ class AnchoredAdamW(AnchoredOptimizer):
 
     State, for each parameter:
         exp_avg, exp_avg_sq: in `state_dtype` (float64 for float64 parameters). With amsgrad, max_exp_avg_sq too.
+        exp_avg_scale, exp_avg_sq_scale (and of amsgrad's): the scales of 8-bit moments, uint8, [rows, row length / 32].
+            A byte e stands for 2^(e − 127), 255 for nan.
         step: a float32, on the device with the Triton backend.
         anchor: θ₀, if the parameter has one.
         master: the float32 copy, with master_weights.
@@ -148,7 +153,7 @@ class AnchoredSGD(AnchoredOptimizer):
     settings and errors are those of `AnchoredAdamW` and torch.optim.SGD. method="none" equals torch.optim.SGD.
 
     State, for each parameter:
-        momentum_buffer: with momentum, in `state_dtype` (float64 for float64 parameters).
+        momentum_buffer: with momentum, in `state_dtype` (float64 for float64 parameters). Of 8 bits, its scales too.
         step: a float32. With momentum it counts the updates of the buffer. Without, it counts the steps, and is kept
             only with stochastic_rounding or "ftp".
         anchor, master, delta, radius_state: as in `AnchoredAdamW`.
