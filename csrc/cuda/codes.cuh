@@ -80,6 +80,7 @@ struct Waiting {
       }
       store_bytes<K::kSide>(&word, global<char>(to, place, 1));
     }
+    __syncwarp(team);  // the others have read the old one
     if (mine == block) to.scales[block / kScaled] = uint8_t(e);
   }
 };

@@ -93,7 +93,7 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
 
   asm volatile("" ::: "memory");  // as in Round::each
   if (!writes) return;
-  if constexpr (K::kCoded) {
+  if constexpr (K::kCoded && kStates > 0) {
     waiting.template take<kSide>(moments, p.state, place, lane, terms.moments_key);
   } else {
 #pragma unroll

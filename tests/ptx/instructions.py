@@ -41,8 +41,11 @@ def branch(name: str, parts: list[str], operands: Operands, site: Site) -> str:
 
 @instruction("bar")
 def barrier(name: str, parts: list[str], operands: Operands, site: Site) -> str:
-    """9.7.13, bar.sync: waits for all threads of the program, and orders their accesses."""
-    only(parts, "sync")
+    """9.7.13, bar.sync: waits for all threads of the program, and orders their accesses. bar.warp.sync: the same for the
+    lanes of a mask."""
+    only(parts, "warp", "sync")
+    if parts == ["warp", "sync"]:
+        return f"gather(me, {operands.bits(0, 'b32')}, {site(name)});"
     if operands.texts != ["0"]:
         raise UnknownInstructionError("a barrier of its own")
     return f"barrier(me, {site(name)});"
@@ -50,21 +53,22 @@ def barrier(name: str, parts: list[str], operands: Operands, site: Site) -> str:
 
 @instruction("shfl")
 def shuffle(name: str, parts: list[str], operands: Operands, site: Site) -> str:
-    """9.7.9, shfl.sync.bfly over a whole warp: the value of the lane whose number differs in the given bits. It orders
-    no accesses."""
+    """9.7.9, shfl.sync.bfly: the value of the lane whose number differs in the given bits, among the lanes of a mask. It
+    orders no accesses. A predicate beside the destination tells that there is such a lane."""
     only(parts, "sync", "bfly", "b32")
-    if operands.texts[3:] != ["31", "-1"]:
-        raise UnknownInstructionError("not a whole warp")
-    value, mask = operands.bits(1, "b32"), operands.bits(2, "b32")
-    return f"{operands.register(0)} = meet(me, EXCHANGE, {value}, {mask}, {site(name)});"
+    value, mask, clamp, members = (operands.bits(k, "b32") for k in (1, 2, 3, 4))
+    to, *there = operands.texts[0].replace("%", "").split("|")
+    told = "".join(f" {name} = true;" for name in there)
+    return f"{to} = exchanged(me, {value}, {mask}, {clamp}, {members}, {site(name)});{told}"
 
 
 @instruction("redux")
 def reduce_warp(name: str, parts: list[str], operands: Operands, site: Site) -> str:
-    """9.7.13, redux.sync over a whole warp: the least or the largest of 32 signed integers."""
-    only(parts, "sync", "min", "max", "s32")
-    kind = {"min": "LEAST", "max": "MOST"}[parts[1]]
-    return f"{operands.register(0)} = meet(me, {kind}, {operands.bits(1, 's32')}, 0, {site(name)});"
+    """9.7.13, redux.sync: the least or the largest integer of the lanes of a mask."""
+    only(parts, "sync", "min", "max", "s32", "u32")
+    kind = {"min": "LEAST", "max": "MOST"}[parts[1]] + ("_UNSIGNED" if parts[2] == "u32" else "")
+    value, members = operands.bits(1, parts[2]), operands.bits(2, "b32")
+    return f"{operands.register(0)} = meet(me, {kind}, {value}, 0, {site(name)}, {members});"
 
 
 @instruction("mov")

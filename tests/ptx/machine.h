@@ -15,7 +15,7 @@
 
 enum Order { WEAK = 0, RELAXED = 1, ACQUIRE = 2, RELEASE = 4 };
 enum State { READY, AT_BARRIER, IN_WARP, ENDED };
-enum Meeting { EXCHANGE, LEAST, MOST };
+enum Meeting { EXCHANGE, LEAST, MOST, LEAST_UNSIGNED, MOST_UNSIGNED, GATHER };
 constexpr size_t STACK = 64 << 10;
 constexpr u32 WARP = 32;
 // Generic addresses: shared memory and the parameters have windows that no tensor lies in.
@@ -32,7 +32,7 @@ struct Thread {
   u32 count = 1;  // of races.h
   Known known;
   Meeting meeting;  // in a warp: for what, with which value and mask, and what came of it
-  u32 value, mask, result;
+  u32 value, mask, result, members;  // members: the lanes that meet, a bit each
 };
 struct Program {
   u32 number;
@@ -110,25 +110,48 @@ static void barrier(Thread& me, u32) {
   pass_if_all(*me.program);
   to_scheduler();
 }
-static u32 meet(Thread& me, Meeting meeting, u32 value, u32 mask, u32 site) {
-  me.meeting = meeting, me.value = value, me.mask = mask, me.state = IN_WARP;
+static u32 meet(Thread& me, Meeting meeting, u32 value, u32 mask, u32 site, u32 members = ~0u) {
+  me.meeting = meeting, me.value = value, me.mask = mask, me.members = members, me.state = IN_WARP;
   Thread* lanes = &me.program->threads[me.place / WARP * WARP];
+  if (!(members >> me.place % WARP & 1)) say("a lane is not among those that it meets: " + at(site));
   u32 met = 0;
-  for (u32 k = 0; k < WARP; k++) met += lanes[k].state == IN_WARP;
-  if (met == WARP) {
-    s32 least_ = lanes[0].value, most_ = lanes[0].value;
+  for (u32 k = 0; k < WARP; k++) met |= u32(members >> k & 1 && lanes[k].state == IN_WARP) << k;
+  if (met == members) {
+    s32 least_ = me.value, most_ = me.value;
+    u32 least_unsigned = me.value, most_unsigned = me.value;
+    auto all = std::make_shared<Counts>(*me.known);
     for (u32 k = 0; k < WARP; k++) {
-      if (lanes[k].meeting != meeting) say("the lanes of a warp meet in different instructions: " + at(site));
+      if (!(members >> k & 1)) continue;
+      if (lanes[k].meeting != meeting || lanes[k].members != members)
+        say("the lanes of a warp meet in different instructions: " + at(site));
       least_ = std::min(least_, (s32)lanes[k].value), most_ = std::max(most_, (s32)lanes[k].value);
+      least_unsigned = std::min(least_unsigned, lanes[k].value), most_unsigned = std::max(most_unsigned, lanes[k].value);
+      if (meeting != GATHER) continue;
+      all = std::make_shared<Counts>(*joined(all, lanes[k].known));
+      (*all)[lanes[k].number] = std::max((*all)[lanes[k].number], lanes[k].count);
     }
     for (u32 k = 0; k < WARP; k++) {
+      if (!(members >> k & 1)) continue;
       Thread& t = lanes[k];
-      t.result = meeting == EXCHANGE ? lanes[k ^ t.mask].value : meeting == LEAST ? least_ : most_;
+      if (meeting == EXCHANGE && !(members >> (k ^ t.mask) & 1)) say("a lane asks one that is not there: " + at(site));
+      switch (meeting) {
+        case EXCHANGE: t.result = lanes[(k ^ t.mask) % WARP].value; break;
+        case LEAST: t.result = least_; break;
+        case MOST: t.result = most_; break;
+        case LEAST_UNSIGNED: t.result = least_unsigned; break;
+        case MOST_UNSIGNED: t.result = most_unsigned; break;
+        case GATHER: t.known = all, t.count++;
+      }
       t.state = READY;
     }
   }
   to_scheduler();
   return me.result;
+}
+static void gather(Thread& me, u32 members, u32 site) { meet(me, GATHER, 0, 0, site, members); }
+static u32 exchanged(Thread& me, u32 value, u32 mask, u32 clamp, u32 members, u32 site) {
+  if (clamp != 31) say("a part of a warp is no warp of its own here: " + at(site));
+  return meet(me, EXCHANGE, value, mask, site, members);
 }
 [[noreturn]] static void end_thread(Thread& me) {
   me.state = ENDED;
@@ -166,11 +189,11 @@ static void compare(const Thread& me, const Access& mine, const char* how, const
   say("race: " + at(mine.site) + " (" + how + ") with " + at(other.site) + " (" + others + "), " +
       (one ? "threads of one program" : "two programs"));
 }
-// key: of the first two bytes. Two single bytes of one pair count as one place. same: whether a write changes nothing.
+// key: of the first place, which is GRAIN bytes. same: whether a write changes nothing.
 // Threads of one program may all write a value.
 static void note(Thread& me, u64 key, u32 bytes, bool write, bool atomic, u32 site, bool same = false) {
   Access mine{me.number, me.count, site, atomic};
-  for (u32 k = 0; k < (bytes + 1) / 2; k++) {
+  for (u32 k = 0; k < (bytes + GRAIN - 1) / GRAIN; k++) {
     Cell& cell = machine.cells[key + k];
     bool repeated = write && same && cell.write.thread != NOBODY &&
                     cell.write.thread / machine.threads == me.program->number;
@@ -214,7 +237,7 @@ __attribute__((noinline)) static void load_global(Thread& me, u64 address, int o
   std::memset(part, 0, sizeof(T) * N);
   if (!fits(address, sizeof(T) * N, inside(address, used), site)) return;
   std::memcpy(part, (void*)address, used);
-  note(me, address / 2, used, false, order, site);
+  note(me, address / GRAIN, used, false, order, site);
   if (order & ACQUIRE) acquire(me, address);
 }
 template <class T, int N>
@@ -222,7 +245,7 @@ __attribute__((noinline)) static void store_global(Thread& me, u64 address, int 
   maybe_switch(order);
   if (!fits(address, sizeof(T) * N, inside(address, sizeof(T) * N), site)) return;
   std::memcpy((void*)address, part, sizeof(T) * N);
-  note(me, address / 2, sizeof(T) * N, true, order, site);
+  note(me, address / GRAIN, sizeof(T) * N, true, order, site);
   if (order & RELEASE) release(me, address, false);
   else machine.released.erase(address);
 }
@@ -234,15 +257,15 @@ __attribute__((noinline)) static T atomic(Thread& me, u64 address, int order, u3
   std::memcpy(&old, (void*)address, sizeof(T));
   now = new_of(old);
   std::memcpy((void*)address, &now, sizeof(T));
-  note(me, address / 2, sizeof(T), false, true, site);
-  note(me, address / 2, sizeof(T), true, true, site);
+  note(me, address / GRAIN, sizeof(T), false, true, site);
+  note(me, address / GRAIN, sizeof(T), true, true, site);
   if (order & ACQUIRE) acquire(me, address);
   if (order & RELEASE) release(me, address, true);
   return old;
 }
 
 static u64 key_of(const Thread& me, u64 address) {
-  return (1ull << 62) + ((u64)me.program->number << 18) + address / 2;
+  return (1ull << 62) + ((u64)me.program->number << 18) + address / GRAIN;
 }
 static bool within(u64 address, u64 bytes, u64 size) {
   return address < size && bytes <= size - address;

@@ -88,8 +88,8 @@ def bits_of(text: str, kind: str) -> str:
         return text[1:]
     if match := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})|0[dD]([0-9A-Fa-f]{16})", text):
         return f"0x{match[1] or match[2]}ull"
-    if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", text):
-        return f"({TYPES[kind]})({int(text, 0) & (2**64 - 1)}ull)"
+    if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
+        return f"({TYPES[kind]})({int(text.rstrip('U'), 0) & (2**64 - 1)}ull)"
     raise UnknownInstructionError(text)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,12 @@ def spans_of(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def source_of(kernel: Kernel) -> str:
-    """A file of C++ with the kernel and a function `run` that launches it."""
+    """A file of C++ with the kernel and a function `run` that launches it. A place in memory, of which it is known who
+    touched it, is two bytes, or one if the kernel writes single bytes."""
+    grain = 1 if any(re.search(r" st\.[\w.]*[bu]8$", site) for site in kernel.sites) else 2
     sites = ", ".join(f'"{site}"' for site in kernel.sites)
-    return f"""#include "machine.h"
+    return f"""#define GRAIN {grain}
+#include "machine.h"
 static const char* const sites[] = {{{sites or '""'}}};
 {kernel.source}
 extern "C" u64 run(u32 programs, u32 shared, const u8* parameters, u32 bytes, u64 seed, double preempt, u32 resident,

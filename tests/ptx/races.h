@@ -28,7 +28,7 @@ struct Access {
   bool atomic = false;
 };
 
-// What is remembered of two bytes of memory: the last write, and the reads since. One thread reads most places, so the
+// What is remembered of a place in memory: the last write, and the reads since. One thread reads most places, so the
 // first read has a place of its own. Of a thread's others, the last plain one and the last atomic one are kept.
 struct Cell {
   Access write, read;
