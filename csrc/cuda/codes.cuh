@@ -48,13 +48,14 @@ struct Waiting {
     }
     if (at + kSide < kBoth) return;
     const int64_t block = place / kScaled * kScaled, mine = block + threadIdx.x % K::kTeam * K::kSide;
-    write<0, true>(to, block, mine, key);
-    if constexpr (kStates > 1) write<1, false>(to, block, mine, key);
-    if constexpr (kStates > 2) write<2, false>(to, block, mine, key);
+    write<kSide, 0, true>(to, block, mine, key);
+    if constexpr (kStates > 1) write<kSide, 1, false>(to, block, mine, key);
+    if constexpr (kStates > 2) write<kSide, 2, false>(to, block, mine, key);
   }
 
  private:
-  template <int kMoment, bool kSigned>
+  // kSide: how many neighbours lie at a multiple of their size.
+  template <int kSide, int kMoment, bool kSigned>
   __device__ __forceinline__ void write(const Buffer* all, int64_t block, int64_t mine, uint32_t key) const {
     using Format = EightBit<kSigned>;
     const Buffer& to = all[kMoment];
@@ -78,7 +79,8 @@ struct Waiting {
         const float code = Format::code(numbers[kMoment][round * K::kSide + j], inverse, chance);
         word |= (uint32_t(int32_t(code)) & 0xff) << 8 * j;
       }
-      store_bytes<K::kSide>(&word, global<char>(to, place, 1));
+#pragma unroll
+      for (int j = 0; j < K::kSide; j += kSide, word >>= 8) store_bytes<kSide>(&word, global<char>(to, place + j, 1));
     }
     __syncwarp(team);  // the others have read the old one
     if (mine == block) to.scales[block / kScaled] = uint8_t(e);

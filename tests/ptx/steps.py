@@ -15,7 +15,7 @@ BY_NAME = {settings.name: settings for settings in SETTINGS}
 # Rows of 1, in runs, in one chunk and in several; short, long and strided.
 BY_ROWS = tuple(case for case in ROW_CASES if case.name in (
     "0-d", "empty matrix", "one row", "rows of 1", "rows of 37", "long odd rows", "transposed", "rows in runs of 37",
-    "tile, block and tail", "rows of 768",
+    "tile, block and tail", "rows of 768", "misaligned matrix",
 ))  # fmt: skip
 
 
