@@ -101,6 +101,12 @@ struct BlockSums {
       gain[k] += magnitude(u) <= old ? flipped(u, d) : magnitude(d + u) - old;
   }
 
+  // The same where nothing moves, and the gain is 0.
+  ROBUSTFT_INLINE void add_still(int k, Vec<T> grad, Vec<T> d) {
+    grad_dot_delta[k] += grad * d;
+    before[k] += kMeasuring == Measuring::squares ? d * d : magnitude(d);
+  }
+
   // Calls f(m, the accumulators of the m-th sum) for each.
   template <class F>
   ROBUSTFT_INLINE void each(const F& f) const {
