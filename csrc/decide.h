@@ -33,18 +33,26 @@ ROBUSTFT_ANYWHERE inline double norm(const Measures& m) { return std::sqrt(std::
 
 ROBUSTFT_ANYWHERE inline double row_norm(const Measures& m) { return m.before + m.gain; }
 
-// Fires only if the progress is inconsistent and led away, and not for nan.
+// Fires only if the segment moved away, and not for nan.
 ROBUSTFT_ANYWHERE inline double shrink(double ratio, const Measures& m, double strength) {
-  const bool fires = m.grad_dot_delta > 0 && m.gain > 0 && std::isfinite(ratio);
-  return fires ? 1 - std::min(1.0, strength * ratio) : 1;
+  return m.gain > 0 && std::isfinite(ratio) ? 1 - std::min(1.0, strength * ratio) : 1;
 }
 
-ROBUSTFT_ANYWHERE inline double spd(const Measures& m, const Terms& t) {
+ROBUSTFT_ANYWHERE inline double spd_away(const Measures& m, const Terms& t) {
   const double before = std::sqrt(m.before), after = std::sqrt(m.before + m.gain);
   return shrink(m.gain / (before + after) / after, m, t.strength);
 }
 
-ROBUSTFT_ANYWHERE inline double spd_rows(const Measures& m, const Terms& t) { return shrink(m.gain / row_norm(m), m, t.strength); }
+ROBUSTFT_ANYWHERE inline double spd_away_rows(const Measures& m, const Terms& t) {
+  return shrink(m.gain / row_norm(m), m, t.strength);
+}
+
+// Fires only if the progress is inconsistent, too.
+ROBUSTFT_ANYWHERE inline double spd(const Measures& m, const Terms& t) { return m.grad_dot_delta > 0 ? spd_away(m, t) : 1; }
+
+ROBUSTFT_ANYWHERE inline double spd_rows(const Measures& m, const Terms& t) {
+  return m.grad_dot_delta > 0 ? spd_away_rows(m, t) : 1;
+}
 
 ROBUSTFT_ANYWHERE inline double within(double n, double radius) { return n > radius && std::isfinite(n) ? radius / n : 1; }
 
@@ -74,8 +82,8 @@ ROBUSTFT_ANYWHERE inline void learn(double* numbers, double slope, double t, con
 
 // The rules that choose an alpha, each with its function. Python declares all other facts of a rule, in methods.RULES.
 #define ROBUSTFT_ALPHAS(X) \
-  X(keep, keep) X(l2sp, l2sp) X(spd, spd) X(spd_rows, spd_rows) X(project, project) X(project_mars, project_rows) \
-  X(project_rows, project_rows) X(ftp, ftp) X(ftp_learned, ftp)
+  X(keep, keep) X(l2sp, l2sp) X(spd, spd) X(spd_rows, spd_rows) X(spd_away, spd_away) X(spd_away_rows, spd_away_rows) \
+  X(project, project) X(project_mars, project_rows) X(project_rows, project_rows) X(ftp, ftp) X(ftp_learned, ftp)
 // The rules that learn, each with its function and how many numbers it learns.
 #define ROBUSTFT_LEARNINGS(X) X(ftp, learn, 3)
 
@@ -148,6 +156,7 @@ ROBUSTFT_ANYWHERE inline void record(double* results, double* alphas, int64_t se
   alphas[segment] = alpha;
   m.write(to);
   to[kMeasures] += alpha != 1;
+  to[kMeasures + 1] += m.grad_dot_delta > 0;
 }
 
 }  // namespace robustft

@@ -60,7 +60,7 @@ PACKAGE = [
            "BELOW_1 = Range(high=1, below=True)", "BELOW_1 = Range(high=1)",
            ("test_optimizers.py", "test_methods.py"), "bad or range"),
     Mutant("SPD, decided in torch, pulls where progress is consistent too", "robustft_kernels/step/decide.py",
-           'fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0)', 'fires = (m["gain"] > 0)', ("test_wrapper.py",),
+           'torch.where(m["grad_dot_delta"] > 0, alpha, 1.0)', 'alpha', ("test_wrapper.py",),
            "equals_the_fused"),
     Mutant("steps in backward take the random bits of the first parameter", "robustft_kernels/optim/in_backward.py",
            "optimizer._guard, [place])", "optimizer._guard, [0])", ("test_in_backward.py",), "bit_for_bit"),

@@ -190,6 +190,95 @@ def test_spd_by_rows_is_spd_of_each_row(backend):
     assert torch.allclose(params[0], torch.stack(list(alone)), rtol=1e-10)
 
 
+def test_a_plain_small_step_moves_back_where_the_gate_is_open(model_of, backend):
+    """c = d − lr·g, so ‖c‖² − ‖d‖² = lr²‖g‖² − 2·lr·⟨g,d⟩. It is below 0 for a small lr, and no strength changes a bit.
+    The other gate lets strength act."""
+    runs = {}
+    for gate, strength in (("inconsistent", 0.0), ("inconsistent", 0.01), ("inconsistent", 1.0), ("away", 0.5)):
+        params = model_of(torch.float32)
+        optimizer = rft.SGDSPD(params, lr=1e-3, strength=strength, gate=gate, backend=backend)
+        start = [p.detach().clone() for p in params]
+        for turn in (-1.0, -1.0, -1.0, -1.0, 0.5, 0.5):  # four steps away, and two of half their length back
+            for p, p0 in zip(params, start, strict=True):
+                p.grad = turn * p0.sign()
+            optimizer.step()
+        runs[gate, strength] = params, list(optimizer.telemetry().values())
+    free, told = runs["inconsistent", 0.0]
+    assert all(of.inconsistencies == 2 and of.selections == 0 for of in told)
+    for strength in (0.01, 1.0):
+        assert all(map(torch.equal, free, runs["inconsistent", strength][0]))
+        assert all(of.selections == 0 for of in runs["inconsistent", strength][1])
+    held, told = runs["away", 0.5]
+    assert not any(map(torch.equal, free, held))
+    assert all(of.selections == 4 and of.inconsistencies == 2 for of in told)
+
+
+@pytest.mark.parametrize("norm", ["l2", "mars_rows"])
+def test_the_gate_away_takes_its_share_of_each_step(backend, norm):
+    """A layer's distance grows by 1 − strength of what the step adds to it. What leads back is left alone."""
+    param, strength = nn.Parameter(torch.randn(6, 9, dtype=torch.float64)), 0.3
+    start = param.detach().clone()
+    free = nn.Parameter(start.clone())
+    optimizer = rft.AdamSPD([param], lr=0.05, strength=strength, gate="away", norm=norm, backend=backend)
+    inner = torch.optim.Adam([free], lr=0.05)
+
+    def size(of):
+        c = rows_of(of.detach() - start)
+        return c.norm().reshape(1) if norm == "l2" else c.abs().sum(1)
+
+    grew = []
+    for _ in stream([param], 6):
+        before = size(param)
+        with torch.no_grad():
+            free.copy_(param)
+        free.grad = param.grad.clone()
+        inner.step()
+        optimizer.step()
+        after = size(free)
+        grew.append(after > before)
+        want = torch.where(grew[-1], before + (1 - strength) * (after - before), after)
+        assert torch.allclose(size(param), want, rtol=1e-9)
+    grew = torch.stack(grew)
+    assert grew[0].all()
+    assert not grew.all()
+
+
+def test_a_gate_is_chosen_by_group_and_saved():
+    """Methods without a gate pass it over. The paper's is in no group, and a checkpoint without one means the
+    paper's."""
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [a]}, {"params": [b], "method": "l2sp"}]
+    optimizer = rft.AdamSPD(groups, gate="away", strength=0.5)
+    saved = optimizer.state_dict()
+    assert [group["gate"] for group in saved["param_groups"]] == ["away", "away"]
+    plain = rft.AdamSPD([{"params": [a]}, {"params": [b], "method": "l2sp"}])
+    assert all("gate" not in group for group in plain.state_dict()["param_groups"])
+    older = plain.state_dict()
+    plain.load_state_dict(saved)
+    assert plain.param_groups[0]["gate"] == "away"
+    plain.load_state_dict(older)
+    assert "gate" not in plain.param_groups[0]
+    wrapped = rft.Anchored(torch.optim.SGD([a], lr=0.1), gate="away", strength=0.5)
+    assert wrapped.state_dict()["param_groups"][0]["gate"] == "away"
+    older = rft.Anchored(torch.optim.SGD([a], lr=0.1)).state_dict()
+    assert "gate" not in older["param_groups"][0]
+    wrapped.load_state_dict(older)
+    assert "gate" not in wrapped.param_groups[0]
+    of_model = rft.for_model("SGDSPD", head="1", gate="away", strength=0.5)(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    )
+    assert [group["method"] for group in of_model.param_groups] == ["spd", "none"]
+
+
+@pytest.mark.parametrize("make", [rft.AdamSPD, lambda p, **of: rft.Anchored(torch.optim.SGD(p, lr=0.1), **of)])
+def test_a_gate_that_lets_nothing_move_warns(make, recwarn):
+    make([nn.Parameter(torch.ones(3))], gate="away", strength=0.99)
+    make([nn.Parameter(torch.ones(3))], gate="away", strength=torch.tensor(1.0))  # a tensor is not read
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"gate='away' with strength=1.0 lets no layer move away"):
+        make([nn.Parameter(torch.ones(3))], gate="away")
+
+
 NAMED = {
     "AdamSPD": "spd", "SGDSPD": "spd", "AdamL2SP": "l2sp", "SGDL2SP": "l2sp", "AdamFTP": "ftp", "SGDFTP": "ftp",
     "AdamPGM": "project", "SGDPGM": "project",
@@ -217,6 +306,7 @@ BAD = [
     ({"method": "ftp", "radius_betas": (0.9, 1.0)}, r"radius_betas\[1\] must be in"),
     ({"method": "ftp", "radius_lr": nan}, "radius_lr must be finite"),
     ({"method": "tpgm"}, "unknown method 'tpgm'"),
+    ({"method": "spd", "gate": "open"}, "unknown gate 'open': choose 'inconsistent' or 'away'"),
 ]
 
 

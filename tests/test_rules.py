@@ -54,7 +54,7 @@ def test_sound_facts_are_taken(rule):
 
 
 def test_methods_and_rules_fit_together():
-    named = {rule for method in METHODS.values() for rule in method.rules.values()}
+    named = {rule for method in METHODS.values() for rule in method.all_rules}
     halves = {rule.half for rule in RULES.values() if rule.half} | {rule.pull_half for rule in RULES.values()}
     halves |= {rule.when_learned for rule in RULES.values() if rule.when_learned}
     assert named | halves == set(RULES), "a rule is of no use, or is missing"

@@ -340,6 +340,7 @@ BAD = [
     (dict(method="sdp"), "unknown method 'sdp'"),
     (dict(norm="mars"), "method 'spd' does not go with norm='mars'"),
     (dict(norm="l3"), "norm='l3'"),
+    (dict(gate="shut"), "unknown gate 'shut': choose 'inconsistent' or 'away'"),
     (dict(strength=-1.0), "strength must be finite and at least 0, got -1.0"),
     (dict(strength=float("nan")), "strength must be finite"),
     (dict(strength=torch.ones(2)), r"strength must be one number, got a tensor of shape \(2,\)"),

@@ -45,7 +45,7 @@ from .chunk import (
     store_weights,
 )
 from .decide import RADIUS, STRENGTH, among, decide
-from .measure import GRAD_DOT_DELTA, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
+from .measure import GRAD_DOT_DELTA, INCONSISTENT, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
 from .pull import pull
 
 
@@ -242,7 +242,7 @@ def settle(chunk, i, tensor, measures, hyper, live, partials, counters, ready, r
 
 @triton.jit
 def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
-    """Writes what was found of segments, and counts how often they have been selected."""
+    """Writes what was found of segments, and counts how often they were selected, and how often ⟨g,d⟩ was above 0."""
     row = results + segment * RESULTS
     for k in tl.static_range(MEASURES):
         value = measures[k]
@@ -250,6 +250,10 @@ def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
             value = value * float("nan")
         tl.store(row + k, value, mask=inside)
     count_selected(row, inside, alpha)
+    if V.HAS_GRADS:
+        count = tl.load(row + INCONSISTENT, mask=inside, other=0.0)
+        count += tl.where(measures[GRAD_DOT_DELTA] > 0, 1.0, 0.0)
+        tl.store(row + INCONSISTENT, count, mask=inside)
     tl.store(alphas + segment, alpha, mask=inside)
 
 

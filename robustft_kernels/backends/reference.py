@@ -78,23 +78,38 @@ def row_norm(m: Measured) -> Tensor:
 
 
 def shrink(ratio: Tensor, m: Measured, h: Row) -> Tensor:
-    """α = 1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
-    fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0) & ratio.isfinite()
+    """α = 1 − min(1, strength·ratio) when the segment moved away, else 1."""
+    fires = (m["gain"] > 0) & ratio.isfinite()
     return torch.where(fires, 1 - (h["strength"] * ratio).clamp(max=1), 1.0)
 
 
-def spd(m: Measured, h: Row) -> Tensor:
-    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖, or 0 when ‖c‖ = 0.
+def inconsistent(m: Measured, alpha: Tensor) -> Tensor:
+    """α when ⟨g,d⟩ > 0, else 1."""
+    return torch.where(m["grad_dot_delta"] > 0, alpha, 1.0)
 
-    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
-    """
+
+def spd_away(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r). r = max(0, ‖c‖ − ‖d‖)/‖c‖, or 0 when ‖c‖ = 0."""
     after = norm(m)
     return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h)
 
 
+def spd_away_rows(m: Measured, h: Row) -> Tensor:
+    """`spd_away` of each row, with Σ|·| for ‖·‖."""
+    return shrink(m["gain"] / row_norm(m), m, h)
+
+
+def spd(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1.
+
+    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
+    """
+    return inconsistent(m, spd_away(m, h))
+
+
 def spd_rows(m: Measured, h: Row) -> Tensor:
     """`spd` of each row, with Σ|·| for ‖·‖."""
-    return shrink(m["gain"] / row_norm(m), m, h)
+    return inconsistent(m, spd_away_rows(m, h))
 
 
 def within(n: Tensor, radius: float | Tensor) -> Tensor:
@@ -124,8 +139,8 @@ def ftp(m: Measured, h: Row) -> Tensor:
 
 
 RULES: dict[str, Callable[[Measured, Row], Tensor]] = {
-    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_mars,
-    "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
+    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away, "spd_away_rows": spd_away_rows,
+    "project": project, "project_mars": project_mars, "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -319,8 +334,9 @@ def _step_one(
             )
             work[key], scales = to_8_bit(work[key], kept, chance)
             work[f"{key}_scale"] = scales.reshape(of.state[f"{key}_scale"].shape)
-    selected = results[:, len(MEASURES)] + (alpha != 1)
-    write(results, torch.stack([*(found[name] for name in MEASURES), selected], dim=1))
+    selected, inconsistent = results[:, len(MEASURES) :].T
+    counts = selected + (alpha != 1), inconsistent + (found["grad_dot_delta"] > 0)
+    write(results, torch.stack([*(found[name] for name in MEASURES), *counts], dim=1))
     write(alphas, alpha)
     for key, kept in of.state.items():
         write(kept, work[key])

@@ -5,15 +5,17 @@ declares facts. Its formula is a function of the same name in every backend.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import fill
-from typing import TypeVar
+from typing import Any, TypeVar
 
 NORMS = ("l2", "mars", "mars_rows")
+GATES = ("inconsistent", "away")  # which steps SPD may hold back. The first is the paper's
 # The sums over a segment that a step from d to c can measure: ⟨g,d⟩, the size of d, and the size of c less that of d,
 # without cancellation.
 MEASURES = ("grad_dot_delta", "before", "gain")
-RESULTS = (*MEASURES, "selected")  # what a step leaves of a segment. The last counts the steps with α ≠ 1
+# What a step leaves of a segment. The last two count steps: those with α ≠ 1, and those with ⟨g,d⟩ > 0.
+RESULTS = (*MEASURES, "selected", "inconsistent")
 # What a rule learns, by the key in the state: a few float64 numbers, of which the first is the radius.
 LEARNED = {"radius_state": ("radius", "exp_avg", "exp_avg_sq")}
 METHOD_HYPER = ("strength", "radius", "k", "radius_lr", "radius_beta1", "radius_beta2")  # what rules may read
@@ -89,12 +91,19 @@ class Method:
     rules: the rule for each norm that the method can measure with. The first norm is its default.
     formula, source: as docstrings have them, with d = θ − θ₀, c = θ̃ − θ₀, nᵢ = Σ|cᵢ| of row i.
     anchored: whether the method needs θ₀ at all.
+    gated: for each other gate than the first, its rules, as `rules` has them. Empty if the method has no gate.
     """
 
     rules: Mapping[str, str]
     formula: str
     source: str = ""
     anchored: bool = True
+    gated: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def all_rules(self) -> list[str]:
+        """The rules for all norms and gates."""
+        return [rule for rules in (self.rules, *self.gated.values()) for rule in rules.values()]
 
 
 def check_rules(rules: Iterable[Rule]) -> dict[str, Rule]:
@@ -159,6 +168,11 @@ RULES = check_rules((
         "spd_rows", pulls=True, compares=True, measures="magnitudes", by_rows=True, half="observe_rows",
         reads=("strength",),
     ),
+    Rule("spd_away", pulls=True, compares=True, measures="squares", half="observe", reads=("strength",)),
+    Rule(
+        "spd_away_rows", pulls=True, compares=True, measures="magnitudes", by_rows=True, half="observe_rows",
+        reads=("strength",),
+    ),
     Rule("project", pulls=True, compares=False, measures="squares", half="observe", reads=("radius",)),
     Rule(
         "project_mars", pulls=True, compares=False, measures="magnitudes", by_rows=True, tied=True, half="observe_rows",
@@ -189,8 +203,9 @@ METHODS = {
     "spd": Method(
         {"l2": "spd", "mars_rows": "spd_rows"},
         "α = 1 − min(1, strength·r), r = max(0, ‖c‖−‖d‖)/‖c‖, for each tensor with ⟨g,d⟩ > 0; else 1. With "
-        'norm="mars_rows" the same of each row, Σ|·| for ‖·‖.',
+        'norm="mars_rows" the same of each row, Σ|·| for ‖·‖. With gate="away" for each, whatever ⟨g,d⟩ is.',
         "SPD: Tian et al., NeurIPS 2024, Algorithm 2, with strength·r capped at 1 as its text states",
+        gated={"away": {"l2": "spd_away", "mars_rows": "spd_away_rows"}},
     ),
     "l2sp": Method(
         {"l2": "l2sp"},
@@ -245,11 +260,28 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-def rule_of(name: str, norm: str | None) -> Rule:
-    """The rule of a method with a norm, None for the method's own. Raises ValueError for a norm it does not have."""
-    rules = method_of(name).rules
+def rule_of(name: str, norm: str | None, gate: str = GATES[0]) -> Rule:
+    """The rule of a method with a norm, None for the method's own, and with a gate, if the method has one.
+
+    Raises ValueError for a norm that the method does not have, or an unknown gate.
+    """
+    if gate not in GATES:
+        raise ValueError(f"unknown gate {gate!r}: choose {' or '.join(map(repr, GATES))}")
+    method = method_of(name)
+    rules = method.gated.get(gate, method.rules)
     if norm is None:
         return RULES[next(iter(rules.values()))]
     if norm not in rules:
         raise ValueError(f"method {name!r} does not go with norm={norm!r}: choose {' or '.join(map(repr, rules))}")
     return RULES[rules[norm]]
+
+
+def gate_key(gate: str) -> dict[str, str]:
+    """What a parameter group has of a gate. Of the first it has nothing: torch.distributed.checkpoint would miss a key
+    that older checkpoints do not have."""
+    return {} if gate == GATES[0] else {"gate": gate}
+
+
+def rule_of_group(group: Mapping[str, Any]) -> Rule:
+    """The rule that a parameter group asks for. Raises as `rule_of` does."""
+    return rule_of(group["method"], group["norm"], group.get("gate", GATES[0]))

@@ -50,7 +50,8 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         )
         d, c, u = theta - theta_0, tilde - theta_0, tilde - theta
         alpha, alpha_slack = want.alphas[of], torch.full_like(want.alphas[of], eps)
-        found, selected = dict(zip(MEASURES, want.measures[of].T, strict=True)), want.results[of, len(MEASURES)]
+        found = dict(zip(MEASURES, want.measures[of].T, strict=True))
+        selected, inconsistent = want.results[of, len(MEASURES) :].T
         slacks: dict[str, Tensor] = {}
         if rule.measures:
             slacks = _measure_slacks(rule, hyper, storage, g, d, u, theta, tilde)
@@ -73,8 +74,10 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         assert ((got.alphas[of] - alpha).abs() <= alpha_slack).all(), (
             f"{case.name}: α is {got.alphas[of]}, not {alpha} ± {alpha_slack}"
         )
-        counted = got.results[of, len(MEASURES)]
+        counted, opened = got.results[of, len(MEASURES) :].T
         assert ((counted == selected) | ((alpha - 1).abs() <= alpha_slack)).all(), f"{case.name}: selected"
+        near_zero = found["grad_dot_delta"].abs() <= slacks["grad_dot_delta"] if slacks else torch.zeros_like(alpha) > 0
+        assert ((opened == inconsistent) | near_zero).all(), f"{case.name}: inconsistent"
 
         # A moment may cancel, but not its error. A penalty adds to g.
         size_of_g = g.abs() + (hyper["strength"] * (d.abs() + 1) if rule.penalty else 0)
