@@ -30,8 +30,8 @@ class Telemetry(NamedTuple):
 
     deviation: n = ‖θ − θ₀‖ in the norm of its method. That is Frobenius for "l2", and the largest row sum maxᵢ Σ|cᵢ|
         for "mars" and "mars_rows" ("ftp" and "mars_sp" included). It comes from the sums of the step: α·n before the
-        pull, to the rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp",
-        "none") are measured when asked, but not over processes: it is nan then. nan without an anchor.
+        pull, to the rounding of the parameter's dtype. Methods that need no sums ("none", "mars_sp", "digrap",
+        and those of L2-SP) are measured when asked, but not over processes: it is nan then. nan without an anchor.
     relative_deviation: deviation / ‖θ₀‖ in the same norm. nan if θ₀ is zero.
     alpha: α of the last step. If each row has its own α, their mean.
     selected: the share of segments (1, or the rows) with α ≠ 1 in the last step.

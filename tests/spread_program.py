@@ -23,7 +23,7 @@ SHAPES = ((3,), (1,), (33001,), (7, 5), (64, 300), (2, 40000), (1, 9), (8, 4, 3,
 COMMON = dict(strength=1.3, radius=0.05, radius_lr=0.1, k=0.7)
 OWN = {
     "spd": dict(weight_decay=0.1), "l2sp": dict(strength=5.0), "l2sp_coupled": dict(strength=0.3),
-    "mars_sp": dict(strength=0.3),
+    "mars_sp": dict(strength=0.3), "l2sp_cautious": dict(strength=5.0), "digrap": dict(strength=0.7),
 }  # fmt: skip
 METHODS = [
     {**COMMON, **OWN.get(name, {}), "method": name, "norm": norm}
@@ -69,6 +69,8 @@ CASES += [
     Case(
         "scaled mars_sp, maximize", rft.AnchoredSGD, dict(lr=1e-2, method="mars_sp", maximize=True), skipped_by="some"
     ),
+    Case("scaled digrap, maximize", rft.SGDSPD, dict(lr=1e-2, method="digrap", maximize=True), skipped_by="some"),
+    Case("digrap, master", rft.AnchoredAdamW, dict(lr=1e-2, method="digrap", master_weights=True), torch.bfloat16),
     Case("bf16, master", rft.AdamSPD, dict(lr=1e-2, master_weights=True), torch.bfloat16),
     Case("bf16 moments", rft.AdamPGM, dict(lr=1e-2, radius=0.3, state_dtype=torch.bfloat16), apart=5e-2 / 256),
     *(Case(f"around {m}", around, dict(lr=1e-2, **m)) for m in AROUND),

@@ -152,6 +152,66 @@ def test_penalties_are_those_of_the_loss(model_of, backend, method, base, anchor
     assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(params, plain, strict=True))
 
 
+def pair_of(base, model_of, **options):
+    """One of our optimizers, and torch's with the same base over copies."""
+    params = model_of()
+    plain = [nn.Parameter(p.detach().clone()) for p in params]
+    if base == "adam":
+        ours, inner = rft.AnchoredAdamW(params, lr=0.05, weight_decay=0.1, **options), torch.optim.AdamW
+        return params, plain, ours, inner(plain, lr=0.05, weight_decay=0.1)
+    ours, inner = rft.AnchoredSGD(params, lr=0.05, momentum=0.9, **options), torch.optim.SGD
+    return params, plain, ours, inner(plain, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+@pytest.mark.parametrize("anchor", ["initial", "zero"])
+def test_cautious_decay_follows_the_paper(model_of, backend, base, anchor):
+    """x ← x − lr(u + λ·1[u∘x ≥ 0]∘x), of the weights for a zero anchor, else of their deviation."""
+    strength = 3.0
+    options = dict(method="l2sp_cautious", strength=strength, anchor=anchor, backend=backend)
+    params, plain, optimizer, inner = pair_of(base, model_of, **options)
+    start = [torch.zeros_like(p) if anchor == "zero" else p.detach().clone() for p in params]
+    held = []
+    for t in stream(params, 6):
+        for p, q in zip(params, plain, strict=True):
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in plain]
+        inner.step()
+        optimizer.step()
+        for q, old, p0 in zip(plain, before, start, strict=True):
+            u, d = (old - q.detach()) / 0.05, old - p0
+            mask = u * d >= 0
+            held.append((mask & (d != 0)).double().mean())
+            with torch.no_grad():
+                q -= 0.05 * strength * (mask * d)
+        assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(params, plain, strict=True)), t
+    assert 0.1 < float(torch.stack(held).mean()) < 0.9
+    assert all(of.alpha == pytest.approx(1 - 0.05 * strength) for of in optimizer.telemetry().values())
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+@pytest.mark.parametrize("anchor", ["initial", "zero"])
+@pytest.mark.parametrize("strength", [0.6, 2.0])
+def test_digrap_takes_the_gradient_apart(model_of, backend, base, anchor, strength):
+    """It loses what leads away from θ₀, if it does, and torch.optim goes on from there. Above 1, strength is 1."""
+    options = dict(method="digrap", strength=strength, anchor=anchor, backend=backend)
+    params, plain, optimizer, inner = pair_of(base, model_of, **options)
+    start = [torch.zeros_like(p) if anchor == "zero" else p.detach().clone() for p in params]
+    conflicts = []
+    for t in stream(params, 6):
+        for p, q, p0 in zip(params, plain, start, strict=True):
+            d = q.detach() - p0
+            dot = (p.grad * d).sum()
+            conflicts.append(bool(dot < 0))
+            q.grad = p.grad - min(1, strength) * dot / d.square().sum() * d if dot < 0 else p.grad.clone()
+            if strength > 1 and dot < 0:
+                assert abs(float((q.grad * d).sum())) < 1e-9 * abs(float(dot))
+        inner.step()
+        optimizer.step()
+        assert all(torch.allclose(p, q, rtol=1e-7, atol=1e-9) for p, q in zip(params, plain, strict=True)), t
+    assert 3 < sum(conflicts) < len(conflicts) - 3
+
+
 @pytest.mark.parametrize("norm", ["l2", "mars", "mars_rows"])
 def test_pgm_holds_its_radius(model_of, backend, norm):
     """After each step n ≤ radius. The radius is a tensor, which is read anew. Another group has a norm of its own."""

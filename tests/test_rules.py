@@ -30,6 +30,14 @@ UNSOUND = {
     "learning without a rule for it": (replace(LEARNING, when_learned=""), "must name the rule of its step once"),
     "learning without a delta": (replace(LEARNING, tracks=False), "must survey the slope and track the delta"),
     "a sign without a survey": (replace(PENALIZING, surveys="", half=""), "must survey the largest row"),
+    "a conflict without a penalty": (
+        Rule("mine", pulls=False, surveys="conflict", half="keep"),
+        "so its penalty must be linear",
+    ),
+    "a cautious pull that measures": (
+        replace(SOUND, cautious=True),
+        "is cautious, so it must pull by an α",
+    ),
     "a survey without a sign": (replace(PENALIZING, penalty=""), "must survey the largest row"),
     "an unknown measure": (replace(SOUND, measures="cubes"), "has measures='cubes': choose one of"),
     "an unknown state": (replace(LEARNING, learns="radii"), "has learns='radii': choose one of"),

@@ -26,6 +26,9 @@ from robustft_kernels.testing import (
 
 from .table import ANCHORS, METHOD_NORMS, TABLE, covering
 
+ALIKE = ("l2sp_cautious", "digrap")  # these go through the loops of "l2sp" and "l2sp_coupled"
+FEW_CASES = tuple(LEAN_CASES[k] for k in (0, 3, 4))
+
 native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
@@ -34,12 +37,15 @@ def tiers(backend, turn):
     it, and the mark of its tier.
 
     The default tier has rows in which all pairs are met. Another `turn` gives other rows. In Triton's interpreter they
-    step lean cases, and the full tier steps all cases. The native backend is the fastest, so its full tier has the rest
-    of the table.
+    step lean cases, or few if their method shares its loops with others, and the full tier steps all cases. The native
+    backend is the fastest, so its full tier has the rest of the table.
     """
     rows = covering(turn)
     if slow(backend):
-        return [(LEAN_CASES, rows, {3}, "lean", ()), (CASES, rows, {0, 3}, "", pytest.mark.full)]
+        alike = [row for row in rows if row.method_norm[0] in ALIKE]
+        others = [row for row in rows if row not in alike]
+        lean = [(LEAN_CASES, others, {3}, "lean", ()), (FEW_CASES, alike, {3}, "few", ())]
+        return [*lean, (CASES, rows, {0, 3}, "", pytest.mark.full)]
     rest = [row for row in TABLE if row not in rows] if backend == "native" else []
     return [(CASES, rows, {0, 3}, "", ()), (CASES, rest, {0, 1, 2, 3}, "", pytest.mark.full)]
 

@@ -56,7 +56,7 @@ def test_tells_what_the_weights_are(method, norm, dtype, served_by):
             radius = {"project": 0.05, "ftp": float(optimizer.state[params[k]].get("radius_state", [nan])[0])}
             assert of.radius == pytest.approx(radius.get(method, nan), nan_ok=True)
     told = told["3"]
-    assert (told.selections > 0) == (method not in ("none", "l2sp_coupled", "mars_sp"))
+    assert (told.selections > 0) == (method not in ("none", "l2sp_coupled", "digrap", "mars_sp"))
     if method in ("project", "ftp"):
         assert told.deviation == pytest.approx(told.radius, rel=1e-5)
 

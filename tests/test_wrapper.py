@@ -337,6 +337,8 @@ BAD = [
     (dict(method="ftp"), r"'ftp' works within the step, which is not ours here: use AnchoredAdamW or AnchoredSGD"),
     (dict(method="l2sp_coupled"), "use AnchoredAdamW or AnchoredSGD"),
     (dict(method="mars_sp"), "use AnchoredAdamW or AnchoredSGD"),
+    (dict(method="digrap"), "use AnchoredAdamW or AnchoredSGD"),
+    (dict(method="l2sp_cautious"), "use AnchoredAdamW or AnchoredSGD"),
     (dict(method="sdp"), "unknown method 'sdp'"),
     (dict(norm="mars"), "method 'spd' does not go with norm='mars'"),
     (dict(norm="l3"), "norm='l3'"),

@@ -91,8 +91,9 @@ def ftp(m, h):
 
 # "project_mars" decides for the largest row of a tensor. Rules that never pull, or are given α, need no function.
 FUNCTIONS = {
-    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away, "spd_away_rows": spd_away_rows,
-    "project": project, "project_mars": project_rows, "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
+    "l2sp": l2sp, "l2sp_cautious": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away,
+    "spd_away_rows": spd_away_rows, "project": project, "project_mars": project_rows, "project_rows": project_rows,
+    "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -109,6 +110,13 @@ def decide(rule, m, h, V: tl.constexpr):
     for k in tl.static_range(len(V.RULES)):
         alpha = tl.where(rule == k, V.RULES[k](m, h), alpha)
     return tl.where(alpha == alpha, alpha, 1.0)
+
+
+@triton.jit
+def conflict(dot, size, h):
+    """DiGraP's factor of d: −min(1, strength)·⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0, or when it is not finite."""
+    factor = -tl.minimum(h[STRENGTH], 1.0) * dot / size
+    return tl.where((dot < 0) & (factor < float("inf")), factor, 0.0)
 
 
 @triton.jit

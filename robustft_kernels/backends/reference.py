@@ -67,6 +67,16 @@ def l2sp(m: Measured, h: Row) -> Tensor:
     return torch.full_like(m["before"], 1 - min(1.0, h["strength"] * h["lr"]))
 
 
+def held(theta: Tensor, moved: Tensor, theta_0: Tensor, hold: Tensor) -> Tensor:
+    """θ̃ − hold·d on each element with (θ − θ̃)·d ≥ 0, else θ̃. d = θ − θ₀.
+
+    Chen et al., "Cautious Weight Decay", ICLR 2026 (arXiv 2510.12402), Algorithm 1: x ← x − lr(u + λ·1[u∘x ≥ 0]∘x),
+    where the step is −lr·u. Here with d for x.
+    """
+    d = theta - theta_0
+    return torch.where((theta - moved) * d >= 0, moved - hold.to(d.dtype) * d, moved)
+
+
 def norm(m: Measured) -> Tensor:
     """‖c‖ of each tensor, from ‖d‖² and ‖c‖² − ‖d‖²."""
     return (m["before"] + m["gain"]).clamp(min=0).sqrt()
@@ -139,8 +149,9 @@ def ftp(m: Measured, h: Row) -> Tensor:
 
 
 RULES: dict[str, Callable[[Measured, Row], Tensor]] = {
-    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away, "spd_away_rows": spd_away_rows,
-    "project": project, "project_mars": project_mars, "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
+    "l2sp": l2sp, "l2sp_cautious": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away,
+    "spd_away_rows": spd_away_rows, "project": project, "project_mars": project_mars, "project_rows": project_rows,
+    "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -169,12 +180,25 @@ def measure(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     return {name: segments(of_elements[name], rule).sum(1, dtype=torch.float64) for name in MEASURES}
 
 
-def penalty(d: Tensor, rule: Rule, h: Row) -> Tensor | float:
-    """What the rule adds to the gradient at θ₀ + d.
+def conflict(g: Tensor, d: Tensor, h: Row) -> Tensor:
+    """What d is multiplied with, so that the step leads less away: −ω⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0, or when it is
+    not finite. ω = min(1, strength).
+
+    Huang et al., "Directional Gradient Projection for Robust Fine-Tuning of Foundation Models", ICLR 2025, Algorithm 1.
+    """
+    dot, size = (of.sum(dtype=torch.float64) for of in (g * d, d * d))
+    factor = -min(1.0, h["strength"]) * dot / size
+    return torch.where((dot < 0) & factor.isfinite(), factor, 0.0)
+
+
+def penalty(g: Tensor, d: Tensor, rule: Rule, h: Row) -> Tensor | float:
+    """What the rule adds to the gradient g at θ₀ + d.
 
     The penalty ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3) adds strength·d. The penalty strength·maxᵢ nᵢ
     (Gouk et al., ICLR 2021, Section 3) adds strength·sign(d) on the first row of largest nᵢ.
     """
+    if rule.surveys == "conflict":
+        return conflict(g, d, h).to(d.dtype) * d
     if rule.penalty == "linear":
         return h["strength"] * d
     if rule.penalty == "sign" and d.numel():
@@ -295,7 +319,7 @@ def _step_one(
         learned = LEARN[rule.name](work[rule.learns], slope_of(g, work["delta"]), t, h)
         work[rule.learns] = learned
         h = {**h, "radius": learned[0]}  # type: ignore[dict-item]
-    moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
+    moved = STEPS[base.name](theta, g + penalty(g, theta - theta_0, rule, h), work, t, h)
 
     rounded = Rounding(stored, of.seed if spec.stochastic_rounding else None, t)
     found = dict.fromkeys(MEASURES, torch.full_like(alphas, torch.nan))
@@ -314,7 +338,7 @@ def _step_one(
         work[rule.learns][0].copy_(torch.where(largest.isfinite(), radius.minimum(largest), radius))
     scale = alpha.to(dtype).reshape([-1, *[1] * (theta.dim() - 1)] if theta.dim() else [])
     pulled = torch.where(scale == 0, theta_0, theta_0 + scale * (moved - theta_0))
-    pulled = torch.where(scale == 1, moved, pulled)
+    pulled = held(theta, moved, theta_0, 1 - alpha[0]) if rule.cautious else torch.where(scale == 1, moved, pulled)
     if rule.measures:
         new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
     else:

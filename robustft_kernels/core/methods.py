@@ -34,9 +34,11 @@ class Rule:
         once the sums of all shards are there. Needed by each rule that measures and pulls, or surveys.
     tied: whether all rows of a tensor share one α, that of the largest row.
     given: whether the caller gives α.
-    surveys: what must be known of all rows before the step: "slope" (of the last delta), "largest_row", or "".
-    penalty: what the rule adds to the gradient: "linear" (strength·d), "sign" (strength·sign(d) on the surveyed row),
-        or "".
+    cautious: whether the pull moves only elements whose step leads toward the anchor, and moves them by (1 − α)d.
+    surveys: what must be known before the step: of all rows "slope" (of the last delta) or "largest_row", of the whole
+        tensor "conflict" (⟨g,d⟩ and ‖d‖²), or "".
+    penalty: what the rule adds to the gradient: "linear" (strength·d, or what a conflict makes of it), "sign"
+        (strength·sign(d) on the surveyed row), or "".
     tracks: whether it keeps the `delta`, c of its last step.
     learns: the key in `LEARNED` of the state that it learns from the slope, or "".
     when_learned: the rule that makes the same step with a radius that is known. Over processes, all learn it before the
@@ -52,6 +54,7 @@ class Rule:
     half: str = ""
     tied: bool = False
     given: bool = False
+    cautious: bool = False
     surveys: str = ""
     penalty: str = ""
     tracks: bool = False
@@ -67,7 +70,7 @@ class Rule:
     @property
     def crosses_rows(self) -> bool:
         """Whether a step must process the tensor row by row."""
-        return self.by_rows or bool(self.surveys)
+        return self.by_rows or self.surveys in ("slope", "largest_row")
 
     @property
     def pull_half(self) -> str:
@@ -76,8 +79,9 @@ class Rule:
 
     @property
     def goes_around(self) -> bool:
-        """Whether it can go around the step of another optimizer, whose gradient is not ours to change."""
-        return not (self.penalty or self.surveys)
+        """Whether it can go around the step of another optimizer. Its gradient is not ours to change, and the weights
+        before the step are gone."""
+        return not (self.penalty or self.surveys or self.cautious)
 
     def segments_of(self, shape: tuple[int, ...]) -> int:
         """How many segments a tensor of this shape has: one, or its rows. Below two dimensions a tensor is one row."""
@@ -123,7 +127,7 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
     """What is wrong with the facts of a rule, or ""."""
     for key, known in (
         ("measures", ("", "squares", "magnitudes")),
-        ("surveys", ("", "slope", "largest_row")),
+        ("surveys", ("", "slope", "largest_row", "conflict")),
         ("penalty", ("", "linear", "sign")),
         ("learns", ("", *LEARNED)),
     ):
@@ -143,6 +147,10 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
         return f"must name the rule of its step once it has learned, if it learns; when_learned={rule.when_learned!r}"
     if (rule.penalty == "sign") != (rule.surveys == "largest_row"):
         return "must survey the largest row if its penalty is a sign, and only then"
+    if rule.surveys == "conflict" and rule.penalty != "linear":
+        return "surveys a conflict, so its penalty must be linear"
+    if rule.cautious and (not rule.pulls or rule.measures or rule.given):
+        return "is cautious, so it must pull by an α that it knows before the step"
     if not (rule.waits or rule.surveys):
         return f"has half={rule.half!r}, but neither waits for its measures nor surveys" if rule.half else ""
     if rule.waits and not rule.surveys and rule.compares is None:
@@ -161,7 +169,9 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
 RULES = check_rules((
     Rule("keep", pulls=False),
     Rule("l2sp", pulls=True, reads=("strength", "lr")),
+    Rule("l2sp_cautious", pulls=True, cautious=True, reads=("strength", "lr")),
     Rule("l2sp_coupled", pulls=False, penalty="linear", reads=("strength",)),
+    Rule("digrap", pulls=False, surveys="conflict", penalty="linear", half="keep", reads=("strength",)),
     Rule("mars_sp", pulls=False, surveys="largest_row", penalty="sign", half="keep", reads=("strength",)),
     Rule("spd", pulls=True, compares=True, measures="squares", half="observe", reads=("strength",)),
     Rule(
@@ -212,10 +222,21 @@ METHODS = {
         "α = 1 − min(1, strength·lr).",
         "L2-SP: Li et al., ICML 2018, decoupled as in the SPD paper's Algorithms 1 and 3",
     ),
+    "l2sp_cautious": Method(
+        {"l2": "l2sp_cautious"},
+        "θ ← θ̃ − min(1, strength·lr)·d on each element whose step leads toward θ₀ or nowhere, (θ − θ̃)·d ≥ 0; else θ̃.",
+        "Cautious weight decay: Chen et al., ICLR 2026 (arXiv 2510.12402), Algorithm 1, with d for the weight",
+    ),
     "l2sp_coupled": Method(
         {"l2": "l2sp_coupled"},
         "α = 1. g + strength·d takes the place of g, and goes through the moments.",
         "L2-SP: Li et al., ICML 2018, Eq. 3",
+    ),
+    "digrap": Method(
+        {"l2": "digrap"},
+        "α = 1. g − min(1, strength)·(⟨g,d⟩/‖d‖²)·d takes the place of g for each tensor with ⟨g,d⟩ < 0, and goes "
+        "through the moments.",
+        "DiGraP: Huang et al., ICLR 2025, Algorithm 1 with a fixed projection strength",
     ),
     "mars_sp": Method(
         {"mars": "mars_sp"},

@@ -38,8 +38,9 @@ class AnchoredAdamW(AnchoredOptimizer):
         gate: which steps "spd" may hold back: "inconsistent", those with ⟨g,d⟩ > 0, as in the paper, or "away", all
             that lead away from θ₀. With "away", the distance of a layer grows by 1 − strength of what a step adds to
             it. So strength=1 lets none grow, and a layer that begins at θ₀ stays there.
-        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
-            lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the loss.
+        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" and
+            "l2sp_cautious" it is per unit of lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the
+            loss. For "digrap" it is the share of the gradient's part along d, from 0 to 1.
         radius: γ > 0 of "project", in units of the weights: one number, or one for each parameter. By name, a key is
             also a prefix of whole components, the longest counts, and "" matches all. A sequence or tensor [n] is
             parallel to the parameters. There is one group for each radius then. A tensor is read at each step.

@@ -117,6 +117,12 @@ def learn(states: Tensor, slopes: Tensor, t: Tensor, terms: Terms) -> Tensor:
     return torch.where((radius == 0)[:, None], fresh, new)
 
 
+def projection(dot: Tensor, size: Tensor, strength: Number) -> Tensor:
+    """DiGraP's factor of d: −min(1, strength)·⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0."""
+    factor = -torch.as_tensor(strength, dtype=dot.dtype, device=dot.device).clamp(max=1) * dot / size
+    return torch.where((dot < 0) & factor.isfinite(), factor, 0.0)
+
+
 LEARN: dict[str, Callable[[Tensor, Tensor, Tensor, Terms], Tensor]] = {"ftp": learn}
 
 
