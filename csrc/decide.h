@@ -33,18 +33,26 @@ ROBUSTFT_ANYWHERE inline double norm(const Measures& m) { return std::sqrt(std::
 
 ROBUSTFT_ANYWHERE inline double row_norm(const Measures& m) { return m.before + m.gain; }
 
-// Fires only if the progress is inconsistent and led away, and not for nan.
+// Fires only if the segment moved away, and not for nan.
 ROBUSTFT_ANYWHERE inline double shrink(double ratio, const Measures& m, double strength) {
-  const bool fires = m.grad_dot_delta > 0 && m.gain > 0 && std::isfinite(ratio);
-  return fires ? 1 - std::min(1.0, strength * ratio) : 1;
+  return m.gain > 0 && std::isfinite(ratio) ? 1 - std::min(1.0, strength * ratio) : 1;
 }
 
-ROBUSTFT_ANYWHERE inline double spd(const Measures& m, const Terms& t) {
+ROBUSTFT_ANYWHERE inline double spd_away(const Measures& m, const Terms& t) {
   const double before = std::sqrt(m.before), after = std::sqrt(m.before + m.gain);
   return shrink(m.gain / (before + after) / after, m, t.strength);
 }
 
-ROBUSTFT_ANYWHERE inline double spd_rows(const Measures& m, const Terms& t) { return shrink(m.gain / row_norm(m), m, t.strength); }
+ROBUSTFT_ANYWHERE inline double spd_away_rows(const Measures& m, const Terms& t) {
+  return shrink(m.gain / row_norm(m), m, t.strength);
+}
+
+// Fires only if the progress is inconsistent, too.
+ROBUSTFT_ANYWHERE inline double spd(const Measures& m, const Terms& t) { return m.grad_dot_delta > 0 ? spd_away(m, t) : 1; }
+
+ROBUSTFT_ANYWHERE inline double spd_rows(const Measures& m, const Terms& t) {
+  return m.grad_dot_delta > 0 ? spd_away_rows(m, t) : 1;
+}
 
 ROBUSTFT_ANYWHERE inline double within(double n, double radius) { return n > radius && std::isfinite(n) ? radius / n : 1; }
 
@@ -74,8 +82,8 @@ ROBUSTFT_ANYWHERE inline void learn(double* numbers, double slope, double t, con
 
 // The rules that choose an alpha, each with its function. Python declares all other facts of a rule, in methods.RULES.
 #define ROBUSTFT_ALPHAS(X) \
-  X(keep, keep) X(l2sp, l2sp) X(spd, spd) X(spd_rows, spd_rows) X(project, project) X(project_mars, project_rows) \
-  X(project_rows, project_rows) X(ftp, ftp) X(ftp_learned, ftp)
+  X(keep, keep) X(l2sp, l2sp) X(l2sp_cautious, l2sp) X(spd, spd) X(spd_rows, spd_rows) X(spd_away, spd_away) \
+  X(spd_away_rows, spd_away_rows) X(project, project) X(project_mars, project_rows) X(project_rows, project_rows) X(ftp, ftp) X(ftp_learned, ftp)
 // The rules that learn, each with its function and how many numbers it learns.
 #define ROBUSTFT_LEARNINGS(X) X(ftp, learn, 3)
 
@@ -107,8 +115,14 @@ ROBUSTFT_ANYWHERE inline void learn_by(Learning which, double* numbers, double s
 // What a row adds to FTP's slope. Its measures are of the last delta.
 ROBUSTFT_ANYWHERE inline double slope_of(const Measures& m) { return m.grad_dot_delta / (m.before + kRowEps); }
 
-// What must be known of all rows of a tensor before its base step.
-enum class Survey : uint8_t { none, slope, largest_row };
+// What DiGraP multiplies d with, for the gradient. The measures are of the whole tensor before the step.
+ROBUSTFT_ANYWHERE inline double conflict(const Measures& m, const Terms& t) {
+  const double factor = -std::min(1.0, t.strength) * m.grad_dot_delta / m.before;
+  return m.grad_dot_delta < 0 && std::isfinite(factor) ? factor : 0;
+}
+
+// What must be known before the base step: of all rows of a tensor, or of the whole.
+enum class Survey : uint8_t { none, slope, largest_row, conflict };
 
 struct Rule {
   Measuring measuring = Measuring::none;  // none: alpha is known before the sweep
@@ -116,6 +130,7 @@ struct Rule {
   bool tied = false;                      // one alpha for all rows of a tensor, that of its largest
   bool given = false;                     // alpha is the caller's
   bool pulls = false;                     // alpha can be other than 1
+  bool cautious = false;                  // the pull moves only elements whose step leads toward the anchor
   bool tracks = false;                    // the delta is kept
   bool linear = false, sign = false;      // the penalty that goes through the gradient
   Survey survey = Survey::none;
@@ -123,13 +138,16 @@ struct Rule {
   Learning learning = Learning::none;
 
   // Whether a step must process the tensor row by row.
-  ROBUSTFT_ANYWHERE bool crosses_rows() const { return by_rows || survey != Survey::none; }
+  ROBUSTFT_ANYWHERE bool crosses_rows() const {
+    return by_rows || survey == Survey::slope || survey == Survey::largest_row;
+  }
   // Whether each row is decided and pulled as soon as it is measured. If not, it waits for the whole tensor.
   ROBUSTFT_ANYWHERE bool pulls_at_once(const Pieces& pieces) const { return by_rows && !tied && !pieces.split(); }
   ROBUSTFT_ANYWHERE Penalty penalty(double strength) const { return {linear ? strength : 0, sign ? strength : 0, -1}; }
 };
 
-// What a survey measures. For the slope it is the delta with the gradient. For the largest row it is d.
+// What a survey measures. For the slope it is the delta with the gradient. For the largest row it is d, and for a
+// conflict d with the gradient.
 ROBUSTFT_ANYWHERE inline Param surveyed(Survey survey, const Param& of) {
   Param seen;
   seen.rows = of.rows, seen.sign = of.sign;
@@ -137,7 +155,11 @@ ROBUSTFT_ANYWHERE inline Param surveyed(Survey survey, const Param& of) {
     seen.param = of.delta, seen.grad = of.grad;
   else
     seen.param = of.param, seen.working = of.working, seen.anchor = of.anchor;
+  if (survey == Survey::conflict) seen.grad = of.grad;
   return seen;
+}
+ROBUSTFT_ANYWHERE constexpr Measuring measuring_of(Survey survey) {
+  return survey == Survey::conflict ? Measuring::squares : Measuring::magnitudes;
 }
 
 // Writes what was found of a segment. graded: whether there was a gradient.
@@ -148,6 +170,7 @@ ROBUSTFT_ANYWHERE inline void record(double* results, double* alphas, int64_t se
   alphas[segment] = alpha;
   m.write(to);
   to[kMeasures] += alpha != 1;
+  to[kMeasures + 1] += m.grad_dot_delta > 0;
 }
 
 }  // namespace robustft

@@ -15,7 +15,7 @@ namespace robustft {
 #define ROBUSTFT_COUNT(name) +1
 constexpr int kMeasures = 0 ROBUSTFT_MEASURES(ROBUSTFT_COUNT);
 #undef ROBUSTFT_COUNT
-constexpr int kResults = kMeasures + 1;  // of a segment: its measures, and how often alpha was not 1
+constexpr int kResults = kMeasures + 2;  // of a segment: its measures, how often alpha was not 1, and <g, d> above 0
 
 struct Measures {
 #define ROBUSTFT_FIELD(name) double name = 0;

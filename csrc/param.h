@@ -59,6 +59,7 @@ struct Param {
   bool dithered = false;    // whether a bf16 param is rounded stochastically
   bool low_state = false;   // whether moments are bf16, which are rounded stochastically
   bool coded_state = false; // whether they are codes
+  bool cautious = false;    // whether the pull moves only elements whose step leads toward the anchor
 };
 
 // A part of a Param: `rows` rows from `row` on, and the elements [begin, end) of each.

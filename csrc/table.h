@@ -121,8 +121,11 @@ inline Rule rule_of(const py::handle& facts) {
                    : measures == "magnitudes" ? Measuring::magnitudes
                                               : Measuring::none;
   rule.by_rows = flag("by_rows"), rule.tied = flag("tied"), rule.given = flag("given");
-  rule.pulls = flag("pulls"), rule.tracks = flag("tracks");
-  rule.survey = surveys == "slope" ? Survey::slope : surveys == "largest_row" ? Survey::largest_row : Survey::none;
+  rule.pulls = flag("pulls"), rule.tracks = flag("tracks"), rule.cautious = flag("cautious");
+  rule.survey = surveys == "slope"         ? Survey::slope
+                : surveys == "largest_row" ? Survey::largest_row
+                : surveys == "conflict"    ? Survey::conflict
+                                           : Survey::none;
   rule.linear = penalty == "linear", rule.sign = penalty == "sign";
   if (rule.pulls && !rule.given) rule.alpha = alpha_named(text("name"));
   if (!text("learns").empty()) rule.learning = learning_named(text("name"));
@@ -219,7 +222,7 @@ class Table {
     p.rows = rows_of(held.param, held.rule->crosses_rows());
     p.low_state = held.state[0].defined() && held.state[0].scalar_type() == at::kBFloat16;
     p.coded_state = held.scales[0].defined();
-    p.seed = held.seed, p.dithered = held.dithered;
+    p.seed = held.seed, p.dithered = held.dithered, p.cautious = held.rule->cautious;
     return p;
   }
   void check_count(size_t grads) const {

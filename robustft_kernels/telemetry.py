@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .core.bases import Group
 from .core.exchange import Reach, reach_of
-from .core.methods import METHODS, RESULTS, rule_of
+from .core.methods import METHODS, RESULTS, rule_of_group
 from .core.sharding import is_spread, local
 from .finetune.projection import deviation
 from .step import anchor_sizes
@@ -30,13 +30,15 @@ class Telemetry(NamedTuple):
 
     deviation: n = ‖θ − θ₀‖ in the norm of its method. That is Frobenius for "l2", and the largest row sum maxᵢ Σ|cᵢ|
         for "mars" and "mars_rows" ("ftp" and "mars_sp" included). It comes from the sums of the step: α·n before the
-        pull, to the rounding of the parameter's dtype. Methods that need no sums ("l2sp", "l2sp_coupled", "mars_sp",
-        "none") are measured when asked, but not over processes: it is nan then. nan without an anchor.
+        pull, to the rounding of the parameter's dtype. Methods that need no sums ("none", "mars_sp", "digrap",
+        and those of L2-SP) are measured when asked, but not over processes: it is nan then. nan without an anchor.
     relative_deviation: deviation / ‖θ₀‖ in the same norm. nan if θ₀ is zero.
     alpha: α of the last step. If each row has its own α, their mean.
     selected: the share of segments (1, or the rows) with α ≠ 1 in the last step.
     selections: in how many steps so far α was not 1, as the mean over the segments.
     radius: the radius of "project", or γ as learned by "ftp". nan for the other methods.
+    inconsistencies: of "spd", in how many steps so far ⟨g,d⟩ was above 0, as the mean over the segments. The gate was
+        open then, unless it is "away", and α was below 1 only if the step led away too. nan for the other methods.
     """
 
     deviation: float
@@ -45,6 +47,7 @@ class Telemetry(NamedTuple):
     selected: float
     selections: float
     radius: float
+    inconsistencies: float = nan
 
     def __repr__(self) -> str:
         """Four digits of each number. All digits are in the numbers themselves."""
@@ -171,6 +174,7 @@ class _Subject:
     zero: bool  # its anchor is zero
     norm: str  # "l2" or "mars"
     measured: bool
+    gated: bool  # its method has a gate
     radius: float = nan  # if the host knows it
     numbers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -178,27 +182,28 @@ class _Subject:
         """Its telemetry, from the same numbers on the host."""
         first = {key: values[0].tolist() if len(values) else nan for key, values in numbers.items()}
         deviation, radius = first.get("deviation", nan), first.get("radius", self.radius)
-        alpha, selected, selections = 1.0, 0.0, 0.0
+        alpha, selected, selections, inconsistencies = 1.0, 0.0, 0.0, 0.0
         if len(told := numbers.get("told", ())):
-            deviation, alpha, selected, selections = told.tolist()
+            deviation, alpha, selected, selections, inconsistencies = told.tolist()
         elif len(alphas := numbers.get("alphas", ())):
             found = dict(zip(RESULTS, numbers["results"].reshape(-1, len(RESULTS)).T, strict=True))
             alpha, selected = alphas.mean().tolist(), (alphas != 1).double().mean().tolist()
-            selections = found["selected"].mean().tolist()
+            selections, inconsistencies = (found[key].mean().tolist() for key in ("selected", "inconsistent"))
             if self.measured:
                 sizes = (found["before"] + found["gain"]).clamp(min=0)
                 deviation = ((sizes.sqrt() if self.norm == "l2" else sizes) * alphas).max().tolist()
         elif self.measured:
             deviation = 0.0  # it has no rows
         whole = first.get("anchor", 0.0)
-        return Telemetry(deviation, deviation / whole if whole else nan, alpha, selected, selections, radius)
+        relative, inconsistencies = deviation / whole if whole else nan, inconsistencies if self.gated else nan
+        return Telemetry(deviation, relative, alpha, selected, selections, radius, inconsistencies)
 
 
 def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], results: Results) -> Iterable[_Subject]:
     place = 0
     for group in groups:
         method, names = group["method"], group.get("param_names")
-        rule = rule_of(method, group["norm"])
+        rule = rule_of_group(group)
         norm = group["norm"] or next(iter(METHODS[method].rules))
         for k, param in enumerate(group["params"]):
             of_param = kept.get(param, {})
@@ -213,6 +218,7 @@ def _subjects(groups: list[Group], kept: Mapping[Tensor, Mapping[str, Any]], res
                 group["anchor"] == "zero",
                 "l2" if norm == "l2" else "mars",
                 known and bool(rule.measures),
+                bool(METHODS[method].gated),
             )
             if known and found.told is not None:
                 subject.numbers["told"] = found.told

@@ -152,6 +152,66 @@ def test_penalties_are_those_of_the_loss(model_of, backend, method, base, anchor
     assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(params, plain, strict=True))
 
 
+def pair_of(base, model_of, **options):
+    """One of our optimizers, and torch's with the same base over copies."""
+    params = model_of()
+    plain = [nn.Parameter(p.detach().clone()) for p in params]
+    if base == "adam":
+        ours, inner = rft.AnchoredAdamW(params, lr=0.05, weight_decay=0.1, **options), torch.optim.AdamW
+        return params, plain, ours, inner(plain, lr=0.05, weight_decay=0.1)
+    ours, inner = rft.AnchoredSGD(params, lr=0.05, momentum=0.9, **options), torch.optim.SGD
+    return params, plain, ours, inner(plain, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+@pytest.mark.parametrize("anchor", ["initial", "zero"])
+def test_cautious_decay_follows_the_paper(model_of, backend, base, anchor):
+    """x ← x − lr(u + λ·1[u∘x ≥ 0]∘x), of the weights for a zero anchor, else of their deviation."""
+    strength = 3.0
+    options = dict(method="l2sp_cautious", strength=strength, anchor=anchor, backend=backend)
+    params, plain, optimizer, inner = pair_of(base, model_of, **options)
+    start = [torch.zeros_like(p) if anchor == "zero" else p.detach().clone() for p in params]
+    held = []
+    for t in stream(params, 6):
+        for p, q in zip(params, plain, strict=True):
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in plain]
+        inner.step()
+        optimizer.step()
+        for q, old, p0 in zip(plain, before, start, strict=True):
+            u, d = (old - q.detach()) / 0.05, old - p0
+            mask = u * d >= 0
+            held.append((mask & (d != 0)).double().mean())
+            with torch.no_grad():
+                q -= 0.05 * strength * (mask * d)
+        assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(params, plain, strict=True)), t
+    assert 0.1 < float(torch.stack(held).mean()) < 0.9
+    assert all(of.alpha == pytest.approx(1 - 0.05 * strength) for of in optimizer.telemetry().values())
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+@pytest.mark.parametrize("anchor", ["initial", "zero"])
+@pytest.mark.parametrize("strength", [0.6, 2.0])
+def test_digrap_takes_the_gradient_apart(model_of, backend, base, anchor, strength):
+    """It loses what leads away from θ₀, if it does, and torch.optim goes on from there. Above 1, strength is 1."""
+    options = dict(method="digrap", strength=strength, anchor=anchor, backend=backend)
+    params, plain, optimizer, inner = pair_of(base, model_of, **options)
+    start = [torch.zeros_like(p) if anchor == "zero" else p.detach().clone() for p in params]
+    conflicts = []
+    for t in stream(params, 6):
+        for p, q, p0 in zip(params, plain, start, strict=True):
+            d = q.detach() - p0
+            dot = (p.grad * d).sum()
+            conflicts.append(bool(dot < 0))
+            q.grad = p.grad - min(1, strength) * dot / d.square().sum() * d if dot < 0 else p.grad.clone()
+            if strength > 1 and dot < 0:
+                assert abs(float((q.grad * d).sum())) < 1e-9 * abs(float(dot))
+        inner.step()
+        optimizer.step()
+        assert all(torch.allclose(p, q, rtol=1e-7, atol=1e-9) for p, q in zip(params, plain, strict=True)), t
+    assert 3 < sum(conflicts) < len(conflicts) - 3
+
+
 @pytest.mark.parametrize("norm", ["l2", "mars", "mars_rows"])
 def test_pgm_holds_its_radius(model_of, backend, norm):
     """After each step n ≤ radius. The radius is a tensor, which is read anew. Another group has a norm of its own."""
@@ -190,6 +250,95 @@ def test_spd_by_rows_is_spd_of_each_row(backend):
     assert torch.allclose(params[0], torch.stack(list(alone)), rtol=1e-10)
 
 
+def test_a_plain_small_step_moves_back_where_the_gate_is_open(model_of, backend):
+    """c = d − lr·g, so ‖c‖² − ‖d‖² = lr²‖g‖² − 2·lr·⟨g,d⟩. It is below 0 for a small lr, and no strength changes a bit.
+    The other gate lets strength act."""
+    runs = {}
+    for gate, strength in (("inconsistent", 0.0), ("inconsistent", 0.01), ("inconsistent", 1.0), ("away", 0.5)):
+        params = model_of(torch.float32)
+        optimizer = rft.SGDSPD(params, lr=1e-3, strength=strength, gate=gate, backend=backend)
+        start = [p.detach().clone() for p in params]
+        for turn in (-1.0, -1.0, -1.0, -1.0, 0.5, 0.5):  # four steps away, and two of half their length back
+            for p, p0 in zip(params, start, strict=True):
+                p.grad = turn * p0.sign()
+            optimizer.step()
+        runs[gate, strength] = params, list(optimizer.telemetry().values())
+    free, told = runs["inconsistent", 0.0]
+    assert all(of.inconsistencies == 2 and of.selections == 0 for of in told)
+    for strength in (0.01, 1.0):
+        assert all(map(torch.equal, free, runs["inconsistent", strength][0]))
+        assert all(of.selections == 0 for of in runs["inconsistent", strength][1])
+    held, told = runs["away", 0.5]
+    assert not any(map(torch.equal, free, held))
+    assert all(of.selections == 4 and of.inconsistencies == 2 for of in told)
+
+
+@pytest.mark.parametrize("norm", ["l2", "mars_rows"])
+def test_the_gate_away_takes_its_share_of_each_step(backend, norm):
+    """A layer's distance grows by 1 − strength of what the step adds to it. What leads back is left alone."""
+    param, strength = nn.Parameter(torch.randn(6, 9, dtype=torch.float64)), 0.3
+    start = param.detach().clone()
+    free = nn.Parameter(start.clone())
+    optimizer = rft.AdamSPD([param], lr=0.05, strength=strength, gate="away", norm=norm, backend=backend)
+    inner = torch.optim.Adam([free], lr=0.05)
+
+    def size(of):
+        c = rows_of(of.detach() - start)
+        return c.norm().reshape(1) if norm == "l2" else c.abs().sum(1)
+
+    grew = []
+    for _ in stream([param], 6):
+        before = size(param)
+        with torch.no_grad():
+            free.copy_(param)
+        free.grad = param.grad.clone()
+        inner.step()
+        optimizer.step()
+        after = size(free)
+        grew.append(after > before)
+        want = torch.where(grew[-1], before + (1 - strength) * (after - before), after)
+        assert torch.allclose(size(param), want, rtol=1e-9)
+    grew = torch.stack(grew)
+    assert grew[0].all()
+    assert not grew.all()
+
+
+def test_a_gate_is_chosen_by_group_and_saved():
+    """Methods without a gate pass it over. The paper's is in no group, and a checkpoint without one means the
+    paper's."""
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [a]}, {"params": [b], "method": "l2sp"}]
+    optimizer = rft.AdamSPD(groups, gate="away", strength=0.5)
+    saved = optimizer.state_dict()
+    assert [group["gate"] for group in saved["param_groups"]] == ["away", "away"]
+    plain = rft.AdamSPD([{"params": [a]}, {"params": [b], "method": "l2sp"}])
+    assert all("gate" not in group for group in plain.state_dict()["param_groups"])
+    older = plain.state_dict()
+    plain.load_state_dict(saved)
+    assert plain.param_groups[0]["gate"] == "away"
+    plain.load_state_dict(older)
+    assert "gate" not in plain.param_groups[0]
+    wrapped = rft.Anchored(torch.optim.SGD([a], lr=0.1), gate="away", strength=0.5)
+    assert wrapped.state_dict()["param_groups"][0]["gate"] == "away"
+    older = rft.Anchored(torch.optim.SGD([a], lr=0.1)).state_dict()
+    assert "gate" not in older["param_groups"][0]
+    wrapped.load_state_dict(older)
+    assert "gate" not in wrapped.param_groups[0]
+    of_model = rft.for_model("SGDSPD", head="1", gate="away", strength=0.5)(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    )
+    assert [group["method"] for group in of_model.param_groups] == ["spd", "none"]
+
+
+@pytest.mark.parametrize("make", [rft.AdamSPD, lambda p, **of: rft.Anchored(torch.optim.SGD(p, lr=0.1), **of)])
+def test_a_gate_that_lets_nothing_move_warns(make, recwarn):
+    make([nn.Parameter(torch.ones(3))], gate="away", strength=0.99)
+    make([nn.Parameter(torch.ones(3))], gate="away", strength=torch.tensor(1.0))  # a tensor is not read
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"gate='away' with strength=1.0 lets no layer move away"):
+        make([nn.Parameter(torch.ones(3))], gate="away")
+
+
 NAMED = {
     "AdamSPD": "spd", "SGDSPD": "spd", "AdamL2SP": "l2sp", "SGDL2SP": "l2sp", "AdamFTP": "ftp", "SGDFTP": "ftp",
     "AdamPGM": "project", "SGDPGM": "project",
@@ -217,6 +366,7 @@ BAD = [
     ({"method": "ftp", "radius_betas": (0.9, 1.0)}, r"radius_betas\[1\] must be in"),
     ({"method": "ftp", "radius_lr": nan}, "radius_lr must be finite"),
     ({"method": "tpgm"}, "unknown method 'tpgm'"),
+    ({"method": "spd", "gate": "open"}, "unknown gate 'open': choose 'inconsistent' or 'away'"),
 ]
 
 

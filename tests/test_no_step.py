@@ -7,7 +7,7 @@ import torch
 
 from robustft_kernels.backends import reference, registry
 from robustft_kernels.core.bases import NO_STEP, arithmetic_of
-from robustft_kernels.core.methods import METHOD_HYPER, RULES, rule_of
+from robustft_kernels.core.methods import MEASURES, METHOD_HYPER, RULES, rule_of
 from robustft_kernels.step.decide import decide, expanded, fold
 from robustft_kernels.step.no_step import NoStep, observed, pulled
 from robustft_kernels.testing import DTYPES, ROW_CASES, SETTINGS, Stepper
@@ -54,7 +54,7 @@ def test_measures_without_a_step(backend, device, rule, anchored, dtype):
                 want, slack = (reference.segments(x, of.rule).sum(1) for x in (exact, 32 * eps * exact.abs()))
                 assert ((got - want).abs() <= slack).all(), (case.name, name)
             first += n
-        assert (sweep.results[:, 2:] == 0).all()
+        assert (sweep.results[:, 2 : len(MEASURES) + 1] == 0).all()
     assert all(map(torch.equal, of.params, untouched))
 
 
@@ -71,7 +71,7 @@ def test_pull_by_given_alphas(backend, device, rule, dtype):
     sweep = NoStep(registry.BACKENDS[backend], tensors_of(of, rule), hyper_rows(anchored=1), alphas=alphas)
     sweep()
     assert torch.equal(alphas, given)
-    assert torch.equal(sweep.results[:, -1], (given != 1).double())
+    assert torch.equal(sweep.results[:, len(MEASURES)], (given != 1).double())
     first = 0
     for case, p, p0, a, k in zip(cases, of.params, before, of.anchors, of.segments, strict=True):
         alpha = given[first : first + k].reshape([-1, *[1] * (p.dim() - 1)] if p.dim() else [])

@@ -30,6 +30,14 @@ UNSOUND = {
     "learning without a rule for it": (replace(LEARNING, when_learned=""), "must name the rule of its step once"),
     "learning without a delta": (replace(LEARNING, tracks=False), "must survey the slope and track the delta"),
     "a sign without a survey": (replace(PENALIZING, surveys="", half=""), "must survey the largest row"),
+    "a conflict without a penalty": (
+        Rule("mine", pulls=False, surveys="conflict", half="keep"),
+        "so its penalty must be linear",
+    ),
+    "a cautious pull that measures": (
+        replace(SOUND, cautious=True),
+        "is cautious, so it must pull by an α",
+    ),
     "a survey without a sign": (replace(PENALIZING, penalty=""), "must survey the largest row"),
     "an unknown measure": (replace(SOUND, measures="cubes"), "has measures='cubes': choose one of"),
     "an unknown state": (replace(LEARNING, learns="radii"), "has learns='radii': choose one of"),
@@ -54,7 +62,7 @@ def test_sound_facts_are_taken(rule):
 
 
 def test_methods_and_rules_fit_together():
-    named = {rule for method in METHODS.values() for rule in method.rules.values()}
+    named = {rule for method in METHODS.values() for rule in method.all_rules}
     halves = {rule.half for rule in RULES.values() if rule.half} | {rule.pull_half for rule in RULES.values()}
     halves |= {rule.when_learned for rule in RULES.values() if rule.when_learned}
     assert named | halves == set(RULES), "a rule is of no use, or is missing"

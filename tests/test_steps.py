@@ -11,7 +11,7 @@ import robustft_kernels as rft
 from robustft_kernels.backends import registry
 from robustft_kernels.backends.triton import interpreted
 from robustft_kernels.core.contract import StepTable, empty_results
-from robustft_kernels.core.methods import RULES, rule_of
+from robustft_kernels.core.methods import MEASURES, RULES, rule_of
 from robustft_kernels.testing import (
     CASES,
     CHUNK,
@@ -26,6 +26,9 @@ from robustft_kernels.testing import (
 
 from .table import ANCHORS, METHOD_NORMS, TABLE, covering
 
+ALIKE = ("l2sp_cautious", "digrap")  # these go through the loops of "l2sp" and "l2sp_coupled"
+FEW_CASES = tuple(LEAN_CASES[k] for k in (0, 3, 4))
+
 native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
 
@@ -34,12 +37,15 @@ def tiers(backend, turn):
     it, and the mark of its tier.
 
     The default tier has rows in which all pairs are met. Another `turn` gives other rows. In Triton's interpreter they
-    step lean cases, and the full tier steps all cases. The native backend is the fastest, so its full tier has the rest
-    of the table.
+    step lean cases, or few if their method shares its loops with others, and the full tier steps all cases. The native
+    backend is the fastest, so its full tier has the rest of the table.
     """
     rows = covering(turn)
     if slow(backend):
-        return [(LEAN_CASES, rows, {3}, "lean", ()), (CASES, rows, {0, 3}, "", pytest.mark.full)]
+        alike = [row for row in rows if row.method_norm[0] in ALIKE]
+        others = [row for row in rows if row not in alike]
+        lean = [(LEAN_CASES, others, {3}, "lean", ()), (FEW_CASES, alike, {3}, "few", ())]
+        return [*lean, (CASES, rows, {0, 3}, "", pytest.mark.full)]
     rest = [row for row in TABLE if row not in rows] if backend == "native" else []
     return [(CASES, rows, {0, 3}, "", ()), (CASES, rest, {0, 1, 2, 3}, "", pytest.mark.full)]
 
@@ -125,6 +131,32 @@ def test_rows_equal_oracle(backend, device, method, norm, dtype):
     assert_same_step(got, want, before, grads)
 
 
+@pytest.mark.parametrize("norm", ["l2", "mars_rows"])
+def test_the_other_gate_equals_oracle(backend, device, norm):
+    """It holds back steps that the paper's gate lets pass, and a segment that begins at its anchor. The steps are those
+    of the table. Only what is made of the sums differs."""
+    cases = LEAN_CASES[1:7] if norm == "l2" else ROW_CASES[len(CASES) : len(CASES) + 3]
+    got = Stepper(cases, SETTINGS[1], "spd", torch.float32, device=device, norm=norm, gate="away")
+    got.settings = SETTINGS[1].but(strength=0.6)
+    got.anchors[1].copy_(got.params[1])
+    firing = []
+    for t in range(3):
+        grads, before = got.grads(), got.clone()
+        want, paper = before.clone(), before.clone()
+        want.run_oracle(grads)
+        paper.rule = rule_of("spd", norm)
+        paper.run_oracle(grads)
+        got.run(backend if t in (0, 2) else "reference", grads)
+        assert_same_step(got, want, before, grads)
+        firing.append((got.alphas != 1, paper.alphas != 1))
+    (ours, theirs) = (torch.cat(of) for of in zip(*firing, strict=True))
+    assert ours[theirs].all()
+    assert (ours & ~theirs).double().mean() > 0.2
+    if norm == "l2":
+        assert firing[0][0][1]
+        assert not firing[0][1][1]
+
+
 @pytest.mark.lean(keep=lambda settings, **_: settings is SETTINGS[0])
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=lambda s: s.name)
 def test_mixed_dtypes_in_one_call(backend, settings):
@@ -138,7 +170,7 @@ def test_mixed_dtypes_in_one_call(backend, settings):
     results, alphas = empty_results(len(tensors), steppers[0].device)
     hyper = steppers[0].hyper.repeat(len(DTYPES), 1)
     registry.prepare(backend, StepTable(settings.base, tensors, hyper, results, alphas))(sum(grads, []))
-    assert torch.equal(results[:, :-1], torch.cat([s.measures for s in want]))
+    assert torch.equal(results[:, : len(MEASURES)], torch.cat([s.measures for s in want]))
     assert torch.equal(alphas, torch.cat([s.alphas for s in want]))
     for got, one in zip(steppers, want, strict=True):
         assert all(map(torch.equal, got.params, one.params))

@@ -121,6 +121,7 @@ TRITON_STACK = (
     "table",
     "variant",
     "row_sweeps",
+    "survey",
     "sweeps",
     "rows",
     "norm",

@@ -32,6 +32,7 @@ def test_tells_what_the_weights_are(method, norm, dtype, served_by):
         params, lr=1e-2, method=method, norm=norm, strength=1.3, radius=0.05, anchor=anchors, backend=served_by
     )
     selections = dict.fromkeys(map(str, range(len(params))), 0.0)
+    inconsistencies = dict(selections)
     for t in range(len(TURNS)):
         run(optimizer, params, 1, start=t)
         told = optimizer.telemetry()
@@ -48,10 +49,14 @@ def test_tells_what_the_weights_are(method, norm, dtype, served_by):
             assert of.selected == pytest.approx(float((alphas != 1).float().mean()) if len(alphas) else 0.0)
             selections[str(k)] += of.selected
             assert of.selections == pytest.approx(selections[str(k)])
+            inconsistent = optimizer._results[params[k]].results[:, 0] > 0
+            inconsistencies[str(k)] += float(inconsistent.double().mean()) if len(alphas) else 0.0
+            counted = pytest.approx(inconsistencies[str(k)] if method == "spd" else nan, nan_ok=True)
+            assert of.inconsistencies == counted
             radius = {"project": 0.05, "ftp": float(optimizer.state[params[k]].get("radius_state", [nan])[0])}
             assert of.radius == pytest.approx(radius.get(method, nan), nan_ok=True)
     told = told["3"]
-    assert (told.selections > 0) == (method not in ("none", "l2sp_coupled", "mars_sp"))
+    assert (told.selections > 0) == (method not in ("none", "l2sp_coupled", "digrap", "mars_sp"))
     if method in ("project", "ftp"):
         assert told.deviation == pytest.approx(told.radius, rel=1e-5)
 
@@ -67,7 +72,7 @@ def test_names_and_what_there_is_not():
     optimizer = rft.AnchoredAdamW(groups, lr=1e-2)
     start = optimizer.telemetry()
     assert list(start) == ["a", "b", "c", "d"]
-    assert start["a"] == pytest.approx(Telemetry(0.0, 0.0, 1.0, 0.0, 0.0, nan), nan_ok=True)
+    assert start["a"] == pytest.approx(Telemetry(0.0, 0.0, 1.0, 0.0, 0.0, nan, 0.0), nan_ok=True)
     largest = float(c.detach().abs().sum(1).max())
     assert start["c"] == pytest.approx(Telemetry(largest, nan, 1.0, 0.0, 0.0, 0.5), nan_ok=True)
     assert start["d"] == pytest.approx(Telemetry(nan, nan, 1.0, 0.0, 0.0, nan), nan_ok=True)
@@ -225,4 +230,5 @@ def test_counts_outlive_a_new_group():
 def test_it_prints_in_one_line_of_four_digits():
     told = repr(Telemetry(1 / 3, 2e-9, 1.0, 0.0, 12.0, nan))
     numbers = "deviation=0.3333, relative_deviation=2e-09, alpha=1, selected=0, selections=12, radius=nan"
+    numbers += ", inconsistencies=nan"
     assert told == f"Telemetry({numbers})"

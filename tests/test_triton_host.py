@@ -243,6 +243,7 @@ def test_rows_take_their_own_launches(device, monkeypatch):
         ({"method": "project", "norm": "mars", "radius": 1.0}, (30, 100), ["row_step", "row_pull"]),
         ({"method": "ftp"}, (30, 100), ["row_survey", "row_step"]),
         ({"method": "mars_sp"}, (30, 100), ["row_survey", "row_step"]),
+        ({"method": "digrap"}, (30, 100), ["survey_sweep", "step_sweep"]),
     ):
         param = nn.Parameter(torch.randn(shape, device=device))
         param.grad = torch.randn_like(param)

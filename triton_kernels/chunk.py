@@ -17,7 +17,7 @@ CALLERS = ["grad_scale", "found_inf"]  # arguments of kernels that are another t
 COLUMNS = (
     "param", "working", "anchor", "state0", "state1", "state2", "delta", "learned", "step",
     "scales0", "scales1", "scales2",
-    "numel", "rows", "stride", "first", "chunks", "row", "rule", "seed", "dithered", "segment",
+    "numel", "rows", "stride", "first", "chunks", "row", "rule", "seed", "dithered", "segment", "factor",
 )  # fmt: skip
 WIDTH = tl.constexpr(len(COLUMNS))
 PARAM = tl.constexpr(COLUMNS.index("param"))
@@ -38,6 +38,7 @@ RULE = tl.constexpr(COLUMNS.index("rule"))  # its place in the RULES of the vari
 SEED = tl.constexpr(COLUMNS.index("seed"))  # of its random bits
 DITHERED = tl.constexpr(COLUMNS.index("dithered"))  # whether its weights are rounded stochastically
 SEGMENT = tl.constexpr(COLUMNS.index("segment"))  # its first row of results, and first place in alphas
+FACTOR = tl.constexpr(COLUMNS.index("factor"))  # what a survey makes of its penalty, the bits of a float64
 
 # How many tensors of a launch have something.
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -35,8 +35,8 @@ def l2sp(m, h):
 
 @triton.jit
 def shrink(ratio, m, h):
-    """1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
-    fires = (m[GRAD_DOT_DELTA] > 0) & (m[GAIN] > 0) & (ratio < float("inf"))
+    """1 − min(1, strength·ratio) when the segment moved away, else 1."""
+    fires = (m[GAIN] > 0) & (ratio < float("inf"))
     return tl.where(fires, 1 - tl.minimum(h[STRENGTH] * ratio, 1.0), 1.0)
 
 
@@ -47,16 +47,28 @@ def within(n, radius):
 
 
 @triton.jit
-def spd(m, h):
-    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖, and 0 when ‖c‖ = 0."""
+def spd_away(m, h):
+    """1 − min(1, strength·r). r = max(0, ‖c‖ − ‖d‖)/‖c‖, and 0 when ‖c‖ = 0."""
     after = tl.sqrt(size_of(m))
     return shrink(m[GAIN] / (tl.sqrt(m[BEFORE]) + after) / after, m, h)
 
 
 @triton.jit
+def spd_away_rows(m, h):
+    """`spd_away` with Σ|·| for ‖·‖."""
+    return shrink(m[GAIN] / size_of(m), m, h)
+
+
+@triton.jit
+def spd(m, h):
+    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1."""
+    return tl.where(m[GRAD_DOT_DELTA] > 0, spd_away(m, h), 1.0)
+
+
+@triton.jit
 def spd_rows(m, h):
     """`spd` with Σ|·| for ‖·‖."""
-    return shrink(m[GAIN] / size_of(m), m, h)
+    return tl.where(m[GRAD_DOT_DELTA] > 0, spd_away_rows(m, h), 1.0)
 
 
 @triton.jit
@@ -79,8 +91,9 @@ def ftp(m, h):
 
 # "project_mars" decides for the largest row of a tensor. Rules that never pull, or are given α, need no function.
 FUNCTIONS = {
-    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_rows,
-    "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
+    "l2sp": l2sp, "l2sp_cautious": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away,
+    "spd_away_rows": spd_away_rows, "project": project, "project_mars": project_rows, "project_rows": project_rows,
+    "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -97,6 +110,13 @@ def decide(rule, m, h, V: tl.constexpr):
     for k in tl.static_range(len(V.RULES)):
         alpha = tl.where(rule == k, V.RULES[k](m, h), alpha)
     return tl.where(alpha == alpha, alpha, 1.0)
+
+
+@triton.jit
+def conflict(dot, size, h):
+    """DiGraP's factor of d: −min(1, strength)·⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0, or when it is not finite."""
+    factor = -tl.minimum(h[STRENGTH], 1.0) * dot / size
+    return tl.where((dot < 0) & (factor < float("inf")), factor, 0.0)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from ..core.eight_bit import is_scale
 from ..core.methods import LEARNED
 from ..core.staging import staged
 from ..core.state import same_layout
-from . import norm, row_sweeps, sweeps
+from . import norm, row_sweeps, survey, sweeps
 from .chunk import INTERPRETED
 from .table import Addresses, Entry, Table, entries_of
 from .variant import DTYPES, Dtypes, options_of
@@ -65,7 +65,7 @@ class Launch:
 
 class PreparedStep:
     """One step over all tensors of a device. It takes at most two launches for each dtype class, or one with `tickets`.
-    Segments that are rows take at most two more, and a third if their rules survey them.
+    Segments that are rows take at most two more. There is one more of either if a rule surveys them.
 
     Each call brings gradients, with the dtypes and strides of the first call's. `table.live` is read at each step, also
     when a CUDA graph replays it. addresses: writes tensors' addresses to an int64 tensor. Raises ValueError naming the
@@ -137,6 +137,8 @@ class _Class:
         self.norm = Launch(norm.norm_sweep, t.chunks, *head, t.partials, t.counter, t.squared, table=t)
         if rows and t.surveyed:
             self._scaled.append(Launch(row_sweeps.row_survey, t.chunks, *head, *numbers, t.largest, table=t))
+        elif t.surveyed:
+            self._scaled.append(Launch(survey.survey_sweep, t.chunks, *head, *numbers, table=t))
         if rows:
             self._scaled.append(Launch(row_sweeps.row_step, t.chunks, *head, *numbers, t.largest, *outcome, table=t))
         elif one_launch:

@@ -11,7 +11,7 @@ from ..core import methods
 
 MEASURES = tl.constexpr(len(methods.MEASURES))
 RESULTS = tl.constexpr(len(methods.RESULTS))
-SELECTED = tl.constexpr(methods.RESULTS.index("selected"))
+SELECTED, INCONSISTENT = (tl.constexpr(methods.RESULTS.index(name)) for name in ("selected", "inconsistent"))
 GRAD_DOT_DELTA, BEFORE, GAIN = (
     tl.constexpr(methods.MEASURES.index(name)) for name in ("grad_dot_delta", "before", "gain")
 )

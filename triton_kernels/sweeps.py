@@ -16,6 +16,7 @@ from .chunk import (
     CALLERS,
     CHUNKS,
     DITHERED,
+    FACTOR,
     FIRST,
     LEARNED,
     NONE,
@@ -45,8 +46,8 @@ from .chunk import (
     store_weights,
 )
 from .decide import RADIUS, STRENGTH, among, decide
-from .measure import GRAD_DOT_DELTA, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
-from .pull import pull
+from .measure import GRAD_DOT_DELTA, INCONSISTENT, MEASURES, RESULTS, SELECTED, each, fold, measure, totals
+from .pull import held, pull
 
 
 @triton.jit
@@ -85,7 +86,8 @@ def count_step(tensor, V: tl.constexpr):
 
 
 @triton.jit
-def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECTOR: tl.constexpr, V: tl.constexpr):
+def step_span(tensor, grad, begin, n, factor, alpha, hold, linear, keys, scalars,
+              VECTOR: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """Makes the base step on n elements from `begin`, VECTOR at a time in each thread. Returns the accumulators of its
     measures.
 
@@ -116,7 +118,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
             theta_0 = load(anchor, offsets, lane < anchored, V.ANCHOR_DTYPE, V.ARITHMETIC, WIDE and V.ANCHOR_ALIGNED)
         penalized = g
         if V.RULE_LINEAR != 0:
-            penalized = g + linear * (theta - theta_0)
+            penalized = tl.where(linear != 0, g + linear * (theta - theta_0), g)
         s0, s1, s2 = theta_0, theta_0, theta_0
         if V.STATES > 0:
             s0 = load_moment(state0, scales0, offsets, lane < kept0, 0, WIDE, V.EVICT, V)
@@ -130,6 +132,8 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         store_moment(state1, scales1, offsets, inside, s1, bits, 1, WIDE, V.EVICT, V)
         store_moment(state2, scales2, offsets, lane < kept2, s2, bits, 2, WIDE, V.EVICT, V)
         new = tl.where(alpha == 1, new, pull(new, theta_0, alpha))
+        if V.RULE_CAUTIOUS != 0:
+            new = tl.where(hold != 0, held(theta, new, theta_0, hold), new)
         if V.STOCHASTIC:
             new = tl.where(
                 dithered, dither(new, random_bits(offsets, begin, keys[PULL_KEY if V.NO_STEP else STEP_KEY]) >> 16), new
@@ -137,7 +141,7 @@ def step_span(tensor, grad, begin, n, factor, alpha, linear, keys, scalars, VECT
         new = as_stored(new, V.PARAM_DTYPE, V.ARITHMETIC)
         written = inside
         if V.NO_STEP:
-            written = lane < tl.where(alpha != 1, n, 0)
+            written = lane < tl.where((alpha != 1) | (hold != 0), n, 0)
         store_weights(param, working, offsets, written, new, WIDE, V)
         if V.RULE_MEASURES != 0:
             new = tl.where(inside, new, 0.0)  # when eps = 0 the lanes outside are 0/0
@@ -191,14 +195,18 @@ def step_chunk(chunk, tensors, grads, owners, hyper, live, partials, counters, r
     if V.RULE_GIVEN != 0:
         given = tl.load(alphas + tl.load(tensor + SEGMENT))
         known = tl.where(among(tl.load(tensor + RULE), V.RULE_GIVEN), given, known)
-    known = known.to(V.ARITHMETIC)
+    hold = known * 0
+    if V.RULE_CAUTIOUS != 0:
+        cautious = among(tl.load(tensor + RULE), V.RULE_CAUTIOUS)
+        hold, known = tl.where(cautious, 1 - known, 0.0), tl.where(cautious, 1.0, known)
+    known, hold = known.to(V.ARITHMETIC), hold.to(V.ARITHMETIC)
     linear = penalty(tensor, hyper, live, V.RULE_LINEAR, V)
     keys = rounding_keys(tensor, t)
     grad = tl.load(grads + i)
     if aligned(tensor, grad, V) & (n % V.VECTOR == 0):
-        lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, V.VECTOR, V)
+        lanes = step_span(tensor, grad, begin, n, factor, known, hold, linear, keys, scalars, V.VECTOR, V)
     else:
-        lanes = step_span(tensor, grad, begin, n, factor, known, linear, keys, scalars, 1, V)
+        lanes = step_span(tensor, grad, begin, n, factor, known, hold, linear, keys, scalars, 1, V)
     measures = unknown
     if V.RULE_MEASURES != 0:
         measures = totals(lanes, 0)
@@ -242,7 +250,7 @@ def settle(chunk, i, tensor, measures, hyper, live, partials, counters, ready, r
 
 @triton.jit
 def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
-    """Writes what was found of segments, and counts how often they have been selected."""
+    """Writes what was found of segments, and counts how often they were selected, and how often ⟨g,d⟩ was above 0."""
     row = results + segment * RESULTS
     for k in tl.static_range(MEASURES):
         value = measures[k]
@@ -250,6 +258,10 @@ def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
             value = value * float("nan")
         tl.store(row + k, value, mask=inside)
     count_selected(row, inside, alpha)
+    if V.HAS_GRADS:
+        count = tl.load(row + INCONSISTENT, mask=inside, other=0.0)
+        count += tl.where(measures[GRAD_DOT_DELTA] > 0, 1.0, 0.0)
+        tl.store(row + INCONSISTENT, count, mask=inside)
     tl.store(alphas + segment, alpha, mask=inside)
 
 
@@ -290,12 +302,15 @@ def read_terms(hyper, live, row, V: tl.constexpr):
 
 @triton.jit
 def penalty(tensor, hyper, live, RULES: tl.constexpr, V: tl.constexpr):
-    """The strength of a penalty for a tensor under one of these rules, 0 for others."""
+    """The strength of a penalty for a tensor under one of these rules, or what a survey made of it. 0 for others."""
     strength = tl.full((), 0.0, V.ARITHMETIC)
     if RULES != 0:
         if among(tl.load(tensor + RULE), RULES):
             column = V.TERMS[STRENGTH]
             strength = read_hyper(hyper, live, tl.load(tensor + ROW) * V.HYPERS + column).to(V.ARITHMETIC)
+    if V.RULE_CONFLICT != 0:
+        if among(tl.load(tensor + RULE), V.RULE_CONFLICT):
+            strength = tl.load(tensor + FACTOR).to(tl.float64, bitcast=True).to(V.ARITHMETIC)
     return strength
 
 

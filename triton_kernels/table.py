@@ -112,7 +112,7 @@ class Entry:
         return [
             *(0 if t is None else t.data_ptr() for t in addresses),
             self.of.param.numel(), self.rows, stride, first, self.chunks,
-            self.of.row, rules.index(self.of.spec.rule.name), self.of.seed, self.of.dithered, self.segment,
+            self.of.row, rules.index(self.of.spec.rule.name), self.of.seed, self.of.dithered, self.segment, 0,
         ]  # fmt: skip
 
 

@@ -76,9 +76,11 @@ class Variant:
     RULE_MEASURES: Any
     RULE_GIVEN: Any
     RULE_TIED: Any
+    RULE_CAUTIOUS: Any
     RULE_LINEAR: Any
     RULE_SIGN: Any
     RULE_SURVEYS: Any
+    RULE_CONFLICT: Any
     RULE_LEARNS: Any
     TRACKS: Any
     STOCHASTIC: Any
@@ -151,9 +153,11 @@ def variant_of(
         RULE_MEASURES=places(lambda rule: rule.measures),
         RULE_GIVEN=places(lambda rule: rule.given),
         RULE_TIED=places(lambda rule: rule.tied),
+        RULE_CAUTIOUS=places(lambda rule: rule.cautious),
         RULE_LINEAR=places(lambda rule: rule.penalty == "linear"),
         RULE_SIGN=places(lambda rule: rule.penalty == "sign"),
         RULE_SURVEYS=places(lambda rule: rule.surveys),
+        RULE_CONFLICT=places(lambda rule: rule.surveys == "conflict"),
         RULE_LEARNS=places(lambda rule: rule.learns),
         TRACKS=c(any(rule.tracks for rule in facts)),
         STOCHASTIC=c(stochastic),

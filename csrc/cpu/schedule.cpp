@@ -68,7 +68,7 @@ void step_and_pull(const Job& job, const StepSweep& step, const Piece& piece) {
 // Sweep 0.
 void survey(const Job& job, const Piece& piece, Measures* found) {
   const Param seen = surveyed(job.rule->survey, job.param);
-  sweeps().no_step(seen, {}, 0, {}, piece, Measuring::magnitudes, found);
+  sweeps().no_step(seen, {}, 0, {}, piece, measuring_of(job.rule->survey), found);
 }
 
 void conclude_survey(Job& job, const std::vector<Measures>& found) {
@@ -77,6 +77,8 @@ void conclude_survey(Job& job, const std::vector<Measures>& found) {
     const double slope = folded<double>(rows, [&](int64_t row) { return slope_of(found[row]); });
     learn_by(job.rule->learning, job.learned, slope, job.t, job.terms);
     job.terms.radius = job.learned[0];
+  } else if (job.rule->survey == Survey::conflict) {
+    job.param.penalty.linear = conflict(found[0], job.terms);
   } else {
     int64_t largest = 0;
     double most = -1;  // a row of nan is never the largest

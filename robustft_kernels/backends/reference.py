@@ -67,6 +67,16 @@ def l2sp(m: Measured, h: Row) -> Tensor:
     return torch.full_like(m["before"], 1 - min(1.0, h["strength"] * h["lr"]))
 
 
+def held(theta: Tensor, moved: Tensor, theta_0: Tensor, hold: Tensor) -> Tensor:
+    """θ̃ − hold·d on each element with (θ − θ̃)·d ≥ 0, else θ̃. d = θ − θ₀.
+
+    Chen et al., "Cautious Weight Decay", ICLR 2026 (arXiv 2510.12402), Algorithm 1: x ← x − lr(u + λ·1[u∘x ≥ 0]∘x),
+    where the step is −lr·u. Here with d for x.
+    """
+    d = theta - theta_0
+    return torch.where((theta - moved) * d >= 0, moved - hold.to(d.dtype) * d, moved)
+
+
 def norm(m: Measured) -> Tensor:
     """‖c‖ of each tensor, from ‖d‖² and ‖c‖² − ‖d‖²."""
     return (m["before"] + m["gain"]).clamp(min=0).sqrt()
@@ -78,23 +88,38 @@ def row_norm(m: Measured) -> Tensor:
 
 
 def shrink(ratio: Tensor, m: Measured, h: Row) -> Tensor:
-    """α = 1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
-    fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0) & ratio.isfinite()
+    """α = 1 − min(1, strength·ratio) when the segment moved away, else 1."""
+    fires = (m["gain"] > 0) & ratio.isfinite()
     return torch.where(fires, 1 - (h["strength"] * ratio).clamp(max=1), 1.0)
 
 
-def spd(m: Measured, h: Row) -> Tensor:
-    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖, or 0 when ‖c‖ = 0.
+def inconsistent(m: Measured, alpha: Tensor) -> Tensor:
+    """α when ⟨g,d⟩ > 0, else 1."""
+    return torch.where(m["grad_dot_delta"] > 0, alpha, 1.0)
 
-    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
-    """
+
+def spd_away(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r). r = max(0, ‖c‖ − ‖d‖)/‖c‖, or 0 when ‖c‖ = 0."""
     after = norm(m)
     return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h)
 
 
+def spd_away_rows(m: Measured, h: Row) -> Tensor:
+    """`spd_away` of each row, with Σ|·| for ‖·‖."""
+    return shrink(m["gain"] / row_norm(m), m, h)
+
+
+def spd(m: Measured, h: Row) -> Tensor:
+    """α = 1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1.
+
+    Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, Algorithm 2.
+    """
+    return inconsistent(m, spd_away(m, h))
+
+
 def spd_rows(m: Measured, h: Row) -> Tensor:
     """`spd` of each row, with Σ|·| for ‖·‖."""
-    return shrink(m["gain"] / row_norm(m), m, h)
+    return inconsistent(m, spd_away_rows(m, h))
 
 
 def within(n: Tensor, radius: float | Tensor) -> Tensor:
@@ -124,8 +149,9 @@ def ftp(m: Measured, h: Row) -> Tensor:
 
 
 RULES: dict[str, Callable[[Measured, Row], Tensor]] = {
-    "l2sp": l2sp, "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_mars,
-    "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
+    "l2sp": l2sp, "l2sp_cautious": l2sp, "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away,
+    "spd_away_rows": spd_away_rows, "project": project, "project_mars": project_mars, "project_rows": project_rows,
+    "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -154,12 +180,25 @@ def measure(g: Tensor, d: Tensor, u: Tensor, rule: Rule) -> dict[str, Tensor]:
     return {name: segments(of_elements[name], rule).sum(1, dtype=torch.float64) for name in MEASURES}
 
 
-def penalty(d: Tensor, rule: Rule, h: Row) -> Tensor | float:
-    """What the rule adds to the gradient at θ₀ + d.
+def conflict(g: Tensor, d: Tensor, h: Row) -> Tensor:
+    """What d is multiplied with, so that the step leads less away: −ω⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0, or when it is
+    not finite. ω = min(1, strength).
+
+    Huang et al., "Directional Gradient Projection for Robust Fine-Tuning of Foundation Models", ICLR 2025, Algorithm 1.
+    """
+    dot, size = (of.sum(dtype=torch.float64) for of in (g * d, d * d))
+    factor = -min(1.0, h["strength"]) * dot / size
+    return torch.where((dot < 0) & factor.isfinite(), factor, 0.0)
+
+
+def penalty(g: Tensor, d: Tensor, rule: Rule, h: Row) -> Tensor | float:
+    """What the rule adds to the gradient g at θ₀ + d.
 
     The penalty ½·strength·‖d‖² (Li et al., "L2-SP", ICML 2018, Eq. 3) adds strength·d. The penalty strength·maxᵢ nᵢ
     (Gouk et al., ICLR 2021, Section 3) adds strength·sign(d) on the first row of largest nᵢ.
     """
+    if rule.surveys == "conflict":
+        return conflict(g, d, h).to(d.dtype) * d
     if rule.penalty == "linear":
         return h["strength"] * d
     if rule.penalty == "sign" and d.numel():
@@ -280,7 +319,7 @@ def _step_one(
         learned = LEARN[rule.name](work[rule.learns], slope_of(g, work["delta"]), t, h)
         work[rule.learns] = learned
         h = {**h, "radius": learned[0]}  # type: ignore[dict-item]
-    moved = STEPS[base.name](theta, g + penalty(theta - theta_0, rule, h), work, t, h)
+    moved = STEPS[base.name](theta, g + penalty(g, theta - theta_0, rule, h), work, t, h)
 
     rounded = Rounding(stored, of.seed if spec.stochastic_rounding else None, t)
     found = dict.fromkeys(MEASURES, torch.full_like(alphas, torch.nan))
@@ -299,7 +338,7 @@ def _step_one(
         work[rule.learns][0].copy_(torch.where(largest.isfinite(), radius.minimum(largest), radius))
     scale = alpha.to(dtype).reshape([-1, *[1] * (theta.dim() - 1)] if theta.dim() else [])
     pulled = torch.where(scale == 0, theta_0, theta_0 + scale * (moved - theta_0))
-    pulled = torch.where(scale == 1, moved, pulled)
+    pulled = held(theta, moved, theta_0, 1 - alpha[0]) if rule.cautious else torch.where(scale == 1, moved, pulled)
     if rule.measures:
         new = torch.where(scale == 1, moved, rounded(pulled, phase=1))
     else:
@@ -319,8 +358,9 @@ def _step_one(
             )
             work[key], scales = to_8_bit(work[key], kept, chance)
             work[f"{key}_scale"] = scales.reshape(of.state[f"{key}_scale"].shape)
-    selected = results[:, len(MEASURES)] + (alpha != 1)
-    write(results, torch.stack([*(found[name] for name in MEASURES), selected], dim=1))
+    selected, inconsistent = results[:, len(MEASURES) :].T
+    counts = selected + (alpha != 1), inconsistent + (found["grad_dot_delta"] > 0)
+    write(results, torch.stack([*(found[name] for name in MEASURES), *counts], dim=1))
     write(alphas, alpha)
     for key, kept in of.state.items():
         write(kept, work[key])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .eight_bit import EIGHT_BIT, SCALE, dtype_of_codes, in_blocks, is_scale, shape_of_scales
-from .methods import LEARNED, METHOD_HYPER, RULES, Rule, method_of, rule_of
+from .methods import LEARNED, METHOD_HYPER, RULES, Rule, method_of, rule_of_group
 from .ranges import BELOW_1, FINITE, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, check_number
 
 Group = dict[str, Any]  # a parameter group, as torch.optim has it
@@ -45,7 +45,7 @@ class GroupSpec:
 def spec_of(group: Mapping[str, Any]) -> GroupSpec:
     """The spec of a group. Raises ValueError for an unknown method, or a norm that its method does not have."""
     return GroupSpec(
-        rule_of(group["method"], group["norm"]),
+        rule_of_group(group),
         is_anchored(group),
         amsgrad=bool(group.get("amsgrad", False)),
         momentum=bool(group.get("momentum", 0) != 0),
@@ -158,7 +158,7 @@ RANGES = {
 
 def check_hyper(group: Group) -> None:
     """Raises ValueError naming the first hyper-parameter of a group that is out of its range."""
-    reads = rule_of(group["method"], group["norm"]).reads
+    reads = rule_of_group(group).reads
     for key, within in RANGES.items():
         needed_by = f"method {group['method']!r}" if key in reads else ""
         if needed_by or (key in group and not (key == "radius" and group[key] is None)):

@@ -43,7 +43,9 @@ def complete_group(group: Group, saved: Group, keys: Collection[str], *, has_anc
             UserWarning,
             stacklevel=2,
         )
-    merged = {**{key: group[key] for key in keys}, **saved}
+    merged = {**{key: group[key] for key in keys if key in group}, **saved}
+    if "method" in saved and "gate" not in saved:  # it means the first, see methods.gate_key
+        merged.pop("gate", None)
     for key in DTYPE_OPTIONS:
         if key in merged:
             merged[key] = as_dtype(key, merged[key])

@@ -60,7 +60,8 @@ class StepTable:
 
     hyper: float64 on the CPU, one row a group, with the columns `Base.hyper`.
     results: float64, one row a segment in the order of the tensors, with the columns `methods.RESULTS`. The step writes
-        the measures, or nan if the rule measures nothing. It adds one to the last column when α ≠ 1.
+        the measures, or nan if the rule measures nothing. It adds one to the next column when α ≠ 1, and to the last
+        when ⟨g,d⟩ > 0.
     alphas: float64, one a segment. The step writes them, or reads them if the rule is given its α.
     live: tensors on the device that hold hyper-parameters, by their place in the flat `hyper`. Backends that keep
         addresses read them at each step. The others take none.

@@ -5,15 +5,17 @@ declares facts. Its formula is a function of the same name in every backend.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import fill
-from typing import TypeVar
+from typing import Any, TypeVar
 
 NORMS = ("l2", "mars", "mars_rows")
+GATES = ("inconsistent", "away")  # which steps SPD may hold back. The first is the paper's
 # The sums over a segment that a step from d to c can measure: ⟨g,d⟩, the size of d, and the size of c less that of d,
 # without cancellation.
 MEASURES = ("grad_dot_delta", "before", "gain")
-RESULTS = (*MEASURES, "selected")  # what a step leaves of a segment. The last counts the steps with α ≠ 1
+# What a step leaves of a segment. The last two count steps: those with α ≠ 1, and those with ⟨g,d⟩ > 0.
+RESULTS = (*MEASURES, "selected", "inconsistent")
 # What a rule learns, by the key in the state: a few float64 numbers, of which the first is the radius.
 LEARNED = {"radius_state": ("radius", "exp_avg", "exp_avg_sq")}
 METHOD_HYPER = ("strength", "radius", "k", "radius_lr", "radius_beta1", "radius_beta2")  # what rules may read
@@ -32,9 +34,11 @@ class Rule:
         once the sums of all shards are there. Needed by each rule that measures and pulls, or surveys.
     tied: whether all rows of a tensor share one α, that of the largest row.
     given: whether the caller gives α.
-    surveys: what must be known of all rows before the step: "slope" (of the last delta), "largest_row", or "".
-    penalty: what the rule adds to the gradient: "linear" (strength·d), "sign" (strength·sign(d) on the surveyed row),
-        or "".
+    cautious: whether the pull moves only elements whose step leads toward the anchor, and moves them by (1 − α)d.
+    surveys: what must be known before the step: of all rows "slope" (of the last delta) or "largest_row", of the whole
+        tensor "conflict" (⟨g,d⟩ and ‖d‖²), or "".
+    penalty: what the rule adds to the gradient: "linear" (strength·d, or what a conflict makes of it), "sign"
+        (strength·sign(d) on the surveyed row), or "".
     tracks: whether it keeps the `delta`, c of its last step.
     learns: the key in `LEARNED` of the state that it learns from the slope, or "".
     when_learned: the rule that makes the same step with a radius that is known. Over processes, all learn it before the
@@ -50,6 +54,7 @@ class Rule:
     half: str = ""
     tied: bool = False
     given: bool = False
+    cautious: bool = False
     surveys: str = ""
     penalty: str = ""
     tracks: bool = False
@@ -65,7 +70,7 @@ class Rule:
     @property
     def crosses_rows(self) -> bool:
         """Whether a step must process the tensor row by row."""
-        return self.by_rows or bool(self.surveys)
+        return self.by_rows or self.surveys in ("slope", "largest_row")
 
     @property
     def pull_half(self) -> str:
@@ -74,8 +79,9 @@ class Rule:
 
     @property
     def goes_around(self) -> bool:
-        """Whether it can go around the step of another optimizer, whose gradient is not ours to change."""
-        return not (self.penalty or self.surveys)
+        """Whether it can go around the step of another optimizer. Its gradient is not ours to change, and the weights
+        before the step are gone."""
+        return not (self.penalty or self.surveys or self.cautious)
 
     def segments_of(self, shape: tuple[int, ...]) -> int:
         """How many segments a tensor of this shape has: one, or its rows. Below two dimensions a tensor is one row."""
@@ -89,12 +95,19 @@ class Method:
     rules: the rule for each norm that the method can measure with. The first norm is its default.
     formula, source: as docstrings have them, with d = θ − θ₀, c = θ̃ − θ₀, nᵢ = Σ|cᵢ| of row i.
     anchored: whether the method needs θ₀ at all.
+    gated: for each other gate than the first, its rules, as `rules` has them. Empty if the method has no gate.
     """
 
     rules: Mapping[str, str]
     formula: str
     source: str = ""
     anchored: bool = True
+    gated: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def all_rules(self) -> list[str]:
+        """The rules for all norms and gates."""
+        return [rule for rules in (self.rules, *self.gated.values()) for rule in rules.values()]
 
 
 def check_rules(rules: Iterable[Rule]) -> dict[str, Rule]:
@@ -114,7 +127,7 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
     """What is wrong with the facts of a rule, or ""."""
     for key, known in (
         ("measures", ("", "squares", "magnitudes")),
-        ("surveys", ("", "slope", "largest_row")),
+        ("surveys", ("", "slope", "largest_row", "conflict")),
         ("penalty", ("", "linear", "sign")),
         ("learns", ("", *LEARNED)),
     ):
@@ -134,6 +147,10 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
         return f"must name the rule of its step once it has learned, if it learns; when_learned={rule.when_learned!r}"
     if (rule.penalty == "sign") != (rule.surveys == "largest_row"):
         return "must survey the largest row if its penalty is a sign, and only then"
+    if rule.surveys == "conflict" and rule.penalty != "linear":
+        return "surveys a conflict, so its penalty must be linear"
+    if rule.cautious and (not rule.pulls or rule.measures or rule.given):
+        return "is cautious, so it must pull by an α that it knows before the step"
     if not (rule.waits or rule.surveys):
         return f"has half={rule.half!r}, but neither waits for its measures nor surveys" if rule.half else ""
     if rule.waits and not rule.surveys and rule.compares is None:
@@ -152,11 +169,18 @@ def _objection_to(rule: Rule, rules: Mapping[str, Rule]) -> str:
 RULES = check_rules((
     Rule("keep", pulls=False),
     Rule("l2sp", pulls=True, reads=("strength", "lr")),
+    Rule("l2sp_cautious", pulls=True, cautious=True, reads=("strength", "lr")),
     Rule("l2sp_coupled", pulls=False, penalty="linear", reads=("strength",)),
+    Rule("digrap", pulls=False, surveys="conflict", penalty="linear", half="keep", reads=("strength",)),
     Rule("mars_sp", pulls=False, surveys="largest_row", penalty="sign", half="keep", reads=("strength",)),
     Rule("spd", pulls=True, compares=True, measures="squares", half="observe", reads=("strength",)),
     Rule(
         "spd_rows", pulls=True, compares=True, measures="magnitudes", by_rows=True, half="observe_rows",
+        reads=("strength",),
+    ),
+    Rule("spd_away", pulls=True, compares=True, measures="squares", half="observe", reads=("strength",)),
+    Rule(
+        "spd_away_rows", pulls=True, compares=True, measures="magnitudes", by_rows=True, half="observe_rows",
         reads=("strength",),
     ),
     Rule("project", pulls=True, compares=False, measures="squares", half="observe", reads=("radius",)),
@@ -189,18 +213,30 @@ METHODS = {
     "spd": Method(
         {"l2": "spd", "mars_rows": "spd_rows"},
         "α = 1 − min(1, strength·r), r = max(0, ‖c‖−‖d‖)/‖c‖, for each tensor with ⟨g,d⟩ > 0; else 1. With "
-        'norm="mars_rows" the same of each row, Σ|·| for ‖·‖.',
+        'norm="mars_rows" the same of each row, Σ|·| for ‖·‖. With gate="away" for each, whatever ⟨g,d⟩ is.',
         "SPD: Tian et al., NeurIPS 2024, Algorithm 2, with strength·r capped at 1 as its text states",
+        gated={"away": {"l2": "spd_away", "mars_rows": "spd_away_rows"}},
     ),
     "l2sp": Method(
         {"l2": "l2sp"},
         "α = 1 − min(1, strength·lr).",
         "L2-SP: Li et al., ICML 2018, decoupled as in the SPD paper's Algorithms 1 and 3",
     ),
+    "l2sp_cautious": Method(
+        {"l2": "l2sp_cautious"},
+        "θ ← θ̃ − min(1, strength·lr)·d on each element whose step leads toward θ₀ or nowhere, (θ − θ̃)·d ≥ 0; else θ̃.",
+        "Cautious weight decay: Chen et al., ICLR 2026 (arXiv 2510.12402), Algorithm 1, with d for the weight",
+    ),
     "l2sp_coupled": Method(
         {"l2": "l2sp_coupled"},
         "α = 1. g + strength·d takes the place of g, and goes through the moments.",
         "L2-SP: Li et al., ICML 2018, Eq. 3",
+    ),
+    "digrap": Method(
+        {"l2": "digrap"},
+        "α = 1. g − min(1, strength)·(⟨g,d⟩/‖d‖²)·d takes the place of g for each tensor with ⟨g,d⟩ < 0, and goes "
+        "through the moments.",
+        "DiGraP: Huang et al., ICLR 2025, Algorithm 1 with a fixed projection strength",
     ),
     "mars_sp": Method(
         {"mars": "mars_sp"},
@@ -245,11 +281,28 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-def rule_of(name: str, norm: str | None) -> Rule:
-    """The rule of a method with a norm, None for the method's own. Raises ValueError for a norm it does not have."""
-    rules = method_of(name).rules
+def rule_of(name: str, norm: str | None, gate: str = GATES[0]) -> Rule:
+    """The rule of a method with a norm, None for the method's own, and with a gate, if the method has one.
+
+    Raises ValueError for a norm that the method does not have, or an unknown gate.
+    """
+    if gate not in GATES:
+        raise ValueError(f"unknown gate {gate!r}: choose {' or '.join(map(repr, GATES))}")
+    method = method_of(name)
+    rules = method.gated.get(gate, method.rules)
     if norm is None:
         return RULES[next(iter(rules.values()))]
     if norm not in rules:
         raise ValueError(f"method {name!r} does not go with norm={norm!r}: choose {' or '.join(map(repr, rules))}")
     return RULES[rules[norm]]
+
+
+def gate_key(gate: str) -> dict[str, str]:
+    """What a parameter group has of a gate. Of the first it has nothing: torch.distributed.checkpoint would miss a key
+    that older checkpoints do not have."""
+    return {} if gate == GATES[0] else {"gate": gate}
+
+
+def rule_of_group(group: Mapping[str, Any]) -> Rule:
+    """The rule that a parameter group asks for. Raises as `rule_of` does."""
+    return rule_of(group["method"], group["norm"], group.get("gate", GATES[0]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .methods import rule_of
+from .methods import method_of, rule_of_group
 
 NEAR = 0.82  # the ratio of difflib from which on a key is taken for a misspelt one of ours
 LARGE_DECAY = 0.5  # no weight_decay of AdamW in use is larger; the strengths of SPD are
@@ -113,9 +113,22 @@ def warn_of_decay(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]])
         )
 
 
+def warn_of_hold(group: Mapping[str, Any]) -> None:
+    """Warns of a gate and a strength that hold every layer where it is. Reads no tensor."""
+    method, strength = method_of(group["method"]), group.get("strength", 0.0)
+    away = rule_of_group(group).name in method.gated.get("away", {}).values()
+    if away and not isinstance(strength, Tensor) and strength >= 1:
+        warnings.warn(
+            f"robustft_kernels: gate='away' with strength={strength} lets no layer move away from its anchor, and "
+            "those that begin there stay there; give a strength below 1, such as 0.5",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _is_strength(group: Mapping[str, Any]) -> bool:
     decay = group.get("weight_decay", 0.0)
-    reads = rule_of(group["method"], group["norm"]).reads
+    reads = rule_of_group(group).reads
     return "strength" in reads and not isinstance(decay, Tensor) and bool(decay >= LARGE_DECAY)
 
 

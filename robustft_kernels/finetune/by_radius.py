@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core import anchors
 from ..core.anchors import Anchor
-from ..core.methods import rule_of
+from ..core.methods import rule_of_group
 from ..core.names import bare_name, some
 from ..core.ranges import POSITIVE, Range, check_number
 from .prefixes import names_of
@@ -120,7 +120,7 @@ def suggest_radii(
 
 
 def _takes(full: Group, group: Group) -> bool:
-    return "radius" not in group and "radius" in rule_of(full["method"], full["norm"]).reads
+    return "radius" not in group and "radius" in rule_of_group(full).reads
 
 
 def _listed(group: Group) -> Group:

@@ -22,6 +22,7 @@ from ..core.mistakes import (
     check_keywords,
     check_params,
     warn_of_decay,
+    warn_of_hold,
     warn_of_no_gradient,
 )
 from ..core.ranges import Range, check_number
@@ -111,7 +112,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         group = {**param_group, "params": with_shards(param_group["params"])}
         if "backend" in group:
             raise ValueError("backend is chosen for the whole optimizer, not for a group")
-        check_keys(group, self.defaults.keys())
+        check_keys(group, {*self.defaults, "gate"})
         if "anchor" in group and "pre" in group:
             raise ValueError("a group has both 'anchor' and 'pre', which mean the same; give one")
         own = "anchor" in group or "pre" in group
@@ -120,6 +121,7 @@ class AnchoredOptimizer(KeepingOptimizer):
         shared = self._given.pop(0) if self._given else group["anchor"]
         self._adopt(group, spec if own else shared, shared=not own)
         warn_of_decay(group, self.param_groups[:-1])
+        warn_of_hold(group)
         self._plans.clear()
 
     def _adopt(self, group: Group, spec: Anchor, *, shared: bool) -> None:
@@ -203,8 +205,8 @@ class AnchoredOptimizer(KeepingOptimizer):
 
     def telemetry(self) -> dict[str, Telemetry]:
         """What the last step did to each parameter, by name. Each entry is a tuple of floats, `telemetry.Telemetry`:
-        (deviation, relative_deviation, alpha, selected, selections, radius). Parameters without names are called by
-        their place over all groups: "0", "1", ...
+        (deviation, relative_deviation, alpha, selected, selections, radius, inconsistencies). Parameters without names
+        are called by their place over all groups: "0", "1", ...
 
         The steps leave these numbers on the device at no cost. This call reads them, in one transfer a device, and
         waits for it. Before the first step, and after loading, deviations are those of the weights as they are. The

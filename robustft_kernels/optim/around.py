@@ -12,7 +12,7 @@ from ..core.bases import NO_STEP, RANGES, Group, GroupSpec, is_anchored
 from ..core.contract import StepTensors, empty_results
 from ..core.exchange import Reach, any_infinite
 from ..core.memory import in_memory, without_memory
-from ..core.methods import MEASURES, METHODS, RULES, Rule, rule_of
+from ..core.methods import GATES, MEASURES, METHODS, RULES, Rule, rule_of, rule_of_group
 from ..core.ranges import check_number
 from ..core.sharding import local, placed_as, spec_of_shards
 from ..finetune.by_radius import is_one
@@ -26,8 +26,8 @@ from ..step.peers import Part, Peers
 from ..step.plan import check_whole
 from ..step.results import Results
 
-SETTINGS = ("method", "norm", "strength", "radius", "anchor")  # our keys in a group
-METHODS_AROUND = [name for name, of in METHODS.items() if all(RULES[rule].goes_around for rule in of.rules.values())]
+SETTINGS = ("method", "norm", "gate", "strength", "radius", "anchor")  # our keys in a group
+METHODS_AROUND = [name for name, of in METHODS.items() if all(RULES[rule].goes_around for rule in of.all_rules)]
 BEFORE, GAIN = (MEASURES.index(name) for name in ("before", "gain"))
 
 
@@ -208,9 +208,9 @@ def _is_decided(share: Share) -> bool:
     return share.spec.rule.waits and bool(share.spec.rule.compares or share.together)
 
 
-def rule_around(method: str, norm: str | None) -> Rule:
+def rule_around(method: str, norm: str | None, gate: str) -> Rule:
     """The rule of a method that can go around a step. Raises ValueError for a method that cannot."""
-    rule = rule_of(method, norm)
+    rule = rule_of(method, norm, gate)
     if not rule.goes_around:
         raise ValueError(
             f"method {method!r} works within the step, which is not ours here: use AnchoredAdamW or AnchoredSGD, or "
@@ -226,7 +226,7 @@ def check_settings(group: Group) -> None:
             "radius must be one number for a group of another optimizer; make the optimizer of "
             "rft.by_radius(model.named_parameters(), radius), which has a group for each radius"
         )
-    for key in rule_around(group["method"], group["norm"]).reads:
+    for key in rule_around(group["method"], group["norm"], group.get("gate", GATES[0])).reads:
         check_number(key, group.get(key), RANGES[key], f"method {group['method']!r}", read=False)
 
 
@@ -235,7 +235,7 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
     param, label, method = group["params"][k], label_of(group, k), group["method"]
     if what := without_memory(param):
         raise RuntimeError(f"{label} is {what}")
-    check_whole(param, label, rule_of(method, group["norm"]))
+    check_whole(param, label, rule_of_group(group))
     if group["anchor"] != "zero":
         if param not in anchors:
             raise RuntimeError(
@@ -246,7 +246,7 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
             raise RuntimeError(f"{label} has shape {tuple(param.shape)}, its anchor {tuple(anchors[param].shape)}")
     if not state.is_dense(local(param)):
         raise RuntimeError(f"{label} has overlapping or gapped memory and cannot be pulled; make it contiguous")
-    measured = rule_of(method, group["norm"]).compares
+    measured = rule_of_group(group).compares
     if measured and (what := without_memory(param.grad)):
         raise RuntimeError(f"{label} has a gradient that is {what}")
     if measured and (param.grad.layout != torch.strided or not param.grad.is_floating_point()):
@@ -257,9 +257,9 @@ def _check(group: Group, k: int, anchors: Mapping[Tensor, Tensor]) -> None:
 def _spec(group: Group) -> GroupSpec:
     """The spec of a group, from our settings alone. Its other keys are the wrapped optimizer's. Raises RuntimeError if
     it lacks a setting."""
-    if missing := [key for key in SETTINGS if key not in group]:
+    if missing := [key for key in SETTINGS if key not in group and key != "gate"]:
         raise RuntimeError(f"a group has no {missing[0]!r}: add groups with Anchored.add_param_group")
-    return GroupSpec(rule_around(group["method"], group["norm"]), is_anchored(group))
+    return GroupSpec(rule_around(group["method"], group["norm"], group.get("gate", GATES[0])), is_anchored(group))
 
 
 def _structure(groups: list[Group], addresses: bool) -> Hashable:

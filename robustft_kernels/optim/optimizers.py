@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..core.anchors import Anchor
 from ..core.bases import ADAMW, SGD
-from ..core.methods import METHODS, documents
+from ..core.methods import METHODS, documents, gate_key
 from ..finetune.by_radius import Radii
 from .anchored import AnchoredOptimizer, Params
 
@@ -35,8 +35,12 @@ class AnchoredAdamW(AnchoredOptimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW. A tensor lr is read at each step.
         method: a name in `robustft_kernels.METHODS`. None is the class's own: "none", or as its name says.
         norm: what "spd" and "project" measure with. None is "l2".
-        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
-            lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the loss.
+        gate: which steps "spd" may hold back: "inconsistent", those with ⟨g,d⟩ > 0, as in the paper, or "away", all
+            that lead away from θ₀. With "away", the distance of a layer grows by 1 − strength of what a step adds to
+            it. So strength=1 lets none grow, and a layer that begins at θ₀ stays there.
+        strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" and
+            "l2sp_cautious" it is per unit of lr. For "l2sp_coupled" and "mars_sp" it is the penalty's factor in the
+            loss. For "digrap" it is the share of the gradient's part along d, from 0 to 1.
         radius: γ > 0 of "project", in units of the weights: one number, or one for each parameter. By name, a key is
             also a prefix of whole components, the longest counts, and "" matches all. A sequence or tensor [n] is
             parallel to the parameters. There is one group for each radius then. A tensor is read at each step.
@@ -112,6 +116,7 @@ class AnchoredAdamW(AnchoredOptimizer):
         maximize: bool = False,
         method: str | None = None,
         norm: str | None = None,
+        gate: str = "inconsistent",
         strength: float = 1.0,
         radius: float | Tensor | Radii | None = None,
         k: float = 1.0,
@@ -132,8 +137,8 @@ class AnchoredAdamW(AnchoredOptimizer):
         method = self.default_method if method is None else method
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-            "maximize": maximize, "method": method, "norm": norm, "strength": strength, "radius": radius, "k": k,
-            "radius_lr": radius_lr, "radius_betas": radius_betas,
+            "maximize": maximize, "method": method, "norm": norm, **gate_key(gate), "strength": strength,
+            "radius": radius, "k": k, "radius_lr": radius_lr, "radius_betas": radius_betas,
             "anchor_dtype": anchor_dtype, "anchor_device": anchor_device, "state_dtype": state_dtype,
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "seed": seed,
             "capturable": capturable,
@@ -176,6 +181,7 @@ class AnchoredSGD(AnchoredOptimizer):
         maximize: bool = False,
         method: str | None = None,
         norm: str | None = None,
+        gate: str = "inconsistent",
         strength: float = 1.0,
         radius: float | Tensor | Radii | None = None,
         k: float = 1.0,
@@ -196,8 +202,8 @@ class AnchoredSGD(AnchoredOptimizer):
         method = self.default_method if method is None else method
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize, "method": method, "norm": norm, "strength": strength,
-            "radius": radius, "k": k, "radius_lr": radius_lr, "radius_betas": radius_betas,
+            "nesterov": nesterov, "maximize": maximize, "method": method, "norm": norm, **gate_key(gate),
+            "strength": strength, "radius": radius, "k": k, "radius_lr": radius_lr, "radius_betas": radius_betas,
             "anchor_dtype": anchor_dtype, "anchor_device": anchor_device, "state_dtype": state_dtype,
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "seed": seed,
             "capturable": capturable,

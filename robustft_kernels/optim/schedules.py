@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core.bases import RANGES, Group
-from ..core.methods import rule_of
+from ..core.methods import rule_of_group
 from ..core.ranges import FINITE, NOT_NEGATIVE, check_number
 
 Factor = Callable[[int], float]  # of last_epoch
@@ -261,7 +261,7 @@ def _groups_of(optimizer: Optimizer) -> list[Group]:
 
 
 def _reads(group: Group) -> tuple[str, ...]:
-    return rule_of(group["method"], group["norm"]).reads
+    return rule_of_group(group).reads
 
 
 def _methods(groups: Sequence[Group]) -> str:

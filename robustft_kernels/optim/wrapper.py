@@ -13,8 +13,8 @@ from ..backends import registry
 from ..core import anchors
 from ..core.anchors import Anchor
 from ..core.bases import Group
-from ..core.methods import documents, method_of
-from ..core.mistakes import check_group, check_keys
+from ..core.methods import GATES, documents, gate_key, method_of
+from ..core.mistakes import check_group, check_keys, warn_of_hold
 from ..core.sharding import version_of
 from ..core.unsharded import shards_of
 from ..step.guard import uninterrupted
@@ -47,11 +47,12 @@ class Anchored(WrappingOptimizer):
     takes the scale itself (torch's with fused=True) still does so. When it skips the step, nothing is pulled either.
 
     Args:
-        optimizer: what makes the steps. Its groups may have the keys `method`, `norm`, `strength`, `radius` and
-            `anchor`. They go before the arguments here. A fresh head takes {"params": ..., "method": "none"}. All but
-            `anchor` can be changed there at any time.
+        optimizer: what makes the steps. Its groups may have the keys `method`, `norm`, `gate`, `strength`,
+            `radius` and `anchor`. They go before the arguments here. A fresh head takes {"params": ..., "method":
+            "none"}. All but `anchor` can be changed there at any time.
         method: one of these names.
         norm: what "spd" and "project" measure with. None is "l2".
+        gate: which steps "spd" may hold back: "inconsistent", those with ⟨g,d⟩ > 0, or "away", all that lead away.
         strength: λ ≥ 0. For "spd" it has no unit, and 1 projects onto the previous radius. For "l2sp" it is per unit of
             lr, with the lr of each group of the wrapped optimizer.
         radius: γ > 0 of "project", in units of the weights. Like `strength` and lr, it may be a tensor.
@@ -89,6 +90,7 @@ class Anchored(WrappingOptimizer):
         method: str = "spd",
         *,
         norm: str | None = None,
+        gate: str = GATES[0],
         strength: float | Tensor = 1.0,
         radius: float | Tensor | None = None,
         anchor: Anchor = "initial",
@@ -97,9 +99,9 @@ class Anchored(WrappingOptimizer):
     ) -> None:
         check_wrappable(optimizer)
         registry.check_backend(backend)
-        rule_around(method, norm)
+        rule_around(method, norm, gate)
         word = anchor is None or isinstance(anchor, str | PathLike)
-        settings = {"method": method, "norm": norm, "strength": strength, "radius": radius}
+        settings = {"method": method, "norm": norm, **gate_key(gate), "strength": strength, "radius": radius}
         super().__setstate__({
             "defaults": {}, "optimizer": optimizer, "backend": backend, "save_anchors": save_anchors,
             "_settings": {**settings, "anchor": anchor if word else "initial"}, "_anchors": {}, **fresh(),
@@ -172,7 +174,8 @@ class Anchored(WrappingOptimizer):
         self._plans.clear()
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group to the wrapped optimizer, with our keys: `method`, `norm`, `strength`, `radius` and `anchor`.
+        """Adds a group to the wrapped optimizer, with our keys: `method`, `norm`, `gate`, `strength`, `radius`
+        and `anchor`.
 
         Raises what the wrapped optimizer raises, and ValueError or TypeError as the constructor does. Nothing is added
         then.
@@ -202,6 +205,7 @@ class Anchored(WrappingOptimizer):
         if "norm" not in group and own["norm"] not in method_of(own["method"]).rules:
             own["norm"] = None  # it was meant for the other groups
         check_settings({**group, **own})
+        warn_of_hold(own)
         check_keys(group, SETTINGS, self.optimizer.defaults)
         params, labels = group["params"], [label_of(group, k) for k in range(len(group["params"]))]
         anchored = method_of(own["method"]).anchored

@@ -21,9 +21,14 @@ EPS = 1e-8  # FTP's
 
 
 def shrink(ratio: Tensor, m: Measured, strength: Number) -> Tensor:
-    """1 − min(1, strength·ratio) when ⟨g,d⟩ > 0 and the segment moved away, else 1."""
-    fires = (m["grad_dot_delta"] > 0) & (m["gain"] > 0) & ratio.isfinite()
+    """1 − min(1, strength·ratio) when the segment moved away, else 1."""
+    fires = (m["gain"] > 0) & ratio.isfinite()
     return torch.where(fires, 1 - (strength * ratio).clamp(max=1), 1.0)
+
+
+def inconsistent(m: Measured, alpha: Tensor) -> Tensor:
+    """α when ⟨g,d⟩ > 0, else 1."""
+    return torch.where(m["grad_dot_delta"] > 0, alpha, 1.0)
 
 
 def within(sizes: Tensor, radius: Number) -> Tensor:
@@ -36,15 +41,25 @@ def size_of(m: Measured) -> Tensor:
     return m["before"] + m["gain"]
 
 
-def spd(m: Measured, h: Terms) -> Tensor:
-    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1. r = max(0, ‖c‖ − ‖d‖)/‖c‖."""
+def spd_away(m: Measured, h: Terms) -> Tensor:
+    """1 − min(1, strength·r). r = max(0, ‖c‖ − ‖d‖)/‖c‖."""
     after = size_of(m).sqrt()
     return shrink(m["gain"] / (m["before"].sqrt() + after) / after, m, h["strength"])
 
 
+def spd_away_rows(m: Measured, h: Terms) -> Tensor:
+    """`spd_away` with Σ|·| for ‖·‖."""
+    return shrink(m["gain"] / size_of(m), m, h["strength"])
+
+
+def spd(m: Measured, h: Terms) -> Tensor:
+    """1 − min(1, strength·r) when ⟨g,d⟩ > 0, else 1."""
+    return inconsistent(m, spd_away(m, h))
+
+
 def spd_rows(m: Measured, h: Terms) -> Tensor:
     """`spd` with Σ|·| for ‖·‖."""
-    return shrink(m["gain"] / size_of(m), m, h["strength"])
+    return inconsistent(m, spd_away_rows(m, h))
 
 
 def project(m: Measured, h: Terms) -> Tensor:
@@ -63,8 +78,8 @@ def ftp(m: Measured, h: Terms) -> Tensor:
 
 
 DECIDE: dict[str, Callable[[Measured, Terms], Tensor]] = {
-    "spd": spd, "spd_rows": spd_rows, "project": project, "project_mars": project_rows, "project_rows": project_rows,
-    "ftp": ftp, "ftp_learned": ftp,
+    "spd": spd, "spd_rows": spd_rows, "spd_away": spd_away, "spd_away_rows": spd_away_rows, "project": project,
+    "project_mars": project_rows, "project_rows": project_rows, "ftp": ftp, "ftp_learned": ftp,
 }  # fmt: skip
 
 
@@ -100,6 +115,12 @@ def learn(states: Tensor, slopes: Tensor, t: Tensor, terms: Terms) -> Tensor:
     new = torch.where(slopes.isfinite()[:, None], torch.stack([moved, first, second], 1), states)
     fresh = states.new_tensor([EPS, 0, 0])
     return torch.where((radius == 0)[:, None], fresh, new)
+
+
+def projection(dot: Tensor, size: Tensor, strength: Number) -> Tensor:
+    """DiGraP's factor of d: −min(1, strength)·⟨g,d⟩/‖d‖² when ⟨g,d⟩ < 0, else 0."""
+    factor = -torch.as_tensor(strength, dtype=dot.dtype, device=dot.device).clamp(max=1) * dot / size
+    return torch.where((dot < 0) & factor.isfinite(), factor, 0.0)
 
 
 LEARN: dict[str, Callable[[Tensor, Tensor, Tensor, Terms], Tensor]] = {"ftp": learn}

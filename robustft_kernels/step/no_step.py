@@ -70,6 +70,11 @@ def rows_of(tensors: Sequence[StepTensors]) -> list[StepTensors]:
     return [of.under(RULES["observe_rows"], NO_STEP) for of in tensors]
 
 
+def whole_of(tensors: Sequence[StepTensors]) -> list[StepTensors]:
+    """The tensors to be measured as a whole."""
+    return [of.under(RULES["observe"], NO_STEP) for of in tensors]
+
+
 def deltas_of(tensors: Sequence[StepTensors]) -> list[StepTensors]:
     """The tensors' deltas, to be measured by rows. They are distances already, so their anchor is zero."""
     spec = GroupSpec(RULES["observe_rows"])

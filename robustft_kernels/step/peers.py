@@ -14,6 +14,8 @@ from .decide import Terms, decide, decide_by_size, expanded, fold, largest, size
 from .launch import Share
 from .results import Results, Tables, unless, write
 
+TOLD = 3  # sums over the rows of a parameter that are for telemetry
+
 
 @dataclass(eq=False)
 class Part:
@@ -49,7 +51,7 @@ class Peers:
     shares: those of a launch, each with one reach. The first `decided` of them are decided here.
 
     Nothing is exchanged but the sums of segments that are cut, and of parameters whose rows are spread the largest row
-    and two sums over the rows. Those sums are for telemetry.
+    and three sums over the rows. Those sums are for telemetry.
     """
 
     def __init__(self, shares: Sequence[Share], decided: int, device: torch.device) -> None:
@@ -65,7 +67,7 @@ class Peers:
         self._rows = [part for part in self.parts if part.share.reach is Reach.ROWS]
         cut, rows = ([param for part in parts for param in part.share.params] for parts in (self._cut, self._rows))
         self._segments = Segments(cut, [part.rule for part in self._cut for _ in part.share.params])
-        sizes = [*(len(MEASURES) * count for count in self._segments.counts), *[2] * len(rows)]
+        sizes = [*(len(MEASURES) * count for count in self._segments.counts), *[TOLD] * len(rows)]
         self._sums = Exchange([*cut, *rows], sizes, device)
         self._maxima = Exchange(rows, [1] * len(rows), device)
         counts = [count for part in self._rows for count in part.counts]
@@ -107,7 +109,7 @@ class Peers:
                 size = by_size * size
             if part.share.together:
                 alphas[part.at] = expanded(by_size, part.here)
-                of_part = torch.stack([by_size, (by_size != 1).double()], 1)
+                of_part = torch.stack([by_size, (by_size != 1).double(), of_part[:, 2]], 1)
             told.append(torch.cat([size[:, None], of_part], 1))
         return Decision(
             self.parts, found, alphas, whole, told, dict(zip(self._rows, sizes.split(of_rows), strict=True))
@@ -115,18 +117,20 @@ class Peers:
 
     def _exchange(self, found: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of all segments that are cut, [segments, measures]. Of parameters whose rows are spread: the mean α
-        and the share of rows with α ≠ 1, [parameters, 2]; and Σ|c| of the largest row, pulled unless that decides."""
+        and the shares of rows with α ≠ 1 and with ⟨g,d⟩ > 0, [parameters, 3]. And Σ|c| of the largest row, pulled
+        unless that decides."""
         cut = torch.cat([found[part.at] for part in self._cut]) if self._cut else found[:0]
         table = self._segments.scattered(cut)
         if not self._rows:
-            return self._sums.sum(table.flatten()).view(table.shape), table[:0, :2], table[:0, 0]
+            return self._sums.sum(table.flatten()).view(table.shape), table[:0, :TOLD], table[:0, 0]
         of_rows, maxima = [], []
         for part in self._rows:
             m, alpha = dict(zip(MEASURES, found[part.at].T, strict=True)), alphas[part.at]
-            of_rows.append(torch.stack([fold(of, part.here, "sum") for of in (alpha, (alpha != 1).double())], 1))
+            counted = alpha, (alpha != 1).double(), (m["grad_dot_delta"] > 0).double()
+            of_rows.append(torch.stack([fold(of, part.here, "sum") for of in counted], 1))
             maxima.append(largest(size_of(m) if part.by_size else size_of(m) * alpha, part.here))
         sums = self._sums.sum(torch.cat([table.flatten(), torch.cat(of_rows).flatten()]))
-        means = sums[table.numel() :].view(-1, 2) / self._counts_of_rows[:, None].clamp(min=1)
+        means = sums[table.numel() :].view(-1, TOLD) / self._counts_of_rows[:, None].clamp(min=1)
         return sums[: table.numel()].view(table.shape), means, self._maxima.largest(torch.cat(maxima))
 
 
@@ -152,7 +156,7 @@ class Decision:
         write(tables, sums, alphas, found_inf)
         if self.told:
             told = torch.cat(list(self.told))
-            new = torch.cat([told, tables.told[:, 3:] + told[:, 2:]], 1)
+            new = torch.cat([told[:, :3], tables.told[:, 3:] + told[:, 2:]], 1)
             tables.told.copy_(unless(found_inf, new, tables.told))
 
     def largest_rows(self, part: Part) -> Tensor:

@@ -10,6 +10,8 @@ from ..core.contract import empty_results
 from ..core.methods import MEASURES
 from ..core.staging import staged
 
+DOT = MEASURES.index("grad_dot_delta")
+
 
 class Found(NamedTuple):
     """What the steps left of one parameter.
@@ -17,7 +19,7 @@ class Found(NamedTuple):
     results, alphas: as in `contract.StepTable`. If its rows lie in several processes, each row whole in one, these are
         the rows here.
     told: of such a parameter, over all processes: its deviation, its mean α, the share of its rows with α ≠ 1 in the
-        last step, and in how many steps α was not 1, as the mean over its rows.
+        last step, and in how many steps α was not 1, and ⟨g,d⟩ above 0, both as the mean over its rows.
     """
 
     results: Tensor
@@ -150,10 +152,10 @@ class Results(Mapping[Tensor, Found]):
 
 
 def write(tables: Tables, sums: Tensor, decided: Tensor, found_inf: Tensor | None) -> None:
-    """Writes the sums of the measures and the decided alphas, as a step in one sweep does, and counts the pulls.
+    """Writes the sums of the measures and the decided alphas, as a step in one sweep does, and counts the steps.
     Nothing changes when `found_inf` is not 0."""
     n, results, alphas = len(MEASURES), tables.results, tables.alphas
-    counted = (results[:, n] + (decided != 1))[:, None]
+    counted = results[:, n:] + torch.stack([decided != 1, sums[:, DOT] > 0], 1)
     results.copy_(unless(found_inf, torch.cat([sums, counted], 1), results))
     alphas.copy_(unless(found_inf, decided, alphas))
 

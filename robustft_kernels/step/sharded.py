@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from ..core import state
-from ..core.bases import NO_STEP, Base, GroupSpec
+from ..core.bases import NO_STEP, Base, GroupSpec, arithmetic_of
 from ..core.contract import Run, StepTensors, empty_results
 from ..core.exchange import Exchange, Reach
 from ..core.methods import MEASURES, METHOD_HYPER, RULES
 from ..core.sharding import is_spread, local
-from .decide import EPS, LEARN, Terms, expanded, lengths_on
+from .decide import EPS, LEARN, Terms, expanded, lengths_on, projection
 from .hyper import HyperTable
 from .launch import Launch, Share, shard_of, split_by_reach
-from .no_step import NoStep, deltas_of, observed, pulled, rows_of
+from .no_step import NoStep, deltas_of, observed, pulled, rows_of, whole_of
 from .peers import Decision, Part, Peers
 from .results import Results, Tables, unless
-from .surveys import RowSurvey
+from .surveys import BEFORE, DOT, RowSurvey
 
 
 class ShardedLaunch(Launch):
     """The step in three parts, with all-reduces between them.
 
-    - Before anything is written, the slopes of learned radii are summed, and MARS-SP finds its largest rows.
+    - Before anything is written, the slopes of learned radii are summed, MARS-SP finds its largest rows, and DiGraP
+      its conflicts.
     - The sweep makes the step. A row that lies whole in one process is decided and pulled there.
     - What is cut is decided from the sums over all shards, and pulled.
 
@@ -51,7 +52,10 @@ class ShardedLaunch(Launch):
     def _prepare(self) -> Run:
         keep = [share.spec.under(RULES["keep"]) for share in self.shares]
         self._no_step_hyper = super()._hyper_of(NO_STEP, keep)
-        self._signed = [of for of in self.tensors if of.spec.rule.surveys == "largest_row" and is_spread(of.param)]
+        self._signed, self._projected = (
+            [of for of in self.tensors if of.spec.rule.surveys == survey and is_spread(of.param)]
+            for survey in ("largest_row", "conflict")
+        )
         together = [of for of in self.tensors if self.shares[of.row].together]
         self._place = {of.param: k for k, of in enumerate(self.tensors)}
         self._pull = self._no_step(pulled(together)) if together else None
@@ -60,6 +64,9 @@ class ShardedLaunch(Launch):
             self._members = self._learning_members()
         if self._signed:
             self._rows = self._no_step(rows_of(self._signed)), RowSurvey(self._signed, self.device)
+        if self._projected:
+            params = [of.param for of in self._projected]
+            self._conflicts = self._no_step(whole_of(self._projected)), Exchange(params, [2] * len(params), self.device)
         self._total = Exchange(self.params, [1] * len(self.params), self.device)
         own_row = {of.param: len(self.shares) + k for k, of in enumerate(self._learning)}
         stepped = [self._stepped(of, own_row) for of in self.tensors]
@@ -74,7 +81,7 @@ class ShardedLaunch(Launch):
     def _stepped(self, of: StepTensors, own_row: dict[Tensor, int]) -> StepTensors:
         """A parameter under the rule by which the sweep steps it."""
         rule = of.spec.rule
-        if self.shares[of.row].together or (rule.surveys == "largest_row" and is_spread(of.param)):
+        if self.shares[of.row].together or (rule.surveys in ("largest_row", "conflict") and is_spread(of.param)):
             return observed([of], self.base)[0]
         if of.param in own_row:
             return replace(of.under(RULES[rule.when_learned], self.base), row=own_row[of.param])
@@ -97,8 +104,10 @@ class ShardedLaunch(Launch):
             self._learned = self._learn(survey.slopes(sweep.results))
             self._radii.copy_(self._learned[:, 0])
             self.hyper.take_radii()
-        if self._signed:
-            self._begun = self._penalized(grads, grad_scale), grad_scale, found_inf
+        if self._signed or self._projected:
+            pushes = {**(self._signs() if self._signed else {})}
+            pushes |= self._projections(grads, grad_scale) if self._projected else {}
+            self._begun = self._penalized(grads, pushes, grad_scale), grad_scale, found_inf
 
     def _gradients(self) -> list[Tensor]:
         return self._grads()
@@ -153,20 +162,37 @@ class ShardedLaunch(Launch):
             kept = [of.state[of.spec.rule.learns] for of in of_row]
             torch._foreach_copy_(kept, list(unless(found_inf, new, torch.stack(kept)).unbind()))
 
-    def _penalized(self, grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
-        """The gradients. Those under MARS-SP are copies, with the subgradient on the row of largest Σ|d|."""
+    def _signs(self) -> dict[Tensor, Tensor]:
+        """What MARS-SP adds to each gradient: the subgradient on the row of largest Σ|d|."""
         sweep, survey = self._rows
         sweep()
-        grads = list(grads)
+        pushes = {}
         for of, flags in zip(self._signed, survey.largest_rows(sweep.results), strict=True):
-            param, k = local(of.param), self._place[of.param]
-            d = local(state.weights_of(of.param, dict(of.state)))
-            d = d if of.anchor is None else d - local(of.anchor)
+            param = local(of.param)
             flags = flags.reshape([-1, *[1] * (param.dim() - 1)] if param.dim() > 1 else [1] * param.dim())
-            sign = -1 if self.shares[of.row].group.get("maximize") else 1
-            push = self._numbers["strength"][of.row] * d.sign() * flags * sign
-            push = push if grad_scale is None else push * grad_scale
-            grads[k] = (grads[k] + push).to(torch.float64 if param.dtype == torch.float64 else torch.float32)
+            pushes[of.param] = self._numbers["strength"][of.row] * _delta_of(of).sign() * flags
+        return pushes
+
+    def _projections(self, grads: list[Tensor], grad_scale: Tensor | None) -> dict[Tensor, Tensor]:
+        """What DiGraP adds to each gradient, from the sums over all shards."""
+        sweep, sums = self._conflicts
+        sweep([grads[self._place[of.param]] for of in self._projected], grad_scale)
+        found = sums.sum(sweep.results[:, [DOT, BEFORE]].flatten()).view(-1, 2)
+        pushes = {}
+        for of, (dot, size) in zip(self._projected, found, strict=True):
+            factor = projection(dot, size, self._numbers["strength"][of.row])
+            d = _delta_of(of)
+            pushes[of.param] = factor.to(arithmetic_of(d.dtype)) * d
+        return pushes
+
+    def _penalized(self, grads: list[Tensor], pushes: dict[Tensor, Tensor], grad_scale: Tensor | None) -> list[Tensor]:
+        """The gradients. Those that get a push are copies."""
+        grads = list(grads)
+        for param, push in pushes.items():
+            k = self._place[param]
+            sign = -1 if self.shares[self.tensors[k].row].group.get("maximize") else 1
+            push = push * sign if grad_scale is None else push * sign * grad_scale
+            grads[k] = (grads[k] + push).to(arithmetic_of(param.dtype))
         return grads
 
     def squared_norm(self) -> Tensor:
@@ -178,3 +204,9 @@ class ShardedLaunch(Launch):
 def _count_of(tensors: StepTensors) -> Tensor:
     assert tensors.step is not None
     return tensors.step
+
+
+def _delta_of(of: StepTensors) -> Tensor:
+    """d = θ − θ₀ of what is here, with the master weights for θ."""
+    d = local(state.weights_of(of.param, dict(of.state)))
+    return d if of.anchor is None else d - local(of.anchor)

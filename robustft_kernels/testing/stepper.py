@@ -11,7 +11,7 @@ from ..backends import reference, registry
 from ..core.bases import GroupSpec, spec_of_hyper, state_dtype_of, state_shape_of
 from ..core.contract import StepTable, StepTensors
 from ..core.eight_bit import SCALE, decoded, is_scale
-from ..core.methods import LEARNED, MEASURES, RESULTS, rule_of
+from ..core.methods import GATES, LEARNED, MEASURES, RESULTS, rule_of
 from .cases import Case, Settings
 
 try:
@@ -58,9 +58,10 @@ class Stepper:
         seed: int = 0,
         device: torch.device | None = None,
         norm: str | None = None,
+        gate: str = GATES[0],
     ) -> None:
         self.device = device = device or torch.get_default_device()
-        self.settings, self.rule = settings, rule_of(method, norm)
+        self.settings, self.rule = settings, rule_of(method, norm, gate)
         self.random = Numbers(seed) if np is None else np.random.default_rng(seed)
         self.cases = cases
         self.anchored = bool(anchored)

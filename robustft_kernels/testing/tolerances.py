@@ -8,7 +8,8 @@ One step from identical state is compared with the oracle in float64. It may dif
 - a measure: 16 roundings of each summand. θ̃ may fall on a neighbouring stored value. That moves a summand by s,
   independently of the others: 3·√(Σ s²). The rounding of the factor 1 − lr·wd moves all of them together.
 - learned numbers: what the slope's difference makes of them.
-- α: what the differences of measures and radius make of it, times |c|.
+- α: what the differences of measures and radius make of it, times |c|. If the pull is cautious, an element whose step
+  is within those roundings of 0 may be held or not.
 
 What a difference makes of a formula is asked of the oracle's own function: it is evaluated beside the point. So a new
 rule, measure or learned number needs nothing here.
@@ -40,6 +41,7 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
     hyper, rule, base = want.settings.hyper, want.rule, want.settings.base
     sign = -1 if hyper["maximize"] else 1
     start, unpulled = before.weights, _unpulled(before, grads)
+    exactly = _unrounded(before, grads) if rule.cautious else []
     firsts = [sum(want.segments[:i]) for i in range(len(want.cases))]
     for i, case in enumerate(want.cases):
         of = slice(firsts[i], firsts[i] + want.segments[i])
@@ -50,7 +52,8 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         )
         d, c, u = theta - theta_0, tilde - theta_0, tilde - theta
         alpha, alpha_slack = want.alphas[of], torch.full_like(want.alphas[of], eps)
-        found, selected = dict(zip(MEASURES, want.measures[of].T, strict=True)), want.results[of, len(MEASURES)]
+        found = dict(zip(MEASURES, want.measures[of].T, strict=True))
+        selected, inconsistent = want.results[of, len(MEASURES) :].T
         slacks: dict[str, Tensor] = {}
         if rule.measures:
             slacks = _measure_slacks(rule, hyper, storage, g, d, u, theta, tilde)
@@ -73,14 +76,20 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         assert ((got.alphas[of] - alpha).abs() <= alpha_slack).all(), (
             f"{case.name}: α is {got.alphas[of]}, not {alpha} ± {alpha_slack}"
         )
-        counted = got.results[of, len(MEASURES)]
+        counted, opened = got.results[of, len(MEASURES) :].T
         assert ((counted == selected) | ((alpha - 1).abs() <= alpha_slack)).all(), f"{case.name}: selected"
+        near_zero = found["grad_dot_delta"].abs() <= slacks["grad_dot_delta"] if slacks else torch.zeros_like(alpha) > 0
+        assert ((opened == inconsistent) | near_zero).all(), f"{case.name}: inconsistent"
 
+        if rule.cautious:
+            step, c = exactly[i] - theta, d
         # A moment may cancel, but not its error. A penalty adds to g.
         size_of_g = g.abs() + (hyper["strength"] * (d.abs() + 1) if rule.penalty else 0)
         scale = theta.abs() + theta_0.abs() + u.abs() + hyper["lr"] * (1 + size_of_g)
         by_row = alpha_slack.reshape([-1, *[1] * (c.dim() - 1)] if c.dim() else [])
         allowed = 2 * ulp(new, storage) + 16 * eps * scale + by_row * c.abs()
+        if rule.cautious:
+            allowed += torch.where(step.abs() <= 16 * eps * scale, (1 - alpha[0]) * d.abs(), 0)
         if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by the size of the sum
             rms = (want.numbers("exp_avg_sq", i) / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
             allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
@@ -128,6 +137,14 @@ def _unpulled(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
     step.steps = step.steps if counted else []
     step.run_oracle(grads)
     return step.weights
+
+
+def _unrounded(before: Stepper, grads: list[Tensor]) -> list[Tensor]:
+    """The same in float64, not rounded to storage."""
+    step = before.clone()
+    step.params = [of.double() for of in before.weights]
+    step.states = {**step.states, "master": []}
+    return _unpulled(step, grads)
 
 
 def _measure_slacks(
