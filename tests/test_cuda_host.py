@@ -72,6 +72,7 @@ STEPS = {
     "one alpha for rows": ([(400, 300)], dict(method="project", norm="mars", radius=1), ["rows_adamw_any", "pull_any"]),
     "FTP": ([(40, 300)] * 3, dict(method="ftp"), ["survey_adamw_any", "rows_adamw_any"]),
     "MARS-SP": ([(40, 300)], dict(method="mars_sp"), ["survey_adamw_any", "rows_adamw_any"]),
+    "DiGraP": ([(40, 300)], dict(method="digrap"), ["survey_adamw_any", "step_adamw_any"]),
 }  # fmt: skip
 
 

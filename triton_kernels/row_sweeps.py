@@ -12,11 +12,11 @@ import triton.language as tl
 
 from .chunk import CALLERS, CHUNKS, FIRST, LEARNED, NUMEL, ROW, ROWS, RULE, SEGMENT, WIDTH, rounding_keys
 from .decide import ROW_EPS, among
-from .measure import BEFORE, GAIN, MEASURES, RESULTS, each, of_size, size_of
+from .measure import BEFORE, GAIN, MEASURES, RESULTS, SELECTED, each, of_size, size_of
 from .rows import fold_rows, piece, pull_rows, step_rows, survey_rows, wide
 from .sweeps import (
-    count_selected,
     count_step,
+    count_where,
     decide_segment,
     penalty,
     read_terms,
@@ -110,7 +110,7 @@ def conclude(tensor, hyper, live, partials, results, alphas, V: tl.constexpr):
                 for row in range(0, rows, V.LANES):
                     inside = row + lanes < rows
                     tl.store(alphas + segment + row + lanes, alpha + lanes * 0, mask=inside)
-                    count_selected(results + (segment + row + lanes) * RESULTS, inside, alpha)
+                    count_where(results + (segment + row + lanes) * RESULTS + SELECTED, inside, alpha != 1)
         if V.RULE_LEARNS != 0:
             if among(rule, V.RULE_LEARNS) & (rows > 0):
                 radius = tl.load(tensor + LEARNED).to(tl.pointer_type(tl.float64))

@@ -257,19 +257,17 @@ def record(results, alphas, segment, inside, measures, alpha, V: tl.constexpr):
         if k == GRAD_DOT_DELTA and not V.HAS_GRADS:
             value = value * float("nan")
         tl.store(row + k, value, mask=inside)
-    count_selected(row, inside, alpha)
+    count_where(row + SELECTED, inside, alpha != 1)
     if V.HAS_GRADS:
-        count = tl.load(row + INCONSISTENT, mask=inside, other=0.0)
-        count += tl.where(measures[GRAD_DOT_DELTA] > 0, 1.0, 0.0)
-        tl.store(row + INCONSISTENT, count, mask=inside)
+        count_where(row + INCONSISTENT, inside, measures[GRAD_DOT_DELTA] > 0)
     tl.store(alphas + segment, alpha, mask=inside)
 
 
 @triton.jit
-def count_selected(row, inside, alpha):
-    """Counts a step in the rows of results whose α is not 1."""
-    count = tl.load(row + SELECTED, mask=inside, other=0.0, cache_modifier=".cg")
-    tl.store(row + SELECTED, count + tl.where(alpha != 1, 1.0, 0.0), mask=inside)
+def count_where(places, inside, happened):
+    """Counts a step in those places of results where something happened in it."""
+    steps = tl.load(places, mask=inside, other=0.0, cache_modifier=".cg")
+    tl.store(places, steps + tl.where(happened, 1.0, 0.0), mask=inside)
 
 
 @triton.jit

@@ -41,6 +41,7 @@ struct Args {
   Measures* found;           // what sweeps have measured of parts of segments
   int32_t* counters;         // of each entry: how many programs are done
   int64_t* largest;          // of each entry: the row that a survey has found
+  double* factors;           // of each entry: the factor of its penalty that a survey has found
   double *results, *alphas;
   double* squared;           // of each entry, and after them the sum over all: the squares of gradients
   const float *grad_scale, *found_inf;  // nullptr: 1 and 0

@@ -61,8 +61,8 @@ __device__ __forceinline__ void step_round(const Args& args, const Setup<Base, H
   row += round.row();
   const double alpha = e.rule.given ? args.alphas[e.segment + (e.rule.by_rows ? row : 0)] : s.alpha;
   const T sign = kRows && e.rule.sign && row == args.largest[s.owner] ? T(s.sign) : T(0);
-  const RowTerms<T> terms{T(alpha), T(s.linear), sign, s.key, s.moments_key, s.flags};
-  if (!Base::kMoves && !s.flags.measures && terms.alpha == 1) return;
+  const RowTerms<T> terms{Known<T>::of(alpha, s.param.cautious), T(s.linear), sign, s.key, s.moments_key, s.flags};
+  if (!Base::kMoves && !s.flags.measures && terms.known.leaves_alone()) return;
   Waiting<K, Base::kStates> waiting;
   round.each(s.param.rows, row, s.aligned, [&](auto side, int64_t place, int lane) {
     step_spot<K, kRows ? Measuring::magnitudes : Measuring::squares, side>(s.param, s.base, terms, place, lane, sums,
@@ -115,7 +115,7 @@ __device__ void pull_piece(const Setup<Base, Hyper>& s, bool by_rows, const doub
     const int64_t mine = row + round.row();
     const T alpha = T(alphas[by_rows ? mine : 0]);
     if (alpha == 1) continue;
-    const RowTerms<T> terms{alpha, 0, 0, s.pull_key, 0, s.flags};
+    const RowTerms<T> terms{{alpha, 0}, 0, 0, s.pull_key, 0, s.flags};
     BlockSums<T, Measuring::none, K::kSide> none;
     Waiting<K, 0> nothing;
     round.each(s.param.rows, mine, s.aligned, [&](auto side, int64_t place, int lane) {
@@ -132,7 +132,7 @@ __device__ void observe(const Param& seen, const Piece& piece, double sign, bool
   const bool aligned = (misaligned(seen.param) | misaligned(seen.working)) == 0;
   const Round<K> round(piece);
   const Flags flags{true, graded, misaligned(seen.grad) != 0, misaligned(seen.anchor) != 0};
-  const RowTerms<T> terms{1, 0, 0, 0, 0, flags};
+  const RowTerms<T> terms{{}, 0, 0, 0, 0, flags};
   for (int64_t row = piece.row; row < piece.row + piece.rows; row += round.step()) {
     const int rows = round.rows(row);
     BlockSums<T, kMeasuring, K::kSide> sums;

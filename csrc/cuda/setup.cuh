@@ -74,7 +74,7 @@ __device__ __noinline__ void work_out(const Args& args, int32_t owner, Setup<Bas
   s.piece = Pieces(e.param.rows)[blockIdx.x - e.program];
   s.alpha = e.rule.given ? 1 : alpha_of(e.rule.alpha, Measures::filled(0), s.terms);
   const Penalty penalty = e.rule.penalty(s.terms.strength);
-  s.linear = penalty.linear, s.sign = penalty.sign;
+  s.linear = e.rule.survey == Survey::conflict ? args.factors[owner] : penalty.linear, s.sign = penalty.sign;
   s.pull_key = rounding_key(e.param.seed, s.t, Phase::pull);
   s.key = Base::kMoves ? rounding_key(e.param.seed, s.t, Phase::step) : s.pull_key;
   s.moments_key = rounding_key(e.param.seed, s.t, Phase::moments);

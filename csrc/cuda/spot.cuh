@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 struct RowTerms {
-  T alpha;            // known before the sweep
+  Known<T> known;
   T linear, sign;     // of the penalty
   uint32_t key, moments_key;
   const Flags& flags;
@@ -69,7 +69,9 @@ __device__ __forceinline__ void step_spot(const Param& p, const Base& base, cons
     next[j] = base(param, used, state, all);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) moments[k][j] = state[k];
-    if (!measures && terms.alpha != 1) next[j] = pulled<T>(terms.alpha, next[j], anchor);
+    if (!measures && terms.known.alpha != 1) next[j] = pulled<T>(terms.known.alpha, next[j], anchor);
+    if constexpr (kRare)
+      if (!measures && terms.known.hold != 0) next[j] = held<T>(terms.known.hold, param, next[j], anchor);
     if constexpr (sizeof(T) == 4) {
       if (kRare && p.dithered && writes) {
         next[j] = bf16_of(dithered(next[j], bits_at(terms.key, place + j) >> 16));

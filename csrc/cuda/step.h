@@ -46,7 +46,8 @@ class DeviceTable {
     const size_t at_grads = row.take<void*>(n), at_hyper = row.take<double>(hyper);
     const size_t at_fixed = all.take<char>(fixed.bytes()), at_row = all.take<char>(row.bytes());
     const size_t at_found = all.take<Measures>(found), at_counters = all.take<int32_t>(n + 1);
-    const size_t at_largest = all.take<int64_t>(n), at_squared = all.take<double>(n + 1);
+    const size_t at_largest = all.take<int64_t>(n), at_factors = all.take<double>(n);
+    const size_t at_squared = all.take<double>(n + 1);
     memory_ = at::zeros({int64_t(all.bytes())}, at::TensorOptions(at::kByte).device(device));
     char* const base = static_cast<char*>(memory_.data_ptr());
     args.entries = reinterpret_cast<const Entry*>(base + at_fixed + at_entries);
@@ -57,6 +58,7 @@ class DeviceTable {
     args.found = reinterpret_cast<Measures*>(base + at_found);
     args.counters = reinterpret_cast<int32_t*>(base + at_counters);
     args.largest = reinterpret_cast<int64_t*>(base + at_largest);
+    args.factors = reinterpret_cast<double*>(base + at_factors);
     args.squared = reinterpret_cast<double*>(base + at_squared);
     args.tensors = int64_t(n);
     at_hyper_ = at_hyper;

@@ -55,7 +55,7 @@ __device__ void pull(const Args& args) {
   pull_piece<K>(s, e.rule.by_rows, alphas);
 }
 
-// Sweep 0: what a step must know of all rows.
+// Sweep 0: what a step must know of all rows, or of the whole tensor.
 template <template <class> class BaseOf, class Hyper, class K>
 __device__ void survey(const Args& args) {
   __shared__ Shared<Room> of_room;
@@ -69,12 +69,21 @@ __device__ void survey(const Args& args) {
   if (e.rule.survey == Survey::none) return;
   const int64_t program = blockIdx.x - e.program;
   set_up(args, owner, s);
-  const bool slope = e.rule.survey == Survey::slope;
+  const bool slope = e.rule.survey == Survey::slope, conflicts = e.rule.survey == Survey::conflict;
   const Param seen = surveyed(e.rule.survey, s.param);
   const Pieces pieces(e.param.rows);
-  observe<K, Measuring::magnitudes>(seen, s.piece, s.base.sign, slope,
-                                    args.found + e.found + pieces.first_found(program), room);
+  Measures* const to = args.found + e.found + pieces.first_found(program);
+  if (conflicts)
+    observe<K, Measuring::squares>(seen, s.piece, s.base.sign, true, to, room);
+  else
+    observe<K, Measuring::magnitudes>(seen, s.piece, s.base.sign, slope, to, room);
   if (!comes_last(args.counters + owner, e.programs, room)) return;
+  if (conflicts) {
+    const Measures total =
+        folded_by_all<K, Measures>(e.programs, room.sums, [&](int64_t i) { return args.found[e.found + i]; });
+    if (threadIdx.x == 0) args.factors[owner] = conflict(total, s.terms);
+    return;
+  }
   const auto found = [&](int64_t row) { return found_of(args, e, row, pieces.parts()); };
   const int64_t rows = e.param.rows.count;
   if (slope) {

@@ -16,7 +16,7 @@ PLACE = r"(\w+\.py):(\d+)(?: from (\d+))? [\w.:]+ \((read|write)\)"
 RACE = re.compile(rf"race: {PLACE} with {PLACE}, threads of one program")
 FUNCTIONS = {
     "count_step": "the step count and one more",
-    "count_selected": "how often a segment was selected, and perhaps one more",
+    "count_where": "how often something happened, and perhaps one more",
     "conclude": "the learned radius, brought under the largest row",
 }
 
