@@ -50,9 +50,12 @@ TARGETS = {
 }
 # One kernel for all of each, as groups may mix them.
 _CHOOSING = [rule for rule in RULES.values() if (rule.pulls or rule.surveys) and not rule.given]
-TENSOR_RULES = ("keep", *sorted(rule.name for rule in _CHOOSING if not rule.crosses_rows))
+_RARE = [
+    rule.name for rule in RULES.values() if rule.penalty == "linear" or rule.cautious
+]  # they need code of their own
+TENSOR_RULES = ("keep", *sorted(rule.name for rule in _CHOOSING if not rule.crosses_rows and rule.name not in _RARE))
 ROW_RULES = tuple(sorted(rule.name for rule in _CHOOSING if rule.crosses_rows))
-LINEAR_RULES = tuple(rule.name for rule in RULES.values() if rule.penalty == "linear")
+RARE_RULES = tuple(_RARE)
 ARGUMENTS = {
     "schedule": "*i32", "cursor": "*i32", "tensors": "*i64", "grads": "*i64", "owners": "*i32", "hyper": "*fp64",
     "live": "*i64", "partials": "*fp64", "counters": "*i32", "ready": "*i32", "results": "*fp64", "alphas": "*fp64",
@@ -65,8 +68,9 @@ class Shipped:
     """A variant by what asks for it.
 
     options: a gradient scaler, and hyper-parameters in tensors. mixed: only some tensors have an anchor and the last of
-    the states. coupled: rules with a linear penalty are among the others. rows: the kernels for segments that are rows.
-    low: bfloat16 moments. master: float32 master weights. norm: the kernel for the norm of the gradients.
+    the states. coupled: rules with a linear penalty, and cautious ones,
+    are among the others. rows: the kernels for segments that are rows.
+    low: bfloat16 moments. coded: moments in 8 bits. master: float32 master weights. norm: the kernel for the norm of the gradients.
     narrow: gradients at any address.
     """
 
@@ -80,6 +84,7 @@ class Shipped:
     coupled: bool = False
     rows: bool = False
     low: bool = False
+    coded: bool = False
     master: bool = False
     norm: bool = False
     narrow: bool = False
@@ -92,7 +97,12 @@ class Shipped:
             return f"norm of {NAMES[self.param]} gradients"
         extras = ", stochastic" * self.stochastic + ", scaler, tensor lr" * self.options
         extras += ", mixed" * self.mixed + ", coupled" * self.coupled
-        extras += ", bf16 moments" * self.low + ", master" * self.master + ", gradients anywhere" * self.narrow
+        extras += (
+            ", bf16 moments" * self.low
+            + ", 8-bit moments" * self.coded
+            + ", master" * self.master
+            + ", gradients anywhere" * self.narrow
+        )
         return f"{'rows, ' * self.rows}{self.base.name}{state}, {NAMES[self.param]}, anchor {anchor}{extras}"
 
     @property
@@ -101,7 +111,7 @@ class Shipped:
         Sweep 2 pulls. By rows this is FTP, which moves the most. Its survey reads g and the delta, and its sweep 1
         writes the delta too."""
         size, anchor = self.param.itemsize, 0 if self.anchor is None else self.anchor.itemsize
-        moment, delta = (8, 8) if self.param == F64 else (2 if self.low else 4, 2)
+        moment, delta = (8, 8) if self.param == F64 else (1 if self.coded else 2 if self.low else 4, 2)
         step, pull = 3 * size + anchor + 2 * moment * self.states, 2 * size + anchor
         if self.norm:
             return (size,)
@@ -124,11 +134,11 @@ class Shipped:
                 F32 if self.master else self.param,
                 self.param,
                 self.anchor or self.param,
-                BF16 if self.low else F64 if self.param == F64 else F32,
+                torch.int8 if self.coded else BF16 if self.low else F64 if self.param == F64 else F32,
                 self.param if self.master else None,
             ),
             states=(self.states - self.mixed, self.states),
-            rules=ROW_RULES if self.rows else TENSOR_RULES + LINEAR_RULES * self.coupled,
+            rules=ROW_RULES if self.rows else TENSOR_RULES + RARE_RULES * self.coupled,
             stochastic=self.stochastic,
             anchored=(self.anchor is not None and not self.mixed, self.anchor is not None),
             one_launch=kernel == "ticket_sweep",
@@ -185,6 +195,9 @@ VARIANTS += [
     Shipped(ADAMW, 2, BF16, BF16, narrow=True),
     Shipped(ADAMW, 2, BF16, BF16, rows=True, narrow=True),
     Shipped(ADAMW, 2, BF16, BF16, low=True),
+    Shipped(ADAMW, 2, BF16, BF16, coded=True),
+    Shipped(ADAMW, 3, BF16, BF16, coded=True, stochastic=True),
+    Shipped(ADAMW, 2, F32, F32, coded=True, rows=True),
 ]
 VARIANTS += [Shipped(SGD, 0, param, None, norm=True) for param in (F32, BF16, F64)]
 

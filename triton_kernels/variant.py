@@ -189,7 +189,8 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
     Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
     half the threads that an SM can hold are resident. To spill nothing, some need more. 80: all for Blackwell, the
     one-launch form, master weights, bfloat16 moments, streams in narrow accesses, amsgrad beside coupled rules. 96:
-    amsgrad that only some tensors have. 128: float64, and the sweeps of rows. 255: both together.
+    amsgrad that only some tensors have. 128: float64, moments in 8 bits, and the sweeps of rows. 255: one of the
+    first two by rows.
     """
     backend, capability = gpu
     options: dict[str, Any] = {"num_warps": LANES // (64 if backend == "hip" else 32), "enable_fp_fusion": False}
@@ -202,7 +203,8 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
         narrow = not all(getattr(variant, f"{stream.upper()}_ALIGNED").value for stream in STREAMS)
         more = one_launch or variant.MASTERED.value or low or (amsgrad and coupled) or narrow or capability >= 100
         fewer = 96 if amsgrad and some else 80 if more else 64
-        options["maxnreg"] = 255 if double and by_rows else 128 if double or by_rows else fewer
+        wide = double or variant.CODED.value
+        options["maxnreg"] = 255 if wide and by_rows else 128 if wide or by_rows else fewer
     return options
 
 
