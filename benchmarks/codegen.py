@@ -68,10 +68,9 @@ class Shipped:
     """A variant by what asks for it.
 
     options: a gradient scaler, and hyper-parameters in tensors. mixed: only some tensors have an anchor and the last of
-    the states. coupled: rules with a linear penalty, and cautious ones,
-    are among the others. rows: the kernels for segments that are rows.
-    low: bfloat16 moments. coded: moments in 8 bits. master: float32 master weights. norm: the kernel for the norm of the gradients.
-    narrow: gradients at any address.
+    the states. coupled: rules with a linear penalty, and cautious ones, are among the others. rows: the kernels for
+    segments that are rows. low: bfloat16 moments. coded: moments in 8 bits. master: float32 master weights. norm: the
+    kernel for the norm of the gradients. narrow: gradients at any address.
     """
 
     base: Base

@@ -188,7 +188,7 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
 
     Without contraction to FMA the bits do not depend on what the compiler fuses. With 64 registers for each thread,
     half the threads that an SM can hold are resident. To spill nothing, some need more. 80: all for Blackwell, the
-    one-launch form, master weights, bfloat16 moments, streams in narrow accesses, amsgrad beside coupled rules. 96:
+    one-launch form, master weights, bfloat16 moments, streams in narrow accesses, coupled and cautious rules. 96:
     amsgrad that only some tensors have. 128: float64, moments in 8 bits, and the sweeps of rows. 255: one of the
     first two by rows.
     """
@@ -198,10 +198,11 @@ def options_of(variant: Any, gpu: tuple[str, int]) -> dict[str, Any]:
         double, by_rows = variant.ARITHMETIC.value == tl.float64, variant.ROWS.value
         low = variant.STATE_DTYPE.value != variant.ARITHMETIC.value
         amsgrad = variant.STATES.value == MAX_STATES
-        some, coupled = variant.LAST_STATE.value == SOME.value, variant.RULE_LINEAR.value != 0
+        some = variant.LAST_STATE.value == SOME.value
+        coupled = (variant.RULE_LINEAR.value | variant.RULE_CAUTIOUS.value) != 0
         one_launch = variant.CHUNK.value == SHORT_CHUNK
         narrow = not all(getattr(variant, f"{stream.upper()}_ALIGNED").value for stream in STREAMS)
-        more = one_launch or variant.MASTERED.value or low or (amsgrad and coupled) or narrow or capability >= 100
+        more = one_launch or variant.MASTERED.value or low or coupled or narrow or capability >= 100
         fewer = 96 if amsgrad and some else 80 if more else 64
         wide = double or variant.CODED.value
         options["maxnreg"] = 255 if wide and by_rows else 128 if wide or by_rows else fewer
