@@ -91,7 +91,11 @@ def assert_same_step(got: Stepper, want: Stepper, before: Stepper, grads: list[T
         if rule.cautious:
             allowed += torch.where(step.abs() <= 16 * eps * scale, (1 - alpha[0]) * d.abs(), 0)
         if rule.penalty and base is ADAMW:  # g + penalty may cancel, and Adam divides by the size of the sum
-            rms = (want.numbers("exp_avg_sq", i) / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
+            squares, kept = want.numbers("exp_avg_sq", i), want.states["exp_avg_sq"][i]
+            if not kept.is_floating_point():  # the step divided by what was rounded to these codes
+                by = want.states["exp_avg_sq" + SCALE][i]
+                squares = (squares - _spacing(squares, kept.dtype, by)).clamp(min=0)
+            rms = (squares / (1 - hyper["beta2"] ** float(want.steps[i]))).sqrt()
             allowed += hyper["lr"] * (16 * eps * size_of_g / (rms + hyper["eps"])).clamp(max=2)
         _assert_within(got.weights[i], new, allowed, f"{case.name}: weights")
         shown = want.params[i].double()
