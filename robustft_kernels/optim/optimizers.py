@@ -60,9 +60,9 @@ class AnchoredAdamW(AnchoredOptimizer):
             speed of its bus. "disk" leaves them in their file, for parameters on the CPU. The file is mapped, which
             takes no memory, and all processes of a machine share it. It must not be written in place: the next step
             raises RuntimeError then. None keeps them on the parameters' device.
-        state_dtype: torch.float32, torch.bfloat16 or "8bit", or a dtype's name: how moments are kept. bfloat16 and 8-bit
-            moments are rounded stochastically (as below). Rounding to nearest would always lose a decay of 0.001 of
-            the second moment. "8bit" is 1.03 bytes for each number: int8 codes of exp_avg and uint8 codes of
+        state_dtype: how moments are kept: torch.float32, torch.bfloat16, such a dtype's name, or "8bit". bfloat16 and
+            8-bit moments are rounded stochastically (as below). Rounding to nearest would always lose a decay of 0.001
+            of the second moment. "8bit" is 1.03 bytes for each number: int8 codes of exp_avg and uint8 codes of
             exp_avg_sq, code k for k² parts of a scale that 32 neighbours of a row share. A parameter whose rows are
             not multiples of 32 elements, side by side in memory, keeps float32.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters. The steps continue from the copy, and

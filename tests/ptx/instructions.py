@@ -41,8 +41,8 @@ def branch(name: str, parts: list[str], operands: Operands, site: Site) -> str:
 
 @instruction("bar")
 def barrier(name: str, parts: list[str], operands: Operands, site: Site) -> str:
-    """9.7.13, bar.sync: waits for all threads of the program, and orders their accesses. bar.warp.sync: the same for the
-    lanes of a mask."""
+    """9.7.13, bar.sync: waits for all threads of the program, and orders their accesses. bar.warp.sync: the same for
+    the lanes of a mask."""
     only(parts, "warp", "sync")
     if parts == ["warp", "sync"]:
         return f"gather(me, {operands.bits(0, 'b32')}, {site(name)});"
@@ -53,8 +53,8 @@ def barrier(name: str, parts: list[str], operands: Operands, site: Site) -> str:
 
 @instruction("shfl")
 def shuffle(name: str, parts: list[str], operands: Operands, site: Site) -> str:
-    """9.7.9, shfl.sync.bfly: the value of the lane whose number differs in the given bits, among the lanes of a mask. It
-    orders no accesses. A predicate beside the destination tells that there is such a lane."""
+    """9.7.9, shfl.sync.bfly: the value of the lane whose number differs in the given bits, among the lanes of a mask.
+    It orders no accesses. A predicate beside the destination tells that there is such a lane."""
     only(parts, "sync", "bfly", "b32")
     value, mask, clamp, members = (operands.bits(k, "b32") for k in (1, 2, 3, 4))
     to, *there = operands.texts[0].replace("%", "").split("|")
