@@ -56,15 +56,17 @@ def nothing_spills_and_no_float_is_added_atomically(kernels, _):
         assert row["float_atomics"] == 0, named(row)
 
 
-NEEDS_MORE = ("master", "bf16 moments", "gradients anywhere", "amsgrad, fp32, anchor fp32, coupled")
+NEEDS_MORE = ("master", "bf16 moments", "gradients anywhere", "coupled")
+WITH_MOMENTS = ("step_sweep", "ticket_sweep", "row_step")
 
 
 def half_of_an_sms_threads_are_resident(kernels, _):
-    """Three eighths in the one-launch form and where much is kept in registers. A quarter in float64, by rows, and with
-    amsgrad that only some have. An eighth in float64 by rows."""
+    """Three eighths in the one-launch form and where much is kept in registers. A quarter in float64, with 8-bit
+    moments, by rows, and with amsgrad that only some have. An eighth by rows in float64 or with 8-bit moments."""
     for row in kernels:
         if row["target"] == "sm_90":
-            expected = 0.5 / 2 ** ((row["dtype"] == "fp64") + row["variant"].startswith("rows"))
+            wide = row["dtype"] == "fp64" or ("8-bit" in row["variant"] and row["kernel"] in WITH_MOMENTS)
+            expected = 0.5 / 2 ** (wide + row["variant"].startswith("rows"))
             if row["kernel"] == "ticket_sweep" or any(word in row["variant"] for word in NEEDS_MORE):
                 expected = min(expected, 0.375)
             if "amsgrad" in row["variant"] and "mixed" in row["variant"]:
@@ -73,9 +75,10 @@ def half_of_an_sms_threads_are_resident(kernels, _):
 
 
 def nothing_moves_between_threads_in_a_loop(kernels, _):
-    """All streams are in one layout, so no loop over elements waits at a barrier."""
+    """All streams are in one layout, so no loop over elements waits at a barrier. Only 8-bit moments do, whose blocks
+    are compared."""
     for row in kernels:
-        if row["target"] != "gfx942":
+        if row["target"] != "gfx942" and not ("8-bit" in row["variant"] and row["kernel"] in WITH_MOMENTS):
             assert row["barriers"] == 0, named(row)
 
 
