@@ -22,7 +22,7 @@ def test_demo_small(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in first.stdout.splitlines() if line.startswith("| 0.001")]
     deviation = {row[1].strip(): float(row[-1]) for row in rows}
-    assert len(deviation) == 18
+    assert len(deviation) == 16
     assert 0 < deviation["AdamSPD, λ=2"] <= deviation["AdamSPD, λ=1"] <= deviation["AdamW"]
     for nearer in ("L2-SP, λ=10", "PGM, γ=0.3", "TPGM, each step", "FTP, k=1", "WiSE-FT, α=0.5", "LP-FT"):
         assert deviation[nearer] < deviation["AdamW"], nearer

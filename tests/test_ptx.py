@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux" or not shutil.which
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton compiles these kernels")
 with_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc compiles these kernels")
 # Words that the names of rows have. Each row is met by one of these.
-STEPS = ("spd l2, adamw", "spd l2, sgd", "l2sp", "project", "none", "spd mars_rows", "ftp", "mars_sp")
+STEPS = ("spd l2, adamw", "spd l2, sgd", "l2sp", "project", "none", "spd mars_rows", "ftp", "mars_sp", "digrap")
 
 
 def run(*args):

@@ -73,7 +73,6 @@ probe = chosen(rft.linear_probe)
 spd = anchored(rft.AdamSPD, strength=1.0)
 METHODS = {
     "AdamW": Method((adamw,)),
-    "AdamW, 8 bits": Method((anchored(rft.AnchoredAdamW, method="none", state_dtype="8bit"),)),
     "LP": Method((probe,)),
     "LP-FT": Method((probe, adamw)),
     "BitFit": Method((chosen(rft.bitfit),)),
@@ -86,8 +85,12 @@ METHODS = {
     "TPGM, each step": Method((adamw,), tpgm_each_step),
     "FTP, k=1": Method((anchored(rft.AdamFTP),)),
     "AdamSPD, λ=1": Method((spd,)),
-    "AdamSPD, λ=1, 8 bits": Method((anchored(rft.AdamSPD, strength=1.0, state_dtype="8bit"),)),
     "AdamSPD, λ=2": Method((anchored(rft.AdamSPD, strength=2.0),)),
     "WiSE-FT, α=0.5": Method((adamw,), wise=0.5),
     "WISE-SPD, α=0.5": Method((spd,), wise=0.5),
+}
+# What only --methods asks for.
+MORE = {
+    "AdamW, 8 bits": Method((anchored(rft.AnchoredAdamW, method="none", state_dtype="8bit"),)),
+    "AdamSPD, λ=1, 8 bits": Method((anchored(rft.AdamSPD, strength=1.0, state_dtype="8bit"),)),
 }

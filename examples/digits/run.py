@@ -25,7 +25,7 @@ from tqdm import tqdm
 import robustft_kernels as rft
 
 from .data import DOMAINS, SHIFTED, TASK, load
-from .methods import METHODS
+from .methods import METHODS, MORE
 from .model import Net, accuracy, pretrain
 from .report import pictures, table
 
@@ -34,7 +34,7 @@ Data = dict[str, tuple[Tensor, Tensor]]
 
 def finetune(start: Net, data: Data, method: str, lr: float, steps: int, seed: int, bar: tqdm) -> Net:
     torch.manual_seed(seed)
-    model, row = Net(2), METHODS[method]
+    model, row = Net(2), {**METHODS, **MORE}[method]
     model.features.load_state_dict(start.features.state_dict())
     images, labels = data["finetune"]
     g = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MORE], default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument("--pretrain-steps", type=int, default=1200)
