@@ -93,7 +93,7 @@ def check_training(world: int) -> None:
         optimizers = {name: make(kind, model) for name, model in models.items()}
         for name, model in models.items():
             train(model, optimizers[name], range(5))
-        slack = 5e-4 if kind == "bf16 state" else 2e-5
+        slack = 5e-4 if kind in ("bf16 state", "8-bit state") else 2e-5  # a shard draws bits of its own
         assert_close(full(spread), full(alone), f"fsdp, {kind}", slack)
         assert_close(full(replicated), full(alone), f"ddp, {kind}")
         if kind == "spd":
