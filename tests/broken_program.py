@@ -131,7 +131,7 @@ LLAMA_7B = [*[(4096, 1)] * 5 * 32, *[(11008, 1)] * 2 * 32, *[(32000, 1)] * 2, *[
 
 
 def little_is_exchanged() -> None:
-    """Rows stay where they are: for those of LLaMA-7B, 10 kB a step go over the wire. No process keeps a number for a
+    """Rows stay where they are: for those of LLaMA-7B, 12 kB a step go over the wire. No process keeps a number for a
     row that is elsewhere."""
     mesh = init_device_mesh(torch.get_default_device().type, (dist.get_world_size(),))
     for cls, kwargs in (

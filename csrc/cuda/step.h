@@ -130,15 +130,23 @@ class CudaStep {
     const In context(driver_, Kernels::get().context(device_));
     std::optional<Plan>& plan = none ? alone_ : graded_;
     if (!plan) plan.emplace(planned(grads, none, stream));
-    plan->table.send(table_.hyper, [&](int64_t i) { return none ? nullptr : address(*plan, i, grads); }, stream);
+    const int64_t n = int64_t(table_.size());
+    plan->table.send(table_.hyper, [&](int64_t i) {
+      if (none) return static_cast<void*>(nullptr);
+      if (i + 8 < n) expect(grads[i + 8]);  // headers of many tensors are scattered
+      if (i + 4 < n) expect_storage(grads[i + 4]);
+      return address(*plan, i, grads);
+    }, stream);
     const Tensor scale = as_float(grad_scale), inf = as_float(found_inf);
     for (Launch& launch : plan->launches) {
       launch.args.grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr;
       launch.args.found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr;
       start(launch, stream);
     }
-    for (size_t i = 0; i < table_.size(); ++i)
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + 8 < n) expect(table_[i + 8].param);
       if (kMoves || table_[i].rule->pulls) bump_version(table_[i].param);
+    }
   }
 
   // What it has on the device beside the caller's tensors.
