@@ -93,7 +93,8 @@ def check_training(world: int) -> None:
         optimizers = {name: make(kind, model) for name, model in models.items()}
         for name, model in models.items():
             train(model, optimizers[name], range(5))
-        slack = 5e-4 if kind in ("bf16 state", "8-bit state") else 2e-5  # a shard draws bits of its own
+        # A shard draws bits of its own. Five steps of lr 1e-2 may each be off by what rounding makes of a moment.
+        slack = {"bf16 state": 5e-4, "8-bit state": 5e-3}.get(kind, 2e-5)
         assert_close(full(spread), full(alone), f"fsdp, {kind}", slack)
         assert_close(full(replicated), full(alone), f"ddp, {kind}")
         if kind == "spd":
