@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.exchange import Exchange, Reach, Segments
 from ..core.methods import MEASURES, Rule
@@ -14,7 +15,12 @@ from .decide import Terms, decide, decide_by_size, expanded, fold, largest, size
 from .launch import Share
 from .results import Results, Tables, unless, write
 
-TOLD = 3  # sums over the rows of a parameter that are for telemetry
+TOLD = 3  # sums over the rows of a parameter that are for telemetry; the last is of rules with a gate alone
+
+
+def _told_of(rule: Rule) -> int:
+    """How many of them a rule has. Those that compare with what was before the step are those with a gate."""
+    return TOLD if rule.compares else TOLD - 1
 
 
 @dataclass(eq=False)
@@ -51,7 +57,7 @@ class Peers:
     shares: those of a launch, each with one reach. The first `decided` of them are decided here.
 
     Nothing is exchanged but the sums of segments that are cut, and of parameters whose rows are spread the largest row
-    and three sums over the rows. Those sums are for telemetry.
+    and two or three sums over the rows. Those sums are for telemetry.
     """
 
     def __init__(self, shares: Sequence[Share], decided: int, device: torch.device) -> None:
@@ -67,7 +73,8 @@ class Peers:
         self._rows = [part for part in self.parts if part.share.reach is Reach.ROWS]
         cut, rows = ([param for part in parts for param in part.share.params] for parts in (self._cut, self._rows))
         self._segments = Segments(cut, [part.rule for part in self._cut for _ in part.share.params])
-        sizes = [*(len(MEASURES) * count for count in self._segments.counts), *[TOLD] * len(rows)]
+        told = [_told_of(part.rule) for part in self._rows for _ in part.share.params]
+        sizes = [*(len(MEASURES) * count for count in self._segments.counts), *told]
         self._sums = Exchange([*cut, *rows], sizes, device)
         self._maxima = Exchange(rows, [1] * len(rows), device)
         counts = [count for part in self._rows for count in part.counts]
@@ -126,11 +133,15 @@ class Peers:
         of_rows, maxima = [], []
         for part in self._rows:
             m, alpha = dict(zip(MEASURES, found[part.at].T, strict=True)), alphas[part.at]
-            counted = alpha, (alpha != 1).double(), (m["grad_dot_delta"] > 0).double()
+            counted = (alpha, (alpha != 1).double(), (m["grad_dot_delta"] > 0).double())[: _told_of(part.rule)]
             of_rows.append(torch.stack([fold(of, part.here, "sum") for of in counted], 1))
             maxima.append(largest(size_of(m) if part.by_size else size_of(m) * alpha, part.here))
-        sums = self._sums.sum(torch.cat([table.flatten(), torch.cat(of_rows).flatten()]))
-        means = sums[table.numel() :].view(-1, TOLD) / self._counts_of_rows[:, None].clamp(min=1)
+        sums = self._sums.sum(torch.cat([table.flatten(), *map(torch.flatten, of_rows)]))
+        summed = sums[table.numel() :].split([of.numel() for of in of_rows])
+        means = torch.cat(
+            [pad(s.view(of.shape), (0, TOLD - of.shape[1])) for s, of in zip(summed, of_rows, strict=True)]
+        )
+        means = means / self._counts_of_rows[:, None].clamp(min=1)
         return sums[: table.numel()].view(table.shape), means, self._maxima.largest(torch.cat(maxima))
 
 
