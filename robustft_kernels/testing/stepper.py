@@ -1,6 +1,6 @@
 """Streams of steps: the tensors of one call for a list of cases, and their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,21 +136,28 @@ class Stepper:
             out.append(case.lay((noise + turn * (p.float() - anchor)).to(dtype or p.dtype)))
         return out
 
-    def clone(self) -> "Stepper":
-        """The same state in its own memory, laid out alike."""
+    def laid(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on this device of tensors that have the cases' shapes, or of none, laid out as the cases say."""
+        pairs = zip(self.cases, tensors, strict=bool(tensors))
+        return [t if t is ABSENT else case.lay(t.to(self.device)) for case, t in pairs]
+
+    def clone(self, device: torch.device | None = None) -> "Stepper":
+        """The same state in its own memory, laid out alike, and on another device if one is given."""
         other = object.__new__(Stepper)
         other.__dict__.update(self.__dict__)
-        copy = [case.lay for case in self.cases]
-        other.params = [lay(t) for lay, t in zip(copy, self.params, strict=True)]
+        other.device = device or self.device
+
+        def copied(t: Tensor) -> Tensor:
+            return t if t is ABSENT else t.to(other.device, copy=True)
+
+        other.params = other.laid(self.params)
+        other.anchors = other.laid(self.anchors) if self.anchored else [copied(t) for t in self.anchors]
         other.states = {
-            key: [
-                t if t is ABSENT else t.clone() if key in LEARNED or is_scale(key) else lay(t)
-                for lay, t in zip(copy, of, strict=False)
-            ]
+            key: [copied(t) for t in of] if key in LEARNED or is_scale(key) else other.laid(of)
             for key, of in self.states.items()
         }
-        other.steps = [t.clone() for t in self.steps]
-        other.results, other.alphas = self.results.clone(), self.alphas.clone()
+        other.steps = [copied(t) for t in self.steps]
+        other.results, other.alphas = copied(self.results), copied(self.alphas)
         return other
 
     @property
