@@ -32,10 +32,10 @@ THEIRS = "#8c8c8c"  # other packages
 FAMILIES = {
     "free": ("AdamW", "zero-shot"),
     "in part": ("LP", "LP-FT", "BitFit", "Partial fusion"),
-    "penalty": ("L2-SP", "MARS-SP"),
+    "penalty": ("L2-SP", "MARS-SP", "Cautious L2-SP", "L2-SP, λ from 20 to 0", "RecAdam"),
     "projection": ("PGM", "TPGM", "TPGM-C", "TPGM, each step", "FTP"),
-    "SPD": ("SPD", "AdamSPD, λ=1", "AdamSPD, λ=2"),
-    "interpolation": ("WiSE-FT", "WISE-SPD"),
+    "SPD": ("SPD", "AdamSPD, λ=1", "AdamSPD, λ=2", "SPD, gate away", "DiGraP"),
+    "interpolation": ("WiSE-FT", "WISE-SPD", "Soup", "Model Stock"),
     "LoRA": ("LoRA, AdamW", "LoRA, SPD"),
 }
 MARKERS = "oX^Dv"  # by place in the family
@@ -59,8 +59,8 @@ LOOKS = {
 
 
 def look(name: str) -> Look:
-    """Of a method by its name. What stands after a comma ("PGM, γ=0.3") counts only if FAMILIES has it."""
-    first = name.split(", ")[0]
+    """Of a method by its name. What stands after a comma ("PGM, γ=0.3") counts only as far as FAMILIES has it."""
+    first = max((known for known in LOOKS if name.startswith(f"{known}, ")), key=len, default=name.split(", ")[0])
     return LOOKS[name if name in LOOKS else CLASSES.get(first, first)]
 
 

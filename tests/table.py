@@ -27,10 +27,11 @@ class Row(NamedTuple):
         """The names of what stands in the columns."""
         return "-".join(map(str, self.method_norm)), self.anchor, self.settings.name, str(self.dtype)
 
-    def demands(self):
-        """The pairs that this row meets. Also that its settings act with its method, as some do in few dtypes."""
-        yield from combinations(self.names, 2)
-        if self.settings.acts_on(self.dtype):
+    def demands(self, ways=2):
+        """The pairs that this row meets, or so many at once. Also that its settings act with its method, as some do in
+        few dtypes."""
+        yield from combinations(self.names, ways)
+        if ways == 2 and self.settings.acts_on(self.dtype):
             yield "acts", self.method_norm, self.settings.name
 
 
@@ -44,13 +45,13 @@ TABLE = [
 ]
 
 
-def covering(turn, table=TABLE):
-    """Rows that together meet what the whole table meets. Another `turn` gives other rows. The choice is greedy: the
-    next row is always one that meets the most of what is still to be met."""
+def covering(turn, table=TABLE, ways=2):
+    """Rows that together meet what the whole table meets, by pairs, or by so many words of a row. Another `turn` gives
+    other rows. The choice is greedy: the next row is always one that meets the most of what is still to be met."""
     turn = turn * len(table) // 3 % len(table)
     table = table[turn:] + table[:turn]
     numbers = {}
-    met_by = [[numbers.setdefault(demand, len(numbers)) for demand in row.demands()] for row in table]
+    met_by = [[numbers.setdefault(demand, len(numbers)) for demand in row.demands(ways)] for row in table]
     widest = max(map(len, met_by))
     met_by = torch.tensor([met + met[:1] * (widest - len(met)) for met in met_by], device="cpu")
     open_, chosen = torch.ones(len(numbers), dtype=torch.bool, device="cpu"), []

@@ -26,8 +26,7 @@ from robustft_kernels.testing import (
 
 from .table import ANCHORS, METHOD_NORMS, TABLE, covering
 
-ALIKE = ("l2sp_cautious", "digrap")  # these go through the loops of "l2sp" and "l2sp_coupled"
-FEW_CASES = tuple(LEAN_CASES[k] for k in (0, 3, 4))
+FEW_CASES = tuple(case for case in LEAN_CASES if case.name in ("0-d", "tile, block and tail", "chunk and 1", "5-d"))
 
 native = pytest.mark.skipif(bool(rft.backends()["native"]), reason=rft.backends()["native"])
 
@@ -36,18 +35,21 @@ def tiers(backend, turn):
     """What the tiers step on a backend: lists of cases, rows of the table, which of four steps are compared, a word for
     it, and the mark of its tier.
 
-    The default tier has rows in which all pairs are met. Another `turn` gives other rows. In Triton's interpreter they
-    step lean cases, or few if their method shares its loops with others, and the full tier steps all cases. The native
-    backend is the fastest, so its full tier has the rest of the table.
+    The default tier has rows in which all pairs are met. Another `turn` gives other rows. In Triton's interpreter
+    those of SPD step lean cases, as its gate should open in some, and so do rows that have every word of every column.
+    The others step few, and the full tier steps all cases. The native backend is the fastest, so its full tier has the
+    rest of the table.
     """
     rows = covering(turn)
     if slow(backend):
-        alike = [row for row in rows if row.method_norm[0] in ALIKE]
-        others = [row for row in rows if row not in alike]
-        lean = [(LEAN_CASES, others, {3}, "lean", ()), (FEW_CASES, alike, {3}, "few", ())]
-        return [*lean, (CASES, rows, {0, 3}, "", pytest.mark.full)]
+        every_word = covering(turn, rows, 1)
+        lean = [row for row in rows if row.method_norm[0] == "spd" or row in every_word]
+        few = [row for row in rows if row not in lean]
+        default = [(LEAN_CASES, lean, {3}, "lean", ()), (FEW_CASES, few, {3}, "few", ())]
+        return [*default, (CASES, rows, {3}, "", pytest.mark.full)]
     rest = [row for row in TABLE if row not in rows] if backend == "native" else []
-    return [(CASES, rows, {0, 3}, "", ()), (CASES, rest, {0, 1, 2, 3}, "", pytest.mark.full)]
+    compared = {3} if backend == "reference" else {0, 3}
+    return [(CASES, rows, compared, "", ()), (CASES, rest, {3}, "", pytest.mark.full)]
 
 
 def pytest_generate_tests(metafunc):

@@ -1,6 +1,7 @@
 """The methods under comparison, a row each: what trains, and what happens around its steps."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import robustft_kernels as rft
 
@@ -16,16 +18,25 @@ from .model import Net
 Build = Callable[[Net, float], torch.optim.Optimizer]
 Validation = tuple[Tensor, Tensor]
 After = Callable[[int, int], None]  # of the step, from 1, and their number
+Schedule = Callable[[torch.optim.Optimizer, int], Any]
 
 
 @dataclass(frozen=True)
 class Method:
     """phases: an optimizer for each equal share of the steps, of a model and a learning rate. around: what happens
-    after each step, of the model and validation data. wise: the α of an interpolation afterwards."""
+    after each step, of the model and validation data. wise: the α of an interpolation afterwards. schedules: of an
+    optimizer and its steps. joined: of the net before and `models` fine-tuned ones, which see the data in orders of
+    their own, the state dict that they make together."""
 
     phases: tuple[Build, ...]
     around: Callable[[Net, Validation], After] | None = None
     wise: float = 1.0
+    schedules: tuple[Schedule, ...] = (CosineAnnealingLR,)
+    joined: Callable[[Net, list[Net]], Mapping[str, Any]] | None = None
+
+    @property
+    def models(self) -> int:
+        return 3 if self.joined else 1
 
 
 def _all(model: Net) -> list[dict[str, Any]]:
@@ -69,6 +80,22 @@ def tpgm_each_step(model: Net, validation: Validation) -> After:
     return after
 
 
+def falling(optimizer: torch.optim.Optimizer, steps: int) -> rft.StrengthScheduler:
+    return rft.StrengthScheduler(optimizer, lambda t: 1 - t / steps)
+
+
+def recalled(optimizer: torch.optim.Optimizer, steps: int) -> rft.RecAdamScheduler:
+    """RecAdam's sigmoid, half of it at a quarter of the steps, with the cosine of the other methods."""
+    return rft.RecAdamScheduler(
+        optimizer, k=30 / steps, t0=steps / 4, lr_factor=lambda t: (1 + math.cos(math.pi * t / steps)) / 2
+    )
+
+
+def recadam(model: Net, lr: float) -> torch.optim.Optimizer:
+    """γ·lr as in the paper: 5000·1e-5."""
+    return rft.AdamL2SP(_all(model), lr=lr, strength=0.05 / lr)
+
+
 probe = chosen(rft.linear_probe)
 spd = anchored(rft.AdamSPD, strength=1.0)
 METHODS = {
@@ -88,6 +115,13 @@ METHODS = {
     "AdamSPD, λ=2": Method((anchored(rft.AdamSPD, strength=2.0),)),
     "WiSE-FT, α=0.5": Method((adamw,), wise=0.5),
     "WISE-SPD, α=0.5": Method((spd,), wise=0.5),
+    "SPD, gate away, λ=0.5": Method((anchored(rft.AdamSPD, strength=0.5, gate="away"),)),
+    "Cautious L2-SP, λ=10": Method((anchored(rft.AnchoredAdamW, method="l2sp_cautious", strength=10.0),)),
+    "DiGraP, ω=1": Method((anchored(rft.AnchoredAdamW, method="digrap", strength=1.0),)),
+    "L2-SP, λ from 20 to 0": Method((anchored(rft.AdamL2SP, strength=20.0),), schedules=(CosineAnnealingLR, falling)),
+    "RecAdam": Method((recadam,), schedules=(recalled,)),
+    "Soup, 3 models": Method((adamw,), joined=lambda before, models: rft.soup(models)),
+    "Model Stock, 3 models": Method((adamw,), joined=rft.model_stock),
 }
 # What only --methods asks for.
 MORE = {

@@ -13,6 +13,7 @@ ten-class net but not its head, both classes hold five digits each, and no singl
 """
 
 import argparse
+import copy
 import math
 from pathlib import Path
 from statistics import mean
@@ -25,25 +26,35 @@ from tqdm import tqdm
 import robustft_kernels as rft
 
 from .data import DOMAINS, SHIFTED, TASK, load
-from .methods import METHODS, MORE
+from .methods import METHODS, MORE, Method
 from .model import Net, accuracy, pretrain
 from .report import pictures, table
 
 Data = dict[str, tuple[Tensor, Tensor]]
 
 
-def finetune(start: Net, data: Data, method: str, lr: float, steps: int, seed: int, bar: tqdm) -> Net:
+def finetune(start: Net, data: Data, method: Method, lr: float, steps: int, seed: int, bar: tqdm) -> Net:
     torch.manual_seed(seed)
-    model, row = Net(2), {**METHODS, **MORE}[method]
+    model = Net(2)
     model.features.load_state_dict(start.features.state_dict())
+    if not method.joined:
+        return train(model, data, method, lr, steps, seed, bar)
+    models = [train(copy.deepcopy(model), data, method, lr, steps, seed + 100 * k, bar) for k in range(method.models)]
+    model.load_state_dict(method.joined(model, models))
+    return model
+
+
+def train(model: Net, data: Data, method: Method, lr: float, steps: int, order: int, bar: tqdm) -> Net:
+    """In place. `order` is the seed of the order in which the data come."""
+    start = copy.deepcopy(model.features.state_dict(prefix="features."))
     images, labels = data["finetune"]
-    g = torch.Generator().manual_seed(seed)
-    after = row.around(model, data["validate"]) if row.around else None
-    for build in row.phases:
+    g = torch.Generator().manual_seed(order)
+    after = method.around(model, data["validate"]) if method.around else None
+    for build in method.phases:
         with rft.keep_requires_grad(model):
             optimizer = build(model, lr)
-            share = steps // len(row.phases)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, share)
+            share = steps // len(method.phases)
+            schedules = [schedule(optimizer, share) for schedule in method.schedules]
             for t in range(1, share + 1):
                 pick = torch.randint(len(images), (64,), generator=g)
                 loss = F.cross_entropy(model(images[pick]), labels[pick])
@@ -52,12 +63,11 @@ def finetune(start: Net, data: Data, method: str, lr: float, steps: int, seed: i
                 optimizer.step()
                 if after:
                     after(t, share)
-                schedule.step()
+                for schedule in schedules:
+                    schedule.step()
                 bar.update()
-    if row.wise < 1:
-        rft.wise_ft_(
-            model, {f"features.{k}": v for k, v in start.features.state_dict().items()}, row.wise, exclude="head"
-        )
+    if method.wise < 1:
+        rft.wise_ft_(model, start, method.wise, exclude="head")
     return model
 
 
@@ -76,7 +86,9 @@ def compare(
         images, digits, parts = load(seed)
         starts.append(pretrain(images[parts["pretrain"]], digits[parts["pretrain"]], pretrain_steps, cache, seed))
         before.append(accuracy(starts[-1], images[parts["test"]], digits[parts["test"]]))
-    bar = tqdm(total=seeds * len(lrs) * len(methods) * steps, desc="fine-tune", unit="step", mininterval=0.5)
+    known = METHODS | MORE
+    total = seeds * len(lrs) * sum(known[method].models for method in methods) * steps
+    bar = tqdm(total=total, desc="fine-tune", unit="step", mininterval=0.5)
     for seed, start in enumerate(starts):
         images, digits, parts = load(seed)
         labels = torch.isin(digits, torch.tensor(TASK)).long()
@@ -84,7 +96,7 @@ def compare(
             for method in methods:
                 bar.set_postfix_str(f"{method}, lr {lr:g}, seed {seed}", refresh=False)
                 data = {part: (images[of], labels[of]) for part, of in parts.items()}
-                model = finetune(start, data, method, lr, steps, seed, bar)
+                model = finetune(start, data, known[method], lr, steps, seed, bar)
                 scores = accuracy(model, images[parts["test"]], labels[parts["test"]])
                 layers = deviations(model, start)
                 rows.append({

@@ -34,6 +34,8 @@ class Method:
     probe: whether the first half of the steps trains the projection alone (LP-FT).
     around: made of encoder and task before the first step; what it returns is called after every step.
     afterwards: methods that go on from here, by name.
+    joined: methods that make one encoder of three, by name: of the pre-trained one and of three that are fine-tuned
+        alike, but for the order of the data. This method then has no row of its own.
     """
 
     optimizer: Callable[[Named, float, float], Optimizer]
@@ -43,6 +45,7 @@ class Method:
     probe: bool = False
     around: Callable[[Encoder, Task], Hook] | None = None
     afterwards: Mapping[str, Afterwards] = field(default_factory=dict)
+    joined: Mapping[str, Callable[[Encoder, list[Encoder]], Mapping[str, Any]]] = field(default_factory=dict)
 
 
 def plain(named: Named, lr: float, strength: float) -> Optimizer:
@@ -102,4 +105,10 @@ METHODS: dict[str, Method] = {
     "TPGM, each step": Method(plain, around=learn_radii_along),
     "FTP": Method(held("ftp", "k"), strengths=(0.0, 1.0)),
     "SPD": Method(held("spd"), strengths=(0.5, 1.0, 2.0), sweep=(0.1, 0.25, 4.0), afterwards={"WISE-SPD": WISE}),
+    "SPD, gate away": Method(held("spd", gate="away"), strengths=(0.25, 0.5, 1.0)),
+    "Cautious L2-SP": Method(held("l2sp_cautious"), strengths=(10.0, 30.0, 100.0)),
+    "DiGraP": Method(held("digrap"), strengths=(0.5, 1.0)),
+    "AdamW, 3 times": Method(
+        plain, joined={"Soup": lambda _, models: rft.soup(models), "Model Stock": rft.model_stock}
+    ),
 }

@@ -29,7 +29,8 @@ class Config(NamedTuple):
 
 Runs = dict[Config, list[Row]]  # the rows of each seed
 CURVES = {name: origin for origin, method in METHODS.items() for name in method.afterwards}
-FIXED = {name for name, method in METHODS.items() if len(method.strengths) == 1} | {LEARNED, ZERO_SHOT}
+FIXED = {of for name, method in METHODS.items() if len(method.strengths) == 1 for of in (name, *method.joined)}
+FIXED |= {LEARNED, ZERO_SHOT}
 
 
 def write(rows: list[Row], style: str, folder: Path) -> str:

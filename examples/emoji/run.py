@@ -73,8 +73,11 @@ def settings(methods: list[str], lrs: tuple[float, ...], seeds: int, budget: str
     return grid
 
 
-def finetune(task: Task, setting: Setting, epochs: int) -> Encoder:
-    """The fine-tuned encoder: batches of 48, the learning rate warmed up over a tenth of the steps, then a cosine."""
+def finetune(task: Task, setting: Setting, epochs: int, more: int = 0) -> Encoder:
+    """The fine-tuned encoder: batches of 48, the learning rate warmed up over a tenth of the steps, then a cosine.
+
+    `more` is added to the seed of the order in which the data come.
+    """
     method = METHODS[setting.method]
     torch.manual_seed(setting.seed)
     encoder = copy.deepcopy(task.start)
@@ -82,7 +85,7 @@ def finetune(task: Task, setting: Setting, epochs: int) -> Encoder:
     images = task.images[: round(setting.share * len(task.images))]
     phases = [(HEAD, steps // 2), (method.trains, steps - steps // 2)] if method.probe else [(method.trains, steps)]
     hook = method.around(encoder, task) if method.around else None
-    picks = order(len(images), setting.seed)
+    picks = order(len(images), setting.seed + more)
     for trains, count in phases:
         named = [(name, p) for name, p in encoder.named_parameters() if name.endswith(trains)]
         encoder.requires_grad_(False)
@@ -132,6 +135,12 @@ def rows_of(setting: Setting, style: str, epochs: int, cache: Path) -> list[dict
     method = METHODS.get(setting.method)
     encoder = finetune(task, setting, epochs) if method else task.start
     outcomes = [(setting.method, setting.strength, encoder)]
+    if method and method.joined:
+        outcomes, models = [], [encoder, *(finetune(task, setting, epochs, more) for more in (100, 200))]
+        for name, join in method.joined.items():
+            joint = copy.deepcopy(encoder)
+            joint.load_state_dict(join(task.start, models))
+            outcomes.append((name, setting.strength, joint))
     for name, further in method.afterwards.items() if method and not setting.sweep else ():
         for strength in further.strengths:
             changed = copy.deepcopy(encoder)
