@@ -39,7 +39,7 @@ experiment-sentiment: install
 # A worker for each core.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
-# Fails if its CPU time would take two cores over 12 minutes.
+# Fails if its CPU time would take two cores of the speed that tests/durations.py names over 12 minutes.
 test: install lint
 	$(PYTEST) -m "not full" --at-most 12 $(ARGS)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from . import durations as module
 from .durations import REST, Durations
 
 
@@ -55,6 +56,22 @@ def test_workers_tell_their_controller():
     told = controller.minutes
     controller.pytest_sessionfinish(session("worksteal"))
     assert controller.minutes > told, "its own seconds are added"
+
+
+def test_minutes_are_of_a_standard_core(monkeypatch):
+    """A core at half the speed has twice the minutes. Samples of all workers count alike, and one is taken in time."""
+    monkeypatch.setattr(module, "sample", lambda: 0.02)
+    worker = Durations(0)
+    worker.sampled -= module.EVERY
+    run_one(worker, "busy", busy)
+    assert worker.samples == [0.02, 0.02]
+    ended = session(workeroutput={})
+    worker.pytest_sessionfinish(ended)
+    monkeypatch.setattr(module, "sample", lambda: 0.005)
+    controller = Durations(0)
+    controller.pytest_testnodedown(SimpleNamespace(workeroutput=ended.config.workeroutput))
+    assert controller.speed == pytest.approx(3 / (2 * 2 + 0.5))
+    assert controller.minutes == pytest.approx(controller.minutes_here * controller.speed)
 
 
 @pytest.mark.parametrize(("limit", "status"), [(0, 0), (1e6, 0), (1e-6, pytest.ExitCode.TESTS_FAILED)])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,17 +26,24 @@ class Method:
     """phases: an optimizer for each equal share of the steps, of a model and a learning rate. around: what happens
     after each step, of the model and validation data. wise: the α of an interpolation afterwards. schedules: of an
     optimizer and its steps. joined: of the net before and `models` fine-tuned ones, which see the data in orders of
-    their own, the state dict that they make together."""
+    their own, the state dict that they make together. fraction: PGM's radii are that of what a first run, by AdamW,
+    deviates."""
 
     phases: tuple[Build, ...]
     around: Callable[[Net, Validation], After] | None = None
     wise: float = 1.0
     schedules: tuple[Schedule, ...] = (CosineAnnealingLR,)
     joined: Callable[[Net, list[Net]], Mapping[str, Any]] | None = None
+    fraction: float = 0.0
 
     @property
     def models(self) -> int:
-        return 3 if self.joined else 1
+        """How many nets are trained."""
+        return 3 if self.joined else 2 if self.fraction else 1
+
+    def with_radii_of(self, free: Net, before: Net) -> "Method":
+        radii = rft.suggest_radii(free, anchor=before.state_dict(), fraction=self.fraction)
+        return replace(self, phases=(anchored(rft.AdamPGM, radius=radii),))
 
 
 def _all(model: Net) -> list[dict[str, Any]]:
@@ -123,8 +130,15 @@ METHODS = {
     "Soup, 3 models": Method((adamw,), joined=lambda before, models: rft.soup(models)),
     "Model Stock, 3 models": Method((adamw,), joined=rft.model_stock),
 }
-# What only --methods asks for.
+# What only --methods asks for: moments in 8 bits, grids of strengths, and radii of a free run.
 MORE = {
     "AdamW, 8 bits": Method((anchored(rft.AnchoredAdamW, method="none", state_dtype="8bit"),)),
     "AdamSPD, λ=1, 8 bits": Method((anchored(rft.AdamSPD, strength=1.0, state_dtype="8bit"),)),
+    **{f"L2-SP, λ={x:g}": Method((anchored(rft.AdamL2SP, strength=x),)) for x in (1.0, 3.0, 30.0, 100.0, 300.0)},
+    **{
+        f"Cautious L2-SP, λ={x:g}": Method((anchored(rft.AnchoredAdamW, method="l2sp_cautious", strength=x),))
+        for x in (3.0, 30.0, 100.0)
+    },
+    **{f"PGM, γ={x:g}": Method((anchored(rft.AdamPGM, radius=x),)) for x in (0.1, 1.0)},
+    **{f"PGM, {x:g} of a free run": Method((), fraction=x) for x in (0.25, 0.5)},
 }

@@ -37,6 +37,9 @@ def finetune(start: Net, data: Data, method: Method, lr: float, steps: int, seed
     torch.manual_seed(seed)
     model = Net(2)
     model.features.load_state_dict(start.features.state_dict())
+    if method.fraction:
+        free = train(copy.deepcopy(model), data, METHODS["AdamW"], lr, steps, seed, bar)
+        method = method.with_radii_of(free, model)
     if not method.joined:
         return train(model, data, method, lr, steps, seed, bar)
     models = [train(copy.deepcopy(model), data, method, lr, steps, seed + 100 * k, bar) for k in range(method.models)]
