@@ -13,7 +13,7 @@ install: .venv/.installed
 .venv/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"python >= 3.10 is needed, not {v[0]}.{v[1]}: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
 	$(BIN)/python -c 'import robustft_kernels as r; print("backends:", {n: m or "ready" for n, m in r.backends().items()})'
@@ -68,7 +68,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each contest in three processes, see benchmarks/passes.py. Some 13 minutes on two idle cores, and before that 200 MB of
+# Each contest in three processes, see benchmarks/passes.py. Some 18 minutes on two idle cores, and before that 200 MB of
 # packages to measure against (`make peers`); nothing else should run meanwhile.
 BENCH = PYTHONPATH=.cache/timm $(HERE) -m benchmarks.passes
 
@@ -79,7 +79,7 @@ bench: install peers
 
 # DeepSpeed compiles its optimizer when it is first made.
 peers: install .cache/timm
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]" -r tests/integrations/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --group peers -r tests/integrations/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r examples/sentiment/requirements.txt
 	-$(BIN)/python -c "import torch, deepspeed.ops.adam as d; d.DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(9))])"
 
@@ -91,7 +91,7 @@ codegen: install
 
 # The pages as a site, in results/site. A link that leads nowhere is an error.
 docs: install
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # These three install nothing, so they run on a machine without network: with .venv if it is there, else with $(PYTHON).

@@ -20,6 +20,7 @@ def params_of(dtypes, device):
     ]
 
 
+@pytest.mark.lean(keep=lambda method, dtypes, **_: method == "spd" or len(dtypes) == 2)
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 @pytest.mark.parametrize(
     "dtypes", [[torch.float32], [torch.float64], [torch.bfloat16, torch.float32], [torch.float16]], ids=str

@@ -24,7 +24,7 @@ def task():
     def draw(n):
         return torch.randint(256, (n, 3, 32, 32), generator=g, dtype=torch.uint8), torch.randint(4, (n,), generator=g)
 
-    (images, labels), (val_images, val_labels), (tests, test_labels) = draw(96), draw(16), draw(8)
+    (images, labels), (val_images, val_labels), (tests, test_labels) = draw(96), draw(6), draw(8)
     classes = torch.nn.functional.normalize(torch.randn(4, WIDTH, generator=g), dim=1)
     test = dict.fromkeys(STYLES, tests)
     return Task(encoder, classes, STYLES[0], images, labels, val_images, val_labels, test, test_labels)

@@ -58,6 +58,7 @@ def test_measures_without_a_step(backend, device, rule, anchored, dtype):
     assert all(map(torch.equal, of.params, untouched))
 
 
+@pytest.mark.lean(keep=lambda dtype, rule, **_: dtype == (torch.bfloat16 if rule == "given_rows" else torch.float32))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", ["given", "given_rows"])
 def test_pull_by_given_alphas(backend, device, rule, dtype):
@@ -83,6 +84,7 @@ def test_pull_by_given_alphas(backend, device, rule, dtype):
         first += k
 
 
+@pytest.mark.lean(keep=lambda dtype, rule, **_: dtype == torch.bfloat16 or (rule, dtype) == ("project", torch.float32))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", ["project", "project_mars", "project_rows"])
 def test_projection_without_a_step(backend, device, rule, dtype):

@@ -11,7 +11,9 @@ from robustft_kernels.backends import native, registry
 from robustft_kernels.core.bases import ADAMW, NO_STEP, SGD
 from robustft_kernels.core.methods import MEASURES
 from robustft_kernels.step.fingerprint import fingerprint
-from robustft_kernels.testing import CASES, CHUNK, SETTINGS, Stepper
+from robustft_kernels.testing import CASES, CHUNK, LEAN_CASES, SETTINGS, Stepper
+
+from .test_steps import slow
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:3] + SETTINGS[3:5], ids=lambda s: s.name)
@@ -25,7 +27,7 @@ def test_opcheck(backend, settings, method):
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.name)
 def test_op_is_the_prepared_step(backend, settings):
     op = getattr(getattr(torch.ops.robustft, f"{settings.base.name}_"), backend)
-    one = Stepper(CASES, settings, "spd", torch.float32)
+    one = Stepper(LEAN_CASES[:6] if slow(backend) else CASES, settings, "spd", torch.float32)
     grads, other = one.grads(), one.clone()
     op(one.params, grads, *one.op_args())
     other.run(backend, grads)

@@ -28,7 +28,8 @@ from examples.sentiment.report import draw as draw_sentiment
 
 ROOT = Path(__file__).parent.parent
 SENTIMENT_NAMES = [*SENTIMENT, *(row.wise for row in SENTIMENT.values() if row.wise)]
-NAMES = {"digits": [*DIGITS], "emoji": [*EMOJI, *CURVES], "sentiment": SENTIMENT_NAMES}
+EMOJI_NAMES = [*(of for name, row in EMOJI.items() for of in row.joined or [name]), *CURVES]
+NAMES = {"digits": [*DIGITS], "emoji": EMOJI_NAMES, "sentiment": SENTIMENT_NAMES}
 
 # What a dichromat sees of linear RGB. Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of
 # color vision deficiency", IEEE TVCG 15(6), 2009: the matrices of severity 1.

@@ -42,6 +42,7 @@ def test_any_mesh_equals_one_process(launch, device, tmp_path, world):
     launch("spread_program", tmp_path, world, "--backends", *backends)
 
 
+@pytest.mark.full
 def test_the_reference_backend_too(launch, tmp_path):
     launch("spread_program", tmp_path, 2, "--backends", "reference", "--pick", "columns")
 
