@@ -134,6 +134,16 @@ def take(name, monkeypatch):
     monkeypatch.setattr(projection.Ball.__init__, "__defaults__", (projection.SWEEPS,))
 
 
+@pytest.fixture
+def mesh_of_one():
+    """A device mesh of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Every core has a worker already. Tests about threads set the number of threads themselves."""

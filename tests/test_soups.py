@@ -260,18 +260,14 @@ def test_refused_arguments():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_fully_sharded(request):
+def test_fully_sharded(mesh_of_one):
     """The same bits from sharded models as from whole ones."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    request.addfinalizer(torch.distributed.destroy_process_group)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     base, found = models(2, lambda: nn.Linear(5, 4))
     whole, mixed = rft.model_stock(base, found), rft.soup(found)
     for net in (base, *found):
-        fully_shard(net, mesh=mesh)
+        fully_shard(net, mesh=mesh_of_one)
     out, soup = rft.model_stock(base, found), rft.soup(found)
     for name in ("weight", "bias"):
         assert torch.equal(out[name].full_tensor(), whole[name])

@@ -375,18 +375,14 @@ def test_sweep_without_tqdm(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_fully_sharded(request):
+def test_fully_sharded(mesh_of_one):
     """FSDP swaps what its modules hold at every forward, and each evaluation must see the weights of its alpha."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    request.addfinalizer(torch.distributed.destroy_process_group)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     first, second = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2))
     x = torch.randn(3, 4)
     expected = wise_sweep(second, first, lambda model: model(x).detach(), (0, 0.3, 1), progress=False)
-    sharded = [fully_shard(copy.deepcopy(model), mesh=mesh) for model in (first, second)]
+    sharded = [fully_shard(copy.deepcopy(model), mesh=mesh_of_one) for model in (first, second)]
     sharded[1](x)
     seen = wise_sweep(sharded[1], sharded[0], lambda model: model(x).detach(), (0, 0.3, 1), progress=False)
     assert all(torch.equal(seen[alpha], expected[alpha]) for alpha in expected)
