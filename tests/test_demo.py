@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.digits.methods import METHODS
 from examples.linear import run as linear
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +23,9 @@ def test_demo_small(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in first.stdout.splitlines() if line.startswith("| 0.001")]
     deviation = {row[1].strip(): float(row[-1]) for row in rows}
-    assert len(deviation) == 16
+    assert deviation.keys() == METHODS.keys()
     assert 0 < deviation["AdamSPD, λ=2"] <= deviation["AdamSPD, λ=1"] <= deviation["AdamW"]
-    for nearer in ("L2-SP, λ=10", "PGM, γ=0.3", "TPGM, each step", "FTP, k=1", "WiSE-FT, α=0.5", "LP-FT"):
+    for nearer in ("L2-SP, λ=10", "PGM, γ=0.3", "TPGM, each step", "FTP, k=1", "WiSE-FT, α=0.5", "LP-FT", "RecAdam"):
         assert deviation[nearer] < deviation["AdamW"], nearer
     assert deviation["TPGM, once"] <= deviation["AdamW"]
     assert deviation["LP"] == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.emoji import report, run
+from examples.emoji import methods, report, run
 from examples.emoji.data import STYLES
 from examples.emoji.methods import METHODS
 from examples.emoji.model import WIDTH, Encoder
@@ -33,6 +33,7 @@ def task():
 @pytest.fixture
 def rows_of(task, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "task_of", lambda *_: task)
+    monkeypatch.setattr(methods, "RADIUS_STEPS", 4)
     return lambda method, strength, **more: run.rows_of(run.Setting(method, 1e-3, strength, 0, **more), "", 2, tmp_path)
 
 

@@ -8,7 +8,7 @@ learns its radii on 80 more.
 The new task is "does the digit have a loop or a stem alone": {1, 4, 6, 8, 9} against the rest. It needs features of the
 ten-class net but not its head, both classes hold five digits each, and no single stroke decides it.
 
-    python -m examples.digits.run            # some ten minutes on two cores; pictures go to results/
+    python -m examples.digits.run            # some 20 minutes; pictures go to results/
     python -m examples.digits.run --help
 """
 
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where pre-trained nets are kept")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the table and the pictures go")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a net so small gains nothing by more, and its bits would depend on their number
     rows, before = compare(args.methods, args.seeds, args.lr, args.steps, args.pretrain_steps, args.cache)
     text = table(rows, before)
     print(f"\n{text}\n")
