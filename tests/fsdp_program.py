@@ -36,6 +36,8 @@ KINDS = {
     "around project": (around, dict(method="project", norm="mars", radius=0.05)),
     "sgd": (rft.SGDPGM, dict(momentum=0.9, radius=0.02)),
 }
+# A shard draws bits of its own. Steps of lr 1e-2 may each be off by what rounding makes of a moment.
+SLACK = {"bf16 state": 5e-4, "8-bit state": 5e-3}
 
 
 def net(seed: int) -> nn.Sequential:
@@ -93,8 +95,7 @@ def check_training(world: int) -> None:
         optimizers = {name: make(kind, model) for name, model in models.items()}
         for name, model in models.items():
             train(model, optimizers[name], range(5))
-        # A shard draws bits of its own. Five steps of lr 1e-2 may each be off by what rounding makes of a moment.
-        slack = {"bf16 state": 5e-4, "8-bit state": 5e-3}.get(kind, 2e-5)
+        slack = SLACK.get(kind, 2e-5)
         assert_close(full(spread), full(alone), f"fsdp, {kind}", slack)
         assert_close(full(replicated), full(alone), f"ddp, {kind}")
         if kind == "spd":
@@ -296,7 +297,7 @@ def resume(world: int, folder: Path, same: bool) -> None:
         want = torch.load(folder / f"{kind}.pt")
         if same:
             assert all(map(torch.equal, full(model), want)), f"{kind}: resumed differs"
-        assert_close(full(model), want, f"{kind}, {world} processes", 5e-4 if kind == "bf16 state" else 2e-5)
+        assert_close(full(model), want, f"{kind}, {world} processes", SLACK.get(kind, 2e-5))
 
 
 def main(args: argparse.Namespace) -> None:
