@@ -33,9 +33,12 @@ def test_demo_small(tmp_path):
     assert [p.name for p in pictures] == ["digits-id-ood.png", "digits-layers.png"]
     assert all(p.stat().st_size > 10_000 for p in pictures)
     assert "pre-train" in first.stderr
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    again = [*command, "--methods", "AdamW", "AdamSPD, λ=1", "FTP, k=1"]
+    second = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "pre-train" not in second.stderr  # cached
-    assert rows == [line.split("|")[1:-1] for line in second.stdout.splitlines() if line.startswith("| 0.001")]
+    found = [line.split("|")[1:-1] for line in second.stdout.splitlines() if line.startswith("| 0.001")]
+    assert [row[1].strip() for row in found] == again[-3:]
+    assert all(row in rows for row in found)
 
 
 @pytest.mark.full
