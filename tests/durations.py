@@ -1,8 +1,8 @@
 """What the tests cost: a table of CPU seconds by file, printed at the end, and a limit on their sum.
 
 It counts CPU seconds because they stay the same on a machine that is busy with something else. They do not on one that
-is slower, or throttled, by a factor of two within an hour. So the limit is in minutes of a core that makes ten million
-turns of a Python loop a second, and how many this one makes is sampled between tests.
+is slower, or throttled, by a factor of two within an hour. So the limit is in minutes of a standard core, and the speed
+of this one is sampled between tests.
 
 A program that a test runs and waits for counts as the test's. The forks that run the examples of README and docs
 (test_demo.py) are not counted. This is a plugin of pytest, which conftest.py registers.
@@ -15,7 +15,8 @@ from collections import Counter
 import pytest
 
 CORES = 2  # the limit is in minutes of a machine with so many
-TURNS, EVERY = 100_000, 10  # of the loop in a sample, and seconds from one sample to the next
+STANDARD = 10_000_000  # turns of the loop below that a standard core makes in a second
+TURNS, EVERY = 100_000, 10  # of a sample, and seconds from one to the next
 REST = "imports, collection and pytest itself"
 
 
@@ -25,7 +26,7 @@ def cpu_seconds():
 
 
 def sample():
-    """The CPU seconds of a loop that takes 0.01 of a standard core."""
+    """The CPU seconds of a loop of so many turns."""
     begin, total = time.process_time(), 0
     for i in range(TURNS):
         total += i * i % 7
@@ -80,7 +81,7 @@ class Durations:
     @property
     def speed(self):
         """Of this core over a standard one."""
-        return TURNS / 10_000_000 * len(self.samples) / sum(self.samples)
+        return TURNS / STANDARD * len(self.samples) / sum(self.samples)
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("CPU seconds")
