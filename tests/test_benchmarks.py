@@ -197,10 +197,10 @@ def smoke(pick, folder):
 @pytest.mark.parametrize(
     ("choice", "state"),
     [
-        ("float32: torch fused", 8),
+        pytest.param("float32: torch fused", 8, marks=pytest.mark.full),
         ("float32: AdamSPD", 12),
-        ('float32: AdamSPD, anchor="zero"', 8),
-        ("float32: AdamSPD, weights from a bf16 checkpoint", 10),
+        pytest.param('float32: AdamSPD, anchor="zero"', 8, marks=pytest.mark.full),
+        pytest.param("float32: AdamSPD, weights from a bf16 checkpoint", 10, marks=pytest.mark.full),
         ("float32: AdamSPD, anchors in a file", 8),
         ("bfloat16: AdamSPD, master weights, bf16 moments", 10),
     ],

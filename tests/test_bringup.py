@@ -178,6 +178,7 @@ def test_without_a_gpu_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
     assert list(json.loads((tmp_path / "out" / "bringup.json").read_text())["stages"]) == ["facts"]
 
 
+@pytest.mark.full
 @needs_triton
 def test_end_to_end_on_a_bare_machine(bare, tmp_path):
     """Facts, steps and timings, in Triton's interpreter."""

@@ -8,7 +8,7 @@ import robustft_kernels as rft
 from robustft_kernels.backends import registry
 from robustft_kernels.testing import CHUNK, SETTINGS, Stepper
 
-from .test_steps import CASES, slow
+from .test_steps import cases_of, slow
 
 SHAPES = [(0,), (1,), (77,), (2 * CHUNK + 5,), (64, 512), (7, 3, 5)]
 
@@ -92,7 +92,7 @@ def test_the_limit_may_be_a_tensor_and_change(backend, device):
 
 def test_squares_of_every_layout(backend, device):
     """Gradients that are dense in any order, expanded or empty. A repetition gives the same bits."""
-    stepper = Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=device)
+    stepper = Stepper(cases_of(backend), SETTINGS[0], "spd", torch.float32, device=device)
     run = registry.prepare(backend, stepper.table())
     grads = stepper.grads()
     exact = sum((g.double() ** 2).sum() for g in grads)
@@ -106,7 +106,7 @@ def test_squares_of_every_layout(backend, device):
 
 def test_own_gradients_are_found(backend, device):
     """Without a list, a step and a norm take each parameter's own gradient, also one that lies otherwise."""
-    want, got = (Stepper(CASES, SETTINGS[0], "spd", torch.float32, device=device) for _ in range(2))
+    want, got = (Stepper(cases_of(backend), SETTINGS[0], "spd", torch.float32, device=device) for _ in range(2))
     grads = want.grads()
     for param, grad in zip(got.params, grads, strict=True):
         param.grad = grad.clone(memory_format=torch.contiguous_format)

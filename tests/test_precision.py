@@ -11,10 +11,10 @@ from torch import nn
 import robustft_kernels as rft
 from robustft_kernels.backends import native, reference_rounding, registry
 from robustft_kernels.core.eight_bit import EIGHT_BIT
-from robustft_kernels.testing import CASES, LEAN_CASES, SETTINGS, Stepper, assert_same_step
+from robustft_kernels.testing import LEAN_CASES, SETTINGS, Stepper, assert_same_step
 from robustft_kernels.testing.tolerances import ulp
 
-from .test_steps import assert_bits, settled, slow
+from .test_steps import assert_bits, cases_of, settled, slow
 
 STOCHASTIC = [s for s in SETTINGS if s.hyper["stochastic_rounding"]]
 
@@ -48,7 +48,7 @@ def test_the_mean_of_updates_below_half_an_ulp_survives(backend, device, stochas
 def test_every_backend_draws_the_same_bits(backend, device, settings, method, norm):
     """A pull onto the anchor (α = 0) has no arithmetic to differ in. Every backend rounds float32 anchors once. This is
     so in the sweep that steps, in the one that pulls, and by rows."""
-    cases = LEAN_CASES if slow(backend) else CASES
+    cases = cases_of(backend)
     got = Stepper(cases, settings, method, torch.bfloat16, torch.float32, device=device, norm=norm)
     got.settings = settings.but(strength=1e9, radius=0.0)
     want, grads = got.clone(), got.grads()
@@ -92,13 +92,13 @@ KEEPING = [s for s in SETTINGS if s.hyper.get("momentum") != 0 and s.state_dtype
 
 @pytest.mark.lean(keep=lambda settings, dtype, **_: dtype == torch.float32 and settings in (KEEPING[0], *STOCHASTIC))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("decay", [0.0, 1e-3, 0.7])
+@pytest.mark.parametrize("decay", [0.0, pytest.param(1e-3, marks=pytest.mark.full), 0.7])
 @pytest.mark.parametrize("settings", KEEPING, ids=lambda s: s.name)
 def test_moments_forget_what_was_far_larger(backend, device, settings, decay, dtype):
     """A gradient a billion times smaller than the last. The error is a few roundings of βm and of (1 − β)g, whatever m
     is. With β = 0 the moment is g itself."""
     settings = settings.but(**{key: decay for key in MOMENTS.values() if settings.hyper.get(key)}, weight_decay=0)
-    got = Stepper(LEAN_CASES if slow(backend) else CASES, settings, "none", dtype, anchored=False, device=device)
+    got = Stepper(cases_of(backend), settings, "none", dtype, anchored=False, device=device)
     got.run("reference", [g * 2.0**20 for g in got.grads()])
     grads, before = [g * 2.0**-10 for g in got.grads()], got.clone()
     want = before.clone()
@@ -179,7 +179,7 @@ def test_float16_and_bad_seeds_are_refused():
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5], ids=lambda s: s.name)
 def test_gradients_are_unscaled_in_the_step(backend, device, settings):
     """A power of two loses nothing. The bits are those of a step with the gradients themselves."""
-    got = settled(CASES, settings, "spd", torch.float32, device=device)
+    got = settled(cases_of(backend), settings, "spd", torch.float32, device=device)
     want, grads = got.clone(), got.grads()
     scale, clear = torch.tensor(1024.0, device=device), torch.tensor(0.0, device=device)
     registry.prepare(backend, got.table())([g * 1024 for g in grads], scale, clear)
@@ -193,7 +193,7 @@ def test_gradients_are_unscaled_in_the_step(backend, device, settings):
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5], ids=lambda s: s.name)
 @pytest.mark.parametrize("method", ["spd", "l2sp"])
 def test_found_inf_leaves_everything_as_it_was(backend, device, settings, method):
-    got = settled(CASES, settings, method, torch.float32, device=device)
+    got = settled(cases_of(backend), settings, method, torch.float32, device=device)
     before, grads = got.clone(), got.grads()
     for g in grads:
         g.fill_(torch.inf)

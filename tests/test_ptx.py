@@ -202,6 +202,7 @@ def test_a_cuda_step_has_the_bits_of_native():
         assert any(kernel in line for line in said)
 
 
+@pytest.mark.full
 @with_nvcc
 @with_triton
 def test_a_barrier_that_the_cuda_kernels_lack_is_seen():
