@@ -21,7 +21,7 @@ class NativeStep {
   }
 
   // The sum of the squares of all gradients. Its additions have an order of their own, which does not depend on the
-  // threads. The last gradient is read first, so that the first ones are in the cache when the step begins with them.
+  // threads.
   Tensor squared_norm(const std::optional<py::list>& given) const {
     const Gradients grads = table_.gradients(given);
     static const Rule rule = [] {
@@ -31,11 +31,10 @@ class NativeStep {
     }();
     Tensors dense;  // alive until the sweep is done
     std::vector<Job> jobs(grads.size());
-    const auto job_of = [&](size_t i) -> Job& { return jobs[jobs.size() - 1 - i]; };
     std::vector<double> results(kResults * grads.size()), alphas(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       dense.push_back(grads[i].is_non_overlapping_and_dense() ? grads[i] : grads[i].contiguous());
-      Job& job = job_of(i);
+      Job& job = jobs[i];
       job.param.rows = rows_of(dense[i], false);
       TORCH_CHECK(place_in_dtypes(dense[i]) < kFloats, "robustft: grads[", i, "] must be ", names_of(kAny), ", got ",
                   described(dense[i]));
@@ -46,7 +45,7 @@ class NativeStep {
     robustft::run(jobs, [](const Job& job, const PerRow& alpha, const Piece& piece, Measuring measuring, Measures* found) {
       sweeps().no_step(job.param, {}, 0, alpha, piece, measuring, found);
     });
-    const double sum = folded<double>(int64_t(jobs.size()), [&](int64_t i) { return recorded(job_of(i), 0).before; });
+    const double sum = folded<double>(int64_t(jobs.size()), [&](int64_t i) { return recorded(jobs[i], 0).before; });
     return at::scalar_tensor(sum, at::kDouble);
   }
 
