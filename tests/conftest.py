@@ -8,7 +8,8 @@ pytest --device cuda    the table of cases on the GPU, and what only a GPU can s
 On a GPU the backends stand side by side. A test that names one is skipped where that is not ready.
 
 A test, or a row of one, is of the full tier if it is marked @pytest.mark.full. Some tests take long in Triton's
-interpreter. For these, @pytest.mark.lean(keep=...) leaves the rows whose keep(**parameters) is false to the full tier.
+interpreter. For these, @pytest.mark.lean(keep=...) leaves the rows whose keep(**parameters) is false to the full tier:
+those of the Triton backend, and all if the test is of no other.
 """
 
 import importlib.util
@@ -156,7 +157,8 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         mark = item.get_closest_marker("lean")
-        if mark and item.callspec.params["backend"] == "triton" and not mark.kwargs["keep"](**item.callspec.params):
+        params = item.callspec.params if mark else {}
+        if mark and params.get("backend", "triton") == "triton" and not mark.kwargs["keep"](**params):
             item.add_marker(pytest.mark.full)
 
 

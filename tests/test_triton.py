@@ -18,9 +18,6 @@ from .test_wrapper import far, make, run
 pytestmark = pytest.mark.skipif(bool(rft.backends()["triton"]), reason=rft.backends()["triton"] or "ready")
 
 
-IN_TIERS = [d if d in (torch.float32, torch.bfloat16) else pytest.param(d, marks=pytest.mark.full) for d in DTYPES]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "settings", SETTINGS[:1] + SETTINGS[2:3] + SETTINGS[4:5] + SETTINGS[-2:-1], ids=lambda s: s.name
@@ -58,7 +55,7 @@ def test_a_prepared_step_repeats(device):
         got = settled(CASES[7:11], SETTINGS[0], "spd", torch.float32, device=device)
         want = got.clone()
         run = registry.prepare(backend, got.table())
-        for _ in range(2):
+        for _ in range(3):
             grads = got.grads()
             run(grads)
             want.run(backend, grads)
@@ -66,7 +63,8 @@ def test_a_prepared_step_repeats(device):
 
 
 @pytest.mark.skipif(bool(native.MISSING) or not triton_backend.interpreted(), reason="needs the native backend beside")
-@pytest.mark.parametrize("dtype", IN_TIERS, ids=str)
+@pytest.mark.lean(keep=lambda dtype, **_: dtype in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.name)
 def test_bits_of_the_native_backend(settings, dtype):
     """The base step has them, and so has the pull whose α needs no sums. Sums have another order, so that the α of
