@@ -5,8 +5,8 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 RESULTS ?= benchmarks/results/gpu.json
 
-.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-mutants \
-	test-integrations test-ptx lint bench bench-check peers codegen bringup test-gpu bench-gpu docs clean
+.PHONY: install demo experiment-emoji experiment-linear experiment-sentiment test test-full test-exhaustive \
+	test-mutants test-integrations test-ptx lint bench bench-check peers codegen bringup test-gpu bench-gpu docs clean
 
 install: .venv/.installed
 
@@ -41,11 +41,15 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 
 # Fails if its CPU time would take two cores of the speed that tests/durations.py names over 12 minutes.
 test: install lint
-	$(PYTEST) -m "not full" --at-most 12 $(ARGS)
+	$(PYTEST) -m "not (full or exhaustive)" --at-most 12 $(ARGS)
 
-# What `make test` leaves out: the two together are everything.
+# What `make test` leaves out, in some 40 minutes of two such cores.
 test-full: install
-	$(PYTEST) -m full $(ARGS)
+	$(PYTEST) -m full --at-most 45 $(ARGS)
+
+# All kernels compiled, all rows and all faults: the full tier has a sample of each. Some hour and a half on two cores.
+test-exhaustive: install
+	$(PYTEST) -m exhaustive $(ARGS)
 
 # Small faults, one at a time, in a copy of the sources: `make test` must catch each. Some 40 minutes on two cores.
 test-mutants: install

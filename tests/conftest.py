@@ -1,9 +1,10 @@
 """On which device the tests run, on which backends, and in which tier.
 
-pytest -m "not full"    on the CPU; Triton kernels in its interpreter (make test)
-pytest -m full          what takes long (make test-full)
-pytest                  both
-pytest --device cuda    the table of cases on the GPU, and what only a GPU can show (make test-gpu)
+pytest -m "not (full or exhaustive)"   on the CPU; Triton kernels in its interpreter (make test)
+pytest -m full                         what takes long (make test-full)
+pytest -m exhaustive                   all that of which the full tier takes a sample (make test-exhaustive)
+pytest                                 everything
+pytest --device cuda                   the table of cases on the GPU, and what only a GPU can show (make test-gpu)
 
 On a GPU the backends stand side by side. A test that names one is skipped where that is not ready.
 

@@ -1,4 +1,4 @@
-"""The compiled kernels, run on the CPU (tests/ptx). The default tier takes a few of what `make test-ptx` takes."""
+"""The compiled kernels, run on the CPU (tests/ptx). `make test-ptx` takes all of it."""
 
 import ctypes
 import importlib.util
@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -225,12 +226,19 @@ def test_all_cuda_kernels_translate_and_compile():
 @pytest.mark.full
 @with_nvcc
 @with_triton
-@pytest.mark.parametrize("what", ["steps", "schedules", "faults"])
+@pytest.mark.parametrize("what", ["steps", "schedules", pytest.param("faults", marks=pytest.mark.exhaustive)])
 def test_cuda_kernels(what):
     run(what, "--of", "cuda")
 
 
 @pytest.mark.full
+@with_nvcc
+@with_triton
+def test_rows_that_meet_every_pair_have_the_bits_of_native():
+    run("table", "--of", "cuda", "--pairs")
+
+
+@pytest.mark.exhaustive
 @with_nvcc
 @with_triton
 @pytest.mark.parametrize("method", ["-".join(map(str, method_norm)) for method_norm in METHOD_NORMS])
@@ -242,6 +250,30 @@ def test_the_whole_table_has_the_bits_of_native(method):
 @pytest.mark.full
 def test_all_kernels_translate():
     run("translate")
+
+
+@with_triton
+def test_a_race_for_the_scale_of_a_block_does_no_harm():
+    """A race for codes would, and so would one of two writes."""
+    from robustft_kernels.triton_kernels import eight_bit
+
+    from tests.ptx.harmless import harmful
+
+    lines = Path(eight_bit.__file__).read_text().splitlines()
+
+    def line(text):
+        (number,) = (k for k, line in enumerate(lines, 1) if text in line)
+        return f"eight_bit.py:{number} from 200"
+
+    def race(one, other):
+        return f"race: {one} with {other}, threads of one program"
+
+    written = line("tl.store(scales") + " st.global.b8 (write)"
+    known, codes = line("e = tl.load(scales"), line("k = tl.load(pointer")
+    assert harmful([race(written, f"{known} ld.global.b8 (read)")]) == []
+    for other in (f"{codes} ld.global.b8 (read)", f"{known} ld.global.b8 (write)", written):
+        assert harmful([race(written, other)])
+    assert harmful([race(line("tl.store(pointer") + " st.global.b8 (write)", f"{known} ld.global.b8 (read)")])
 
 
 @with_triton
@@ -266,6 +298,6 @@ def test_bits_do_not_depend_on_the_schedule():
 
 
 @with_triton
-@pytest.mark.full
+@pytest.mark.exhaustive
 def test_faults_are_seen():
     run("faults")

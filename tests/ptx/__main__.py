@@ -7,7 +7,7 @@ python -m tests.ptx faults [--pick TEXT ...]    the faults of faults.py are seen
 
 With --of cuda the kernels are those of csrc/cuda, and steps must have the bits of the native backend. One more check:
 
-python -m tests.ptx table --of cuda [--pick TEXT ...]    the same for the table of cases
+python -m tests.ptx table --of cuda [--pairs] [--pick TEXT ...]    the same for the table of cases
 """
 
 import argparse
@@ -52,7 +52,7 @@ def check_steps(options: argparse.Namespace) -> bool:
 
 def check_table(options: argparse.Namespace) -> bool:
     """The same for the rows of the table of cases."""
-    return _check_rows(options, cuda.table(), brief=True)
+    return _check_rows(options, cuda.table(options.pairs), brief=True)
 
 
 def _check_rows(options: argparse.Namespace, rows: Sequence[steps.Row], brief: bool = False) -> bool:
@@ -76,9 +76,9 @@ def check_schedules(options: argparse.Namespace) -> bool:
     rows = [
         row
         for row in (cuda if is_cuda else steps).ROWS
-        if row.settings == "adamw" and row.dtype == torch.float32 and row.how == "a step"
+        if row.settings in ("adamw", "adamw, amsgrad, 8-bit state") and row.dtype == torch.float32
     ]
-    rows = [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True]
+    rows = [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True and row.how == "a step"]
     for row in rows:
         failures, first = [], None
         for seed in range(options.count):
@@ -116,6 +116,7 @@ def main() -> int:
     parser.add_argument("what", choices=checks)
     parser.add_argument("--of", choices=("triton", "cuda"), default="triton", help="whose kernels")
     parser.add_argument("--pick", nargs="*", default=[])
+    parser.add_argument("--pairs", action="store_true", help="of the table only the rows that meet every pair")
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from robustft_kernels.step.no_step import NoStep
 from robustft_kernels.testing import Stepper
 from robustft_kernels.testing.cases import misaligned
 
-from ..table import ANCHORS, TABLE
+from ..table import ANCHORS, TABLE, covering
 from . import steps
 from .driver import Driver, installed
 from .module import plain
@@ -130,13 +130,11 @@ def install() -> Device:
     return device
 
 
-def table() -> list[Row]:
-    """The table of cases as rows: all whose settings act in their dtype."""
-    return [
-        Row(*of.method_norm, of.settings.name, of.dtype, ANCHORS[of.anchor])
-        for of in TABLE
-        if of.settings.acts_on(of.dtype)
-    ]
+def table(pairs: bool = False) -> list[Row]:
+    """The table of cases as rows: all whose settings act in their dtype, or as many as meet every pair."""
+    acting = [of for of in TABLE if of.settings.acts_on(of.dtype)]
+    rows = covering(0, acting) if pairs else acting
+    return [Row(*of.method_norm, of.settings.name, of.dtype, ANCHORS[of.anchor]) for of in rows]
 
 
 def step(row: Row) -> Stepper:
