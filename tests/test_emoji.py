@@ -59,6 +59,11 @@ def test_every_method_runs(rows_of, method):
         assert max(moved.values()) <= strength * (1 + 1e-5)
 
 
+def test_a_phase_may_have_one_step(task):
+    encoder = run.finetune(task, run.Setting("LP-FT", 1e-3, 0.0, 0), epochs=1)
+    assert max(run.deviations(encoder, task.start).values()) > 0
+
+
 def test_a_sweep_stands_alone_and_a_share_trains_on_fewer(rows_of):
     assert len(rows_of("SPD", 0.5, sweep=True)) == 1
     assert rows_of("L2-SP", 1.0, share=0.1)[0]["tensors"] != rows_of("L2-SP", 1.0)[0]["tensors"]

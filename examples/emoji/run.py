@@ -95,7 +95,7 @@ def finetune(task: Task, setting: Setting, epochs: int, more: int = 0) -> Encode
         warmup = max(1, round(WARMUP * count))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda t, n=count, w=warmup: min((t + 1) / w, (1 + math.cos(math.pi * max(0, t - w) / (n - w))) / 2),
+            lambda t, w=warmup, n=count: min((t + 1) / w, (1 + math.cos(math.pi * max(0, t - w) / max(1, n - w))) / 2),
         )
         with torch.no_grad():  # what does not change is computed once
             features = torch.cat([encoder.features(x) for x in images.split(128)]) if trains == HEAD else None
