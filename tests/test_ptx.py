@@ -253,6 +253,25 @@ def test_all_kernels_translate():
 
 
 @with_triton
+def test_the_pages_tell_how_much_is_run():
+    from tests.ptx import cuda, steps
+    from tests.ptx.__main__ import scheduled
+
+    def told(page):
+        return " ".join((Path(__file__).parents[1] / "docs" / page).read_text().split())
+
+    to_oracle = [row for row in steps.ROWS if row.how in ("a step", "gradients are unscaled", "lr is a tensor")]
+    words = ("no", "one", "two", "three", "four", "five", "six")
+    codegen, pairs = told("codegen.md"), f"{len(cuda.table(pairs=True))} rows of the table of cases"
+    assert f"{len(to_oracle)} steps equal the oracle" in codegen
+    assert f"the same bits in {words[len(scheduled(steps.ROWS))]} steps" in codegen
+    assert f"In {words[len(scheduled(cuda.ROWS))]} rows, ten orders" in told("architecture.md")
+    assert pairs in told("architecture.md")
+    assert pairs in told("limits.md")
+    assert f"all {len(cuda.table()):,} rows whose settings act in their dtype" in told("limits.md")
+
+
+@with_triton
 def test_a_race_for_the_scale_of_a_block_does_no_harm():
     """A race for codes would, and so would one of two writes."""
     from robustft_kernels.triton_kernels import eight_bit

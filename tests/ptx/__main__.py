@@ -69,16 +69,19 @@ def _check_rows(options: argparse.Namespace, rows: Sequence[steps.Row], brief: b
     return fine == len(rows) > 0
 
 
+def scheduled(rows: Sequence[steps.Row]) -> list[steps.Row]:
+    """The rows that are run under several schedules."""
+    rows = [
+        row for row in rows if row.settings in ("adamw", "adamw, amsgrad, 8-bit state") and row.dtype == torch.float32
+    ]
+    return [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True and row.how == "a step"]
+
+
 def check_schedules(options: argparse.Namespace) -> bool:
     """The bits of a step do not depend on which thread and which program comes first."""
     fine, is_cuda = True, options.of == "cuda"
     device, step = (cuda.install(), cuda.step) if is_cuda else (install(), steps.step)
-    rows = [
-        row
-        for row in (cuda if is_cuda else steps).ROWS
-        if row.settings in ("adamw", "adamw, amsgrad, 8-bit state") and row.dtype == torch.float32
-    ]
-    rows = [row for row in rows if row.method in ("spd", "ftp") and row.anchor is True and row.how == "a step"]
+    rows = scheduled((cuda if is_cuda else steps).ROWS)
     for row in rows:
         failures, first = [], None
         for seed in range(options.count):
