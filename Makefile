@@ -43,11 +43,11 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal -p no:benchmark
 test: install lint
 	$(PYTEST) -m "not (full or exhaustive)" --at-most 12 $(ARGS)
 
-# What `make test` leaves out, in some 40 minutes of two such cores.
+# What takes long: some 35 minutes of two such cores.
 test-full: install
 	$(PYTEST) -m full --at-most 45 $(ARGS)
 
-# All kernels compiled, all rows and all faults: the full tier has a sample of each. Some hour and a half on two cores.
+# All kernels compiled, all rows and all faults in PTX: the other tiers take a sample of each. Some hour on two cores.
 test-exhaustive: install
 	$(PYTEST) -m exhaustive $(ARGS)
 
@@ -55,7 +55,7 @@ test-exhaustive: install
 test-mutants: install
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-# The compiled GPU kernels, run on the CPU (tests/ptx). Some 10 minutes, with a C++ compiler.
+# The compiled GPU kernels, run on the CPU (tests/ptx). Some 40 minutes on two cores, with a C++ compiler.
 test-ptx: install
 	$(PYTEST) tests/test_ptx.py $(ARGS)
 

@@ -346,7 +346,7 @@ def jobs() -> list[tuple[int, str, str]]:
 
 
 def compile_all(first: int = 0, every: int = 1) -> list[dict[str, Any]]:
-    """The facts of all jobs, in their order, which takes some twenty minutes of CPU time. Or of every so many."""
+    """The facts of all jobs, or of every so many from the first. All take some half an hour of CPU time."""
     asked = jobs()[first::every]
     with ProcessPoolExecutor() as pool:
         found = pool.map(facts, asked, chunksize=4)

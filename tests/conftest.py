@@ -2,7 +2,7 @@
 
 pytest -m "not (full or exhaustive)"   on the CPU; Triton kernels in its interpreter (make test)
 pytest -m full                         what takes long (make test-full)
-pytest -m exhaustive                   all that of which the full tier takes a sample (make test-exhaustive)
+pytest -m exhaustive                   all of what those two take a sample of (make test-exhaustive)
 pytest                                 everything
 pytest --device cuda                   the table of cases on the GPU, and what only a GPU can show (make test-gpu)
 

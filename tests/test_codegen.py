@@ -17,7 +17,7 @@ import robustft_kernels as rft
 
 pytestmark = pytest.mark.skipif("triton is not installed" in rft.backends()["triton"], reason="needs triton")
 codegen = pytest.importorskip("benchmarks.codegen", reason="needs triton", exc_type=ImportError)
-EVERY = 7  # kernels, which are listed by variant, kind and GPU: it divides neither three kinds nor four GPUs
+EVERY = 7  # kernels in their list. It shares no divisor with three kinds and four GPUs, so all of these are met
 LIVE = ("adamw, bf16, anchor bf16", "step_sweep", "sm_90")
 
 

@@ -226,9 +226,16 @@ def test_all_cuda_kernels_translate_and_compile():
 @pytest.mark.full
 @with_nvcc
 @with_triton
-@pytest.mark.parametrize("what", ["steps", "schedules", pytest.param("faults", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("what", ["steps", "schedules"])
 def test_cuda_kernels(what):
     run(what, "--of", "cuda")
+
+
+@pytest.mark.exhaustive
+@with_nvcc
+@with_triton
+def test_faults_of_the_cuda_kernels_are_seen():
+    run("faults", "--of", "cuda")
 
 
 @pytest.mark.full
